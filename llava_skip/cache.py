@@ -1,0 +1,176 @@
+"""A key-value cache that forgets the rows of skipped tokens as the prefill passes them.
+
+Shapes: B batch, H key-value heads, T new rows, K stored rows, E head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from llava_skip.routing import Route, align_right
+
+GROWTH = 128
+"""Rows by which a full buffer grows, so that a decode step writes in place and copies nothing."""
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values [B, H, K, E], held at the front of buffers with room to grow."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.length = 0
+        self._buffers: dict[str, Tensor | None] = {"keys": None, "values": None}
+        super().__init__(**kwargs)
+
+    def _stored(self, name: str) -> Tensor | None:
+        buffer = self._buffers[name]
+        return None if buffer is None else buffer[..., : self.length, :]
+
+    def _replace(self, name: str, rows: Tensor | None) -> None:
+        self._buffers[name] = rows
+        self.length = 0 if rows is None else rows.shape[-2]
+
+    # The operations of transformers' layers read and assign these two as plain attributes.
+    keys = property(lambda self: self._stored("keys"), lambda self, rows: self._replace("keys", rows))
+    values = property(lambda self: self._stored("values"), lambda self, rows: self._replace("values", rows))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shape from the first rows [B, H, T, E]; store none of them yet."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new rows [B, H, T, E] behind the stored ones; returns all of them, [B, H, K + T, E]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        for name, new in (("keys", key_states), ("values", value_states)):
+            self._buffers[name] = self._with_room(name, new, end)
+            self._buffers[name][..., self.length : end, :] = new
+        self.length = end
+        return self.keys, self.values
+
+    def _with_room(self, name: str, new: Tensor, end: int) -> Tensor:
+        buffer, stored = self._buffers[name], self._stored(name)
+        # With gradients a fresh buffer each time: writing into one that a graph has read would break its backward.
+        if end <= buffer.shape[-2] and not new.requires_grad and not buffer.requires_grad:
+            return buffer
+        room = new.new_empty(*new.shape[:2], end + GROWTH, new.shape[3])
+        room[..., : self.length, :] = stored
+        return room
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples for beam search, keeping the room to grow."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.index_select(0, beam_idx.to(buffer.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` rows (a number of 0 or less, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a number of rows to remove, as 0 or less; got {tokens_to_remove}.")
+        self.length = max(0, self.length + tokens_to_remove)
+
+
+class ForgettingCache(Cache):
+    """Keeps, of each picture, only the rows that are not skipped; positions stay those of the whole sequence.
+
+    `get_seq_length` counts every row that was seen, so position ids and `generate` go on as if nothing were dropped;
+    `get_query_offset` and `get_mask_sizes` count the rows that are stored, so masks fit the keys. Samples that keep
+    fewer rows than others are packed to the right, and `mask` [B, K] says which stored rows are real (None: all).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.seen = 0
+        self.mask: Tensor | None = None
+        self.selection: Tensor | None = None
+
+    def begin(self, route: Route, real: Tensor | None, rows: Tensor) -> Tensor | None:
+        """Announce a forward over new rows, before its first layer.
+
+        Args:
+            route: its `kept` [B, T] says which of the new rows stay.
+            real: [B, T] bool, False on padding among the new rows; None if there is none.
+            rows: [B, T, D], the new rows, for shape and device.
+
+        Returns:
+            The attention mask of this forward, [B, K + T] over stored and new rows; None if all of them are real.
+        """
+        before, stored = self.mask, self.get_query_offset()
+        if route.kept is None:
+            self.selection, valid, width = None, real, rows.shape[1]
+        else:
+            self.selection, valid = align_right(route.kept)
+            width = self.selection.shape[1]
+            valid = None if bool(valid.all()) else valid
+        self.mask = _join(before, stored, valid, width, rows)
+        return _join(before, stored, real, rows.shape[1], rows)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new rows [B, H, T, E] that stay, and return what attention sees now: the stored and all new ones.
+
+        The skipped rows live in the returned tensors alone, so one layer's are freed before the next layer's exist.
+        """
+        if layer_idx == 0:
+            self.seen += key_states.shape[-2]
+        if self.selection is None:
+            return super().update(key_states, value_states, layer_idx)
+        visible = key_states, value_states
+        if layer_idx < len(self.layers) and self.layers[layer_idx].length:
+            layer = self.layers[layer_idx]
+            visible = torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+        index = self.selection.to(key_states.device)[:, None, :, None]
+        index = index.expand(-1, key_states.shape[1], -1, key_states.shape[3])
+        super().update(key_states.gather(2, index), value_states.gather(2, index), layer_idx)
+        return visible
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows seen so far, those forgotten included."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Rows stored so far, K."""
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples for beam search."""
+        super().reorder_cache(beam_idx)
+        self.mask = None if self.mask is None else self.mask.index_select(0, beam_idx.to(self.mask.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these samples."""
+        super().batch_select_indices(indices)
+        self.mask = None if self.mask is None else self.mask[indices]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` rows, as assisted decoding does with rejected tokens."""
+        super().crop(tokens_to_remove)
+        self.seen += tokens_to_remove
+        if self.mask is not None and tokens_to_remove:
+            self.mask = self.mask[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.seen, self.mask, self.selection = 0, None, None
+
+
+def _join(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:
+    """Masks [B, stored] and [B, width] side by side, where None stands for all real; None if both are."""
+    if old is None and new is None:
+        return None
+    parts = [(old, stored), (new, width)]
+    ones = like.new_ones
+    return torch.cat([ones(like.shape[0], n, dtype=torch.bool) if m is None else m for m, n in parts], dim=1)

@@ -1,0 +1,54 @@
+"""Names of weights in other layouts, and loading that loses nothing silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+# LLaVA's own layout and that of the paper's code (`model.ada`), rule by rule; the first rule that fits is used.
+_ORIGINAL_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
+        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        (r"^model\.ada\.0\.", "model.summary.norm."),
+        (r"^model\.ada\.1\.", "model.summary.score."),
+        (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+    )
+)
+
+
+def native_name(original: str) -> str:
+    """The name in this library of a weight of LLaVA's layout or of the paper's code; others stay as they are."""
+    for pattern, replacement in _ORIGINAL_RULES:
+        if pattern.match(original):
+            return pattern.sub(replacement, original)
+    return original
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iterable[str] = ()) -> None:
+    """Copy weights with native names into a model; nothing may be left over, missing or of another shape.
+
+    Args:
+        model: the model.
+        weights: tensors by native name.
+        may_miss: prefixes of parameters that may keep the values they have.
+
+    Raises:
+        ValueError: lists what is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    skipped = tuple(may_miss)
+    missing = [name for name in own if name not in weights and not (skipped and name.startswith(skipped))]
+    unknown = [name for name in weights if name not in own]
+    reshaped = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in weights
+        if name in own and weights[name].shape != own[name].shape
+    ]
+    if missing or unknown or reshaped:
+        raise ValueError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
+    model.load_state_dict(weights, strict=False)

@@ -1,0 +1,43 @@
+"""What kind of golden a file is, told from its entry in the index and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llava_skip.conformance import models, parts
+from llava_skip.conformance.goldens import Comparison, Golden
+
+
+class UnknownKind(ValueError):
+    """A file that no check here can read."""
+
+
+def check_golden(golden: Golden) -> list[Comparison]:
+    """Compare the library with one file.
+
+    Raises:
+        UnknownKind: nothing here knows what to do with the file.
+    """
+    return _find_check(golden)(golden)
+
+
+def _find_check(golden: Golden) -> Callable[[Golden], list[Comparison]]:
+    names, entry = golden.names(), golden.entry
+    endings = {name.split(".", 1)[-1] for name in names} if "cases" in entry else set()
+    if "cls_attention" in endings:
+        return parts.check_selection
+    if "dst_index" in endings:
+        return parts.check_merge
+    if "weights1" in endings:
+        return parts.check_summary
+    if "logits" not in names and "lm_head.weight" in names:
+        return models.check_language_weights
+    if "logits" not in names and "model.mm_projector.0.weight" in names:
+        return models.check_vision_weights
+    family = entry.get("family", entry.get("kind"))
+    if "logits" in names and family == "A":
+        if "pixel_values" in names:
+            return models.check_end_to_end
+        return models.check_language_model if "image_features" in names else models.check_text_only
+    described = f"family {family!r}, " if family else ""
+    raise UnknownKind(f"a kind that is not known yet ({described}tensors {sorted(names)[:4]} ...)")

@@ -1,0 +1,240 @@
+"""Goldens of whole models: the language model on given visual tokens, and pixels to answers."""
+
+from __future__ import annotations
+
+from math import ceil, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llava_skip.checkpoints import load_weights, native_name
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig, SkipConfig
+from llava_skip.conformance.goldens import (
+    Comparison,
+    Golden,
+    close,
+    close_gradient,
+    gradient_names,
+    official_order,
+    same,
+)
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.tokens import retained_order
+
+ORIGINAL_IMAGE_TOKEN = -200
+
+
+def check_language_weights(golden: Golden) -> list[Comparison]:
+    """The weights fit a model of their configuration, name by name."""
+    build_model(golden, SkipConfig(retained=1, skipped=1))
+    return [Comparison(f"{len(golden.tensors)} tensors fit", 0.0, 0.0)]
+
+
+def check_vision_weights(golden: Golden) -> list[Comparison]:
+    """The tower's and projector's weights fit a model of their configuration, name by name."""
+    width = golden.tensors["model.mm_projector.2.weight"].shape[0]
+    text = LlamaConfig(hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=1)
+    model = LlavaSkipForConditionalGeneration(
+        LlavaSkipConfig(vision_config=CLIPVisionConfig(**golden.entry["clip"]), text_config=text)
+    )
+    weights = {native_name(name): tensor for name, tensor in golden.tensors.items()}
+    load_weights(model, weights, may_miss=("model.language_model.", "lm_head.", *_UNUSED_BY_THE_TOWER))
+    return [Comparison(f"{len(weights)} tensors fit", 0.0, 0.0)]
+
+
+# The features come from an inner layer, so files may leave out what lies behind it.
+_UNUSED_BY_THE_TOWER = ("model.vision_tower.post_layernorm.",)
+
+
+def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGeneration:
+    """A float32 model of a file's `config`, and `clip` if it has one, with the weights that belong to it.
+
+    Goldens use every id for text, so the embedding alone gets one more row, for the placeholder.
+    """
+    config, tensors = golden.entry["config"], golden.tensors
+    language = tensors if "lm_head.weight" in tensors else golden.folder.weights_for(golden, "lm_head.weight", "config")
+    weights = {native_name(name): tensor for name, tensor in language.items()}
+    if "clip" in golden.entry:
+        clip = golden.entry["clip"]
+        tower = golden.folder.weights_for(golden, "model.mm_projector.0.weight", "clip")
+        weights |= {native_name(name): tensor for name, tensor in tower.items()}
+        may_miss = _UNUSED_BY_THE_TOWER
+    else:
+        side = ceil(sqrt(skip.retained + skip.skipped + 1))
+        clip = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
+        clip |= {"image_size": side, "patch_size": 1}
+        may_miss = ("model.vision_tower.", "model.multi_modal_projector.")
+    vocabulary = config["vocab_size"]
+    model = LlavaSkipForConditionalGeneration(
+        LlavaSkipConfig(
+            vision_config=CLIPVisionConfig(**clip),
+            text_config=LlamaConfig(**config),
+            image_token_index=vocabulary,
+            skip=skip.to_dict(),
+        )
+    ).eval()
+    load_weights(model, weights, may_miss)
+    table = model.get_input_embeddings().weight.detach()
+    model.set_input_embeddings(nn.Embedding.from_pretrained(nn.functional.pad(table, (0, 0, 0, 1)), freeze=False))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def check_language_model(golden: Golden) -> list[Comparison]:
+    """Visual tokens between a prefix and a suffix -> states, keys, logits, loss, gradients, greedy decode."""
+    entry, t = golden.entry, golden.tensors
+    start, retained, skipped = entry["image_start"], entry["retained"], entry["skipped"]
+    model = build_model(golden, SkipConfig(retained, skipped))
+    features = t["image_features"].requires_grad_()
+    with torch.no_grad():
+        block = model.model.assemble(*features.tensor_split([retained], dim=1))
+    middle = torch.full((features.shape[0], block.shape[1]), model.config.image_token_id)
+    input_ids = torch.cat([t["prefix_ids"], middle, t["suffix_ids"]], dim=1)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": t.get("attention_mask")}
+    order = official_order(entry["length"], start, retained, skipped)
+    results = _check_states(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)}, order)
+    results += _check_generation(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)})
+    if "loss" in t:
+        block = model.model.assemble(*features.tensor_split([retained], dim=1))
+        results += _check_loss(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)}, t["labels"])
+        results.append(close_gradient("gradient of the visual tokens", features.grad, t["grad.image_features"]))
+    return results
+
+
+def check_text_only(golden: Golden) -> list[Comparison]:
+    """A batch without pictures: a plain language model, and gradients of zero for what belongs to pictures."""
+    t = golden.tensors
+    model = build_model(golden, SkipConfig(retained=1, skipped=1))
+    inputs = {"input_ids": t["input_ids"], "attention_mask": t["attention_mask"]}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return [_close_logits(golden, logits, t["attention_mask"]), *_check_loss(golden, model, inputs, t["labels"])]
+
+
+def check_end_to_end(golden: Golden) -> list[Comparison]:
+    """Pixels and ids with one sentinel a picture -> tokens, logits, loss, gradients, greedy decode."""
+    entry, t = golden.entry, golden.tensors
+    retained, skipped = entry["retained"], entry["skipped"]
+    model = build_model(golden, SkipConfig(retained, skipped))
+    input_ids, attention_mask, labels = _expand(model, t["input_ids"], t["attention_mask"], t["labels"])
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": t["pixel_values"]}
+    results = [
+        same("expanded mask", attention_mask, t["expanded_attention_mask"]),
+        same("expanded labels", labels, t["expanded_labels"]),
+        *_check_tower(golden, model),
+    ]
+    with torch.no_grad():
+        outputs = model(**inputs)
+    block = outputs.image_hidden_states.unflatten(0, (-1, retained + skipped + 2))
+    tokens = torch.cat([block[:, :retained], block[:, retained + 1 : -1]], dim=1)
+    expected = t["skip_argument_features"]
+    results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
+    order = official_order(input_ids.shape[1], entry["image_start"], retained, skipped)
+    results.append(_close_logits(golden, _reorder(outputs.logits, order), attention_mask))
+    results += _check_loss(golden, model, inputs, labels)
+    return results + _check_generation(golden, model, inputs)
+
+
+def _check_tower(golden: Golden, model: LlavaSkipForConditionalGeneration) -> list[Comparison]:
+    t, config = golden.tensors, model.config
+    with torch.no_grad():
+        states, scores = model.model.vision_tower(t["pixel_values"], config.vision_feature_layer, rank=True)
+    order = retained_order(scores, golden.entry["retained"])
+    features = states[:, 1:].gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    return [
+        same("retained patches", order[:, : golden.entry["retained"]], t["retained_patches"]),
+        close("tower features", features, t["tower_features"]),
+    ]
+
+
+def _check_states(golden: Golden, model: Any, inputs: dict[str, Any], order: Tensor) -> list[Comparison]:
+    """Logits, and the states after each layer and the keys and values where the file holds them."""
+    t, entry = golden.tensors, golden.entry
+    states: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda *a: states.append(a[-1])) for layer in model.model.language_model.layers]
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+    for hook in hooks:
+        hook.remove()
+    results = [_close_logits(golden, _reorder(logits, order), inputs["attention_mask"])]
+    attention_order = entry.get("orders", {}).get("attn_order")
+    for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+        for stream in ("main", "skip"):
+            if (name := f"layer{index}.{stream}") in t:
+                rows = [attention_order.index(row) for row in entry["orders"][f"{stream}_order"]]
+                results.append(close(name, state[:, rows], t[name]))
+        for name, stored in ((f"kv.layer{index}.key", layer.keys), (f"kv.layer{index}.value", layer.values)):
+            if name in t:
+                results.append(close(name, stored, t[name]))
+    return results
+
+
+def _check_loss(golden: Golden, model: Any, inputs: dict[str, Any], labels: Tensor) -> list[Comparison]:
+    t = golden.tensors
+    model.train()
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    model.eval()
+    parameters = dict(model.named_parameters())
+    results = [close("loss", loss, t["loss"])]
+    for name in gradient_names(t):
+        results.append(close_gradient(f"gradient of {name}", parameters[native_name(name)].grad, t[f"grad.{name}"]))
+    for name in golden.entry.get("params_with_zero_grad", ()):
+        gradient = parameters[native_name(name)].grad
+        error = float("inf") if gradient is None else gradient.abs().max().item()
+        results.append(Comparison(f"zero gradient of {name}", error, 0.0))
+    return results
+
+
+def _check_generation(golden: Golden, model: Any, inputs: dict[str, Any]) -> list[Comparison]:
+    t = golden.tensors
+    if "gen_tokens" not in t:
+        return []
+    steps, length = len(t["gen_tokens"]), inputs["input_ids"].shape[1]
+    if inputs["attention_mask"] is None:  # otherwise generate would take the id 0 in the text for padding
+        inputs = inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    generated = model.generate(**inputs, **options)
+    return [
+        same("greedy tokens", generated.sequences[0, length:], t["gen_tokens"]),
+        close("logits of the greedy tokens", torch.cat(generated.logits), t["gen_logits"]),
+    ]
+
+
+def _expand(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and labels [B, T] with the placeholders of a picture in the place of each sentinel."""
+    rows = model.config.image_seq_length
+    repeats = torch.where(ids == ORIGINAL_IMAGE_TOKEN, rows, 1)
+
+    def expand(tensor: Tensor) -> Tensor:
+        return torch.stack([row.repeat_interleave(times) for row, times in zip(tensor, repeats, strict=True)])
+
+    expanded = expand(ids)
+    is_image = expanded == ORIGINAL_IMAGE_TOKEN
+    return (
+        expanded.masked_fill(is_image, model.config.image_token_id),
+        expand(mask),
+        expand(labels).masked_fill(is_image, IGNORE_INDEX),
+    )
+
+
+def _encoded(block: Tensor) -> dict[str, BaseModelOutputWithPooling]:
+    return {"image": BaseModelOutputWithPooling(pooler_output=block)}
+
+
+def _reorder(logits: Tensor, order: Tensor) -> Tensor:
+    """Rows [B, L, V] in another order; -1 gives a row of zeros."""
+    return logits[:, order.clamp(min=0)].masked_fill((order < 0)[None, :, None], 0.0)
+
+
+def _close_logits(golden: Golden, logits: Tensor, mask: Tensor | None) -> Comparison:
+    """Logits of the rows that are not padding."""
+    expected = golden.tensors["logits"]
+    if mask is None:
+        return close("logits", logits, expected)
+    return close("logits", logits[mask.bool()], expected[mask.bool()])

@@ -1,0 +1,237 @@
+"""The model: a picture becomes one block of rows, most of which skip the FFN of every decoder layer.
+
+    front end -> visual tokens, the retained first -> merge the others -> a summary of each group
+              -> retained | summary | skipped | summary -> placeholders -> decoder along the route -> logits
+
+Shapes: B batch, T rows of a sample, N pictures of a batch, P visual tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+
+from llava_skip.cache import ForgettingCache
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.decoder import build_language_model
+from llava_skip.routing import Route, make_route
+from llava_skip.tokens import SummaryLayer, merge_tokens
+from llava_skip.vision import ClipTower, llava_front_end
+
+
+class LlavaSkipModel(LlavaPreTrainedModel):
+    """Vision tower, projector, summary layer and language model, without the language modelling head."""
+
+    config_class = LlavaSkipConfig
+
+    def __init__(self, config: LlavaSkipConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = ClipTower(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.summary = SummaryLayer(width) if config.skip else None
+        self.language_model = build_language_model(config.text_config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Pictures [N, 3, side, side] -> `pooler_output` [N, rows, D], the rows that replace their placeholders."""
+        tokens = llava_front_end(self.vision_tower, self.multi_modal_projector, pixel_values, self.config)
+        skip = self.config.skip_config
+        if skip is not None:
+            retained, others = tokens.tensor_split([skip.retained], dim=1)
+            tokens = self.assemble(retained, merge_tokens(others, skip.skipped))
+        return BaseModelOutputWithPooling(pooler_output=tokens)
+
+    def assemble(self, retained: Tensor, skipped: Tensor) -> Tensor:
+        """Retained [N, R, D] and skipped [N, S, D] -> `retained | summary | skipped | summary` [N, R+1+S+1, D]."""
+        return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], dim=1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Hidden states [B, T, D]. Arguments as in transformers' LLaVA; pictures in the order of their placeholders."""
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = ForgettingCache()
+        features = self._image_rows(pixel_values, mm_encoder_outputs)
+        inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
+        route, real = Route(), None
+        if not _is_decode_step(past_key_values, inputs_embeds, features):
+            inputs_embeds = self._place(features, inputs_embeds, is_image)
+            real = _not_padding(attention_mask, inputs_embeds.shape[1])
+            route = make_route(is_image, real, self.config.skip_config)
+        if isinstance(past_key_values, ForgettingCache):
+            stored_mask = past_key_values.begin(route, real, inputs_embeds)
+            attention_mask = stored_mask if _is_two_dimensional(attention_mask) else attention_mask
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            route=route,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
+
+    def _image_rows(self, pixel_values: Tensor | None, encoded: dict | None) -> Tensor | None:
+        """Rows of all pictures [N * rows, D]: encoded now, or before (`generate` does, once for all beams)."""
+        if encoded and pixel_values is not None:
+            raise ValueError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+        if encoded and encoded.get("image") is not None:
+            return torch.cat(list(encoded["image"].pooler_output), dim=0)
+        return None
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, D] and where the placeholders are [B, T]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        table = self.get_input_embeddings()
+        if inputs_embeds is None:
+            return table(input_ids), input_ids == self.config.image_token_id
+        placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return inputs_embeds, (inputs_embeds == placeholder).all(dim=-1)
+
+    def _place(self, features: Tensor | None, embeddings: Tensor, is_image: Tensor) -> Tensor:
+        """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order."""
+        rows = 0 if features is None else features.shape[0]
+        if (placeholders := int(is_image.sum())) != rows:
+            raise ValueError(
+                f"The text holds {placeholders} image placeholders, the pictures fill {rows} "
+                f"({self.config.image_seq_length} a picture): give text and pictures to the processor together."
+            )
+        if features is not None:
+            return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings))
+        if self.training and torch.is_grad_enabled():
+            return embeddings + self._no_picture()
+        return embeddings
+
+    def _no_picture(self) -> Tensor:
+        """A zero that depends on every parameter of the picture path.
+
+        A batch without pictures then still gives those parameters a gradient, of zero, and takes part in the
+        collective operations of ZeRO, in which every rank must use the same modules.
+        """
+        side = self.config.vision_config.image_size
+        blank = torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device)
+        return 0.0 * self.get_image_features(blank).pooler_output.mean()
+
+
+def _is_decode_step(cache: Cache | None, rows: Tensor, features: Tensor | None) -> bool:
+    """One new row a sample on a filled cache, without pictures: nothing to route, and no synchronisation."""
+    return features is None and rows.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
+
+
+def _is_two_dimensional(mask: Any) -> bool:
+    """Whether it says which rows are real (or nothing), not which row sees which: a 4-D mask is the caller's own."""
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+
+
+def _not_padding(mask: Any, new: int) -> Tensor | None:
+    """[B, T] bool, False on padding among the `new` rows; None if none of them is padding."""
+    if mask is None or not _is_two_dimensional(mask):
+        return None
+    real = mask[:, -new:].bool()
+    return None if bool(real.all()) else real
+
+
+class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
+    """LLaVA whose skipped visual tokens bypass the FFN; with `config.skip=None`, the dense LLaVA."""
+
+    config_class = LlavaSkipConfig
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: LlavaSkipConfig) -> None:
+        super().__init__(config)
+        self.model = LlavaSkipModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `LlavaSkipModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits [B, T, V] or a loss; arguments as in transformers' LLaVA.
+
+        With `labels` [B, T] (-100 where nothing is learnt) and no `logits_to_keep`, only the rows that have a label
+        reach the head: `loss` is their mean cross entropy (or their sum over `num_items_in_batch`), `logits` is None.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._supervised_loss(hidden_states, labels, num_items_in_batch)
+        if labels is None or logits_to_keep is not None:
+            kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
+            logits = self.lm_head(kept)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Called by `generate`: the default cache is the forgetting one; a cache that was asked for stays as it is."""
+        own_choice = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if not own_choice and type(cache) is DynamicCache and not cache.offloading:
+            model_kwargs["past_key_values"] = ForgettingCache()
+
+    def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """Next-token cross entropy over the rows whose next token has a label; 0 if none has."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
+        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+        return total / (supervised.sum().clamp(min=1) if items is None else items)

@@ -1,0 +1,105 @@
+"""Selecting, merging and summarising visual tokens: two pure functions and one small layer.
+
+Shapes: N pictures, P visual tokens of a picture, R retained, S kept by the merge, C or D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:
+    """Order tokens so that the `retained` highest-scored come first.
+
+    Both groups keep the order of the picture, as the paper's code does (it marks the kept patches in a mask).
+
+    Args:
+        tokens: [N, P, C].
+        scores: [N, P], for LLaVA the attention that the class token pays to each patch, summed over heads.
+        retained: R.
+
+    Returns:
+        [N, P, C], the same tokens: R retained ascending by place, then the others ascending by place.
+    """
+    order = retained_order(scores, retained)
+    return tokens.gather(1, order.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def retained_order(scores: Tensor, retained: int) -> Tensor:
+    """The permutation of `retained_first`: scores [N, P] -> places [N, P]."""
+    other = torch.ones_like(scores, dtype=torch.uint8)
+    other.scatter_(1, scores.topk(retained, dim=1).indices, 0)
+    return other.argsort(dim=1, stable=True)
+
+
+def merge_choices(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What one step of bipartite soft matching decides; computed in float32, without gradient.
+
+    A token's centrality is the sum of its cosine similarities to all others: the most central tokens are the most
+    redundant and are merged away, each into the kept token that it is most similar to.
+
+    Args:
+        tokens: [N, P, C].
+        keep: S, at most P.
+
+    Returns:
+        centrality [N, P]; order [N, P], places by descending centrality, whose first P - S are merged away and last
+        S kept; target [N, P - S], for each merged token the index of its match in the kept list.
+    """
+    unit = nn.functional.normalize(tokens.detach().float(), dim=-1)
+    centrality = (unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
+    # Stable, so that equal tokens are ordered alike on every device.
+    order = centrality.argsort(dim=1, descending=True, stable=True)
+    unit = unit.gather(1, order.unsqueeze(-1).expand_as(unit))
+    merged, kept = unit.split([tokens.shape[1] - keep, keep], dim=1)
+    return centrality, order, (merged @ kept.transpose(1, 2)).argmax(dim=-1)
+
+
+def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
+    """Merge P tokens to `keep` by one step of bipartite soft matching (Skip-Vision, token merge).
+
+    Every kept token becomes the plain mean of itself and of the tokens merged into it; the result is ordered by
+    descending centrality. Gradients flow through the means, not through the choices.
+
+    Args:
+        tokens: [N, P, C].
+        keep: S, between 1 and P; P returns the tokens as they are.
+
+    Returns:
+        [N, S, C].
+
+    Raises:
+        ValueError: `keep` is not between 1 and P.
+    """
+    total = tokens.shape[1]
+    if not 1 <= keep <= total:
+        raise ValueError(f"Cannot merge {total} tokens to {keep}: keep must be between 1 and {total}.")
+    if keep == total:
+        return tokens
+    _, order, target = merge_choices(tokens, keep)
+    ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+    merged, kept = ordered.split([total - keep, keep], dim=1)
+    # A product with the assignment instead of a scatter: its sums have one order on every device.
+    assignment = nn.functional.one_hot(target, keep).transpose(1, 2).to(tokens.dtype)
+    return (kept + assignment @ merged) / (1 + assignment.sum(dim=-1, keepdim=True))
+
+
+class SummaryLayer(nn.Module):
+    """Softmax pooling of a group of tokens into one summary token (paper, section 3.2).
+
+    `weights = softmax over tokens of score(norm(x))`, `summary = sum of weights * x` with the raw x.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.score = nn.Linear(width, 1)
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """[N, P, D] -> [N, P, 1], summing to 1 over P."""
+        return self.score(self.norm(tokens)).softmax(dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, P, D] -> [N, 1, D]."""
+        return (self.weights(tokens) * tokens).sum(dim=1, keepdim=True)

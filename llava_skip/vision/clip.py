@@ -1,0 +1,70 @@
+"""CLIP's vision tower, run as far as its features are used.
+
+Shapes: N pictures, P patches of a picture, C width of the tower, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+
+class ClipTower(CLIPVisionModel):
+    """transformers' CLIPVisionModel that gives one layer's hidden states instead of the last layer's."""
+
+    def forward(self, pixel_values: Tensor, feature_layer: int, rank: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Features of a layer, and how much its class token attends to each patch.
+
+        Args:
+            pixel_values: [N, 3, side, side].
+            feature_layer: index into transformers' list of hidden states (0 is the embedding, -1 the last layer).
+            rank: whether the scores are wanted.
+
+        Returns:
+            hidden states [N, 1 + P, C], the class token first; scores [N, P] (summed over heads) or None.
+
+        Raises:
+            ValueError: pictures of another size than the tower's, or a layer that it does not have.
+        """
+        side = self.config.image_size
+        if pixel_values.shape[-2:] != (side, side):
+            raise ValueError(
+                f"Pictures are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
+                "set the image processor's crop_size to the tower's image_size."
+            )
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
+        layers = self.encoder.layers[: self._used_layers(feature_layer, rank)]
+        entering = hidden_states
+        for layer in layers:
+            entering, hidden_states = hidden_states, layer(hidden_states, None)
+        return hidden_states, class_attention(layers[-1], entering).sum(dim=1) if rank else None
+
+    def _used_layers(self, feature_layer: int, rank: bool) -> int:
+        depth = len(self.encoder.layers)
+        used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+        if not (1 if rank else 0) <= used <= depth:
+            raise ValueError(f"vision_feature_layer is {feature_layer}, but the tower has {depth} layers.")
+        return used
+
+
+@torch.no_grad()
+def class_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
+    """Attention of the class token to the patches in one layer, from one query row: no attention map is formed.
+
+    Args:
+        layer: the layer.
+        hidden_states: [N, 1 + P, C], as they enter it.
+
+    Returns:
+        [N, H, P] softmax probabilities over class token and patches, the class token's own column left out.
+    """
+    attention = layer.self_attn
+    normed = layer.layer_norm1(hidden_states)
+    query, key = (
+        projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for projected in (attention.q_proj(normed[:, :1]), attention.k_proj(normed))
+    )
+    scores = (query * attention.scale) @ key.transpose(-1, -2)
+    return scores.float().softmax(dim=-1)[:, :, 0, 1:]
