@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
 
 # LLaVA's own layout and that of the paper's code (`model.ada`), rule by rule; the first rule that fits is used.
 _ORIGINAL_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -52,3 +56,24 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
     if missing or unknown or reshaped:
         raise ValueError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
     model.load_state_dict(weights, strict=False)
+
+
+def build_from_parts(
+    config: LlavaSkipConfig, language: PreTrainedModel, tower: PreTrainedModel
+) -> LlavaSkipForConditionalGeneration:
+    """Join a language model and a vision tower; projector and summary layer are new.
+
+    Args:
+        config: of the joined model; its vocabulary may be larger than the language model's, by the image token.
+        language: a causal language model of `config.text_config`'s type.
+        tower: a CLIP vision model of `config.vision_config`.
+
+    Raises:
+        ValueError: a weight of the two is missing, unknown or of another shape.
+    """
+    language.resize_token_embeddings(config.text_config.vocab_size)
+    model = LlavaSkipForConditionalGeneration(config)
+    weights = {native_name(name): tensor for name, tensor in language.state_dict().items()}
+    weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    load_weights(model, weights, may_miss=("model.multi_modal_projector.", "model.summary."))
+    return model

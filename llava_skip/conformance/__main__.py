@@ -44,7 +44,8 @@ def run(
     try:
         folder = GoldenFolder(directory)
     except FileNotFoundError as error:
-        raise typer.BadParameter(str(error)) from error
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     rows = [_row(golden) for golden in folder.files.values()]
     rows += [
         {"file": name, "passed": False, "unknown": "not in index.json, and no check reads it", "comparisons": []}

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Fine-tunes a LLaVA whose visual tokens skip the FFN, with DeepSpeed.
+#
+#   bash scripts/finetune_skip.sh                       a tiny model on the embedded digits, two CPU processes or all GPUs
+#   PRESET=llava bash scripts/finetune_skip.sh          the dense model, on the same data
+#   MODEL=... DATA=... IMAGES=... OUTPUT=... bash scripts/finetune_skip.sh --learning_rate 1e-5
+#
+# Variables (each has a default; arguments behind the script go to train.train, see --help):
+#   MODEL        saved model, or a language model together with VISION_TOWER    (a new tiny model)
+#   VISION_TOWER CLIP vision tower for a plain language model
+#   DATA IMAGES  LLaVA conversation JSON and the folder of its pictures         (the embedded digits)
+#   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256                 (sv-llava-100 for a new model)
+#   TEMPLATE     v1, llama3 or plain                                            (the tokenizer's own)
+#   OUTPUT       folder of the run                                              (checkpoints/<preset>)
+#   NPROC        processes on this machine                                      (GPUs found, else 2)
+#   ZERO         DeepSpeed stage: 2 or 3                                        (2)
+#   EPOCHS BATCH LR   epochs, samples a process and step, learning rate
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/env.sh
+
+gpus=$($PYTHON -c 'import torch; print(torch.cuda.device_count())')
+NPROC=${NPROC:-$((gpus > 0 ? gpus : 2))}
+ZERO=${ZERO:-2}
+[ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2 or 3." >&2; exit 2; }
+
+arguments=(--deepspeed "scripts/zero$ZERO.json")
+if [ "$gpus" -gt 0 ]; then
+    arguments+=(--bf16 true --tf32 true)
+else
+    arguments+=(--use_cpu true --dataloader_pin_memory false)
+    export DS_ACCELERATOR=cpu
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+fi
+if [ -z "${DATA:-}" ]; then
+    $PYTHON -m playground.data.build
+    DATA=playground/data/digits/train.json
+    IMAGES=playground/data/digits/images
+fi
+if [ -z "${MODEL:-}" ]; then # a tiny model from scratch: it learns as small models do
+    PRESET=${PRESET:-sv-llava-100}
+    BATCH=${BATCH:-$((32 / NPROC > 0 ? 32 / NPROC : 1))}
+    LR=${LR:-1e-3}
+    EPOCHS=${EPOCHS:-3}
+else
+    arguments+=(--model "$MODEL" --gradient_checkpointing true)
+fi
+[ -z "${VISION_TOWER:-}" ] || arguments+=(--vision_tower "$VISION_TOWER")
+[ -z "${PRESET:-}" ] || arguments+=(--preset "$PRESET")
+[ -z "${TEMPLATE:-}" ] || arguments+=(--template "$TEMPLATE")
+[ -z "${BATCH:-}" ] || arguments+=(--per_device_train_batch_size "$BATCH")
+[ -z "${LR:-}" ] || arguments+=(--learning_rate "$LR")
+
+exec "$PYTHON" -m train.launch --standalone --nproc_per_node "$NPROC" -m train.train \
+    "${arguments[@]}" \
+    --data "$DATA" --images "${IMAGES:-}" \
+    --output_dir "${OUTPUT:-checkpoints/${PRESET:-finetuned}}" \
+    --num_train_epochs "${EPOCHS:-1}" \
+    "$@"

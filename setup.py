@@ -1,0 +1,56 @@
+"""Packages, dependencies and extras; everything else is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+LIBRARY = [
+    "torch>=2.8",
+    "transformers>=5.23,<6",
+    "safetensors>=0.5",
+    "pillow>=11",
+    "numpy>=1.26",
+    "jinja2>=3.1",
+    "typer>=0.15",
+    "rich>=13",
+]
+TRAIN = [
+    "accelerate>=1.10,<2",
+    "datasets>=4,<6",
+    "deepspeed>=0.18,<0.20",
+    "matplotlib>=3.9",
+    "ninja>=1.11",
+    "peft>=0.18,<1",
+    "tqdm>=4.66",
+    "wandb>=0.20,<1",
+]
+EVAL = [
+    "matplotlib>=3.9",
+    "openai>=1.60,<4",
+    "openpyxl>=3.1",
+    "pandas>=2.2,<4",
+    "tqdm>=4.66",
+]
+EMBEDDED = ["scikit-learn>=1.5", "pandas>=2.2,<4", "tokenizers>=0.22"]
+DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
+
+setup(
+    name="llava-skip",
+    version="0.1.0",
+    description="Skip-Vision for LLaVA: train and evaluate models whose visual tokens skip the FFN",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llava_skip", "llava_skip.*", "train", "eval", "eval.*", "playground", "playground.*"]),
+    package_data={"llava_skip": ["templates/*.jinja"]},
+    install_requires=LIBRARY,
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "embedded": EMBEDDED,
+        "flash-attn": ["flash-attn>=2.7"],
+        "dev": DEV,
+        "all": [*TRAIN, *EVAL, *EMBEDDED, *DEV],
+    },
+)

@@ -1,0 +1,68 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llava_skip.conformance import GoldenFolder, check_golden
+
+GOLDENS = Path("tests/goldens")
+
+
+@pytest.mark.parametrize("name", sorted(GoldenFolder(GOLDENS).files))
+def test_golden_is_reproduced(name):
+    comparisons = check_golden(GoldenFolder(GOLDENS).files[name])
+    assert comparisons
+    assert [c for c in comparisons if not c.passed] == []
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llava_skip.conformance", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A folder with three files of the goldens, one of them under another name."""
+    index = json.loads((GOLDENS / "index.json").read_text())
+    names = {"merge": "merge", "summary": "other_name", "llm_weights": "llm_weights"}
+    for name, new in names.items():
+        shutil.copyfile(GOLDENS / f"{name}.safetensors", tmp_path / f"{new}.safetensors")
+    (tmp_path / "index.json").write_text(json.dumps({new: index[name] for name, new in names.items()}))
+    return tmp_path
+
+
+def test_command_agrees_and_writes_json(copy, tmp_path):
+    result = run(copy, "--json", str(tmp_path / "out.txt"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 of 3 files agree" in result.stdout
+    rows = json.loads((tmp_path / "out.txt").read_text())
+    assert all(row["passed"] and row["comparisons"] for row in rows)
+
+
+def test_command_fails_on_a_changed_value(copy):
+    tensors = load_file(copy / "merge.safetensors")
+    tensors["B1_N26_to16.out"] = tensors["B1_N26_to16.out"] + 1e-2
+    save_file(tensors, copy / "merge.safetensors")
+    result = run(copy)
+    assert result.returncode == 1
+    assert "2 of 3 files agree" in result.stdout and "B1_N26_to16 output" in result.stdout
+
+
+def test_command_fails_on_an_unknown_kind_and_names_it(copy):
+    index = json.loads((copy / "index.json").read_text())
+    index["strange"] = {"family": "Z", "tensors": {"feature": [[1], "float32"]}}
+    (copy / "index.json").write_text(json.dumps(index))
+    (copy / "extra.json").write_text("{}")
+    result = run(copy)
+    assert result.returncode == 1
+    assert result.stdout.count("unknown") == 2
+    assert "3 of 5 files agree" in result.stdout
+
+
+def test_command_refuses_a_folder_without_index(tmp_path):
+    result = run(tmp_path)
+    assert result.returncode == 2 and "index.json does not exist" in result.stderr

@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, SkipConfig
+from llava_skip.processing import load_template, template_names
+from tests.small_models import small_config
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+ROWS = 14
+TURNS = [
+    {"role": "user", "content": "<image>\nWhat is this?"},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "What color?"},
+    {"role": "assistant", "content": "Black and white."},
+]
+
+
+def byte_tokenizer(special=SPECIAL, bos=True) -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens; adds <s> in front as LLaMA's does."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
+    )
+
+
+def picture(width=20, height=12, seed=0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def processor() -> LlavaSkipProcessor:
+    config = small_config(SkipConfig(5, 7), vocab_size=400)
+    config.image_token_index = 3
+    return LlavaSkipProcessor.for_config(config, byte_tokenizer(), "v1")
+
+
+def segments(processor, sample) -> list[tuple[bool, str]]:
+    """Runs of learnt and not learnt tokens, decoded; a picture's placeholders as one."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
+        assert label in (-100, token)
+        learnt = label != -100
+        if not runs or runs[-1][0] != learnt:
+            runs.append((learnt, []))
+        if not (token == 3 and runs[-1][1][-1:] == [3]):
+            runs[-1][1].append(token)
+    return [(learnt, processor.tokenizer.decode(tokens)) for learnt, tokens in runs]
+
+
+def test_templates_come_with_the_library():
+    assert template_names() == ["llama3", "plain", "v1"]
+    with pytest.raises(ValueError, match="Unknown conversation template 'v9'; known: llama3, plain, v1"):
+        load_template("v9")
+
+
+def test_v1_segments(processor):
+    sample = processor.encode_conversation(TURNS, [picture()])
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    )
+    assert segments(processor, sample) == [
+        (False, f"<s>{system} USER: <image>\nWhat is this? ASSISTANT:"),
+        (True, " A cat.</s>"),
+        (False, "USER: What color? ASSISTANT:"),
+        (True, " Black and white.</s>"),
+    ]
+    assert sample["input_ids"].count(3) == ROWS
+    assert torch.as_tensor(np.array(sample["pixel_values"])).shape == (1, 3, 16, 16)
+
+
+def test_llama3_segments(processor):
+    processor.chat_template = load_template("llama3")
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    assert segments(processor, processor.encode_conversation(TURNS, [picture()])) == [
+        (
+            False,
+            f"<s>{header('system')}You are a helpful and honest multimodal assistant.<|eot_id|>"
+            f"{header('user')}<image>\nWhat is this?<|eot_id|>{header('assistant')}",
+        ),
+        (True, "A cat.<|eot_id|>"),
+        (False, f"{header('user')}What color?<|eot_id|>{header('assistant')}"),
+        (True, "Black and white.<|eot_id|>"),
+    ]
+
+
+def test_plain_segments(processor):
+    processor.chat_template = load_template("plain")
+    sample = processor.encode_conversation(TURNS[:2], [picture()])
+    assert segments(processor, sample) == [(False, "<s><image>"), (True, "A cat.\n")]
+
+
+@pytest.mark.parametrize("answer", ["", " ASSISTANT: USER: twice", "line\nline", "ü☂ 猫"])
+def test_no_answer_loses_its_labels(processor, answer):
+    turns = [TURNS[0], {"role": "assistant", "content": answer}]
+    learnt = [text for is_learnt, text in segments(processor, processor.encode_conversation(turns, [picture()])) if is_learnt]
+    assert learnt == [f" {answer.strip()}</s>"]
+
+
+def test_text_only_conversation(processor):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    sample = processor.encode_conversation(turns, [])
+    assert "pixel_values" not in sample
+    assert segments(processor, sample)[-1] == (True, " Hi</s>")
+
+
+def test_inference_prompt_is_the_beginning_of_the_training_sample(processor):
+    for name in ("v1", "llama3"):
+        processor.chat_template = load_template(name)
+        content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        sample = processor.encode_conversation(TURNS, [picture()])
+        assert sample["input_ids"][: len(prompt)] == list(prompt)
+        first = next(i for i, label in enumerate(sample["labels"]) if label != -100)
+        assert first == len(prompt)
+
+
+def test_call_with_pictures_text_and_padding(processor):
+    batch = processor(
+        images=[[picture(seed=1), picture(seed=2)], [], [picture(seed=3)]],
+        text=["<image> and <image>", "no picture at all", "<image>"],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert (batch["input_ids"] == 3).sum(1).tolist() == [2 * ROWS, 0, ROWS]
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert batch["attention_mask"].sum(1).tolist() == [1 + 2 * ROWS + 5, 1 + 17, 1 + ROWS]
+    text = processor(text="just text", return_tensors="pt")
+    assert "pixel_values" not in text
+
+
+def test_picture_is_padded_to_a_square_in_the_mean_colour(processor):
+    white = Image.new("RGB", (40, 20), "white")
+    pixels = processor(images=white, text="<image>", return_tensors="pt")["pixel_values"][0]
+    mean, std = torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std)
+    colours = (pixels * std[:, None, None] + mean[:, None, None]) * 255
+    assert torch.allclose(colours[:, 0, 8], torch.tensor([122.0, 116.0, 104.0]), atol=1.0)
+    assert torch.allclose(colours[:, 8, 8], torch.tensor([255.0] * 3), atol=1.0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_pictures_of_every_mode(processor, mode):
+    pixels = processor(images=picture().convert(mode), text="<image>", return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+
+
+def test_numbers_of_pictures_and_placeholders_must_agree(processor):
+    with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+        processor(images=[picture()], text="<image> <image>")
+    with pytest.raises(ValueError):
+        processor.encode_conversation(TURNS, [])
+
+
+def test_a_tokenizer_without_the_image_token_is_refused():
+    without = byte_tokenizer([token for token in SPECIAL if token != "<image>"])
+    with pytest.raises(ValueError, match="does not know the image token '<image>' as one token"):
+        LlavaSkipProcessor.for_config(small_config(), without, "v1")
+
+
+def test_tokenizer_and_model_must_agree_on_the_image_token():
+    with pytest.raises(ValueError, match="id of '<image>' is 3, the model's image_token_index is 90"):
+        LlavaSkipProcessor.for_config(small_config(), byte_tokenizer(), "v1")
+
+
+def test_processor_saves_and_loads_with_its_model(processor, tmp_path):
+    config = small_config(vocab_size=400)
+    config.image_token_index = 3
+    LlavaSkipForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, LlavaSkipProcessor)
+    assert loaded.image_seq_length == ROWS
+    before, after = (p.encode_conversation(TURNS, [picture()]) for p in (processor, loaded))
+    assert before["labels"] == after["labels"]
+    assert np.array_equal(before["pixel_values"], after["pixel_values"])

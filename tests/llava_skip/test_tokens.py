@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first
+
+
+def reference_merge(x: torch.Tensor, keep: int) -> torch.Tensor:
+    """One picture, token by token."""
+    unit = x / x.norm(dim=-1, keepdim=True)
+    similarity = unit @ unit.T
+    order = (similarity.sum(1) - similarity.diagonal()).argsort(descending=True).tolist()
+    merged, kept = order[: len(x) - keep], order[len(x) - keep :]
+    groups = {k: [k] for k in kept}
+    for token in merged:
+        groups[max(kept, key=lambda k: similarity[token, k].item())].append(token)
+    return torch.stack([x[groups[k]].mean(0) for k in kept])
+
+
+@pytest.mark.parametrize(("total", "keep"), [(12, 5), (12, 11), (12, 1), (30, 4)])
+def test_merge_equals_token_by_token(total, keep):
+    x = torch.randn(3, total, 6)
+    expected = torch.stack([reference_merge(sample, keep) for sample in x])
+    assert torch.allclose(merge_tokens(x, keep), expected, atol=1e-5)
+
+
+def test_merge_of_a_sample_does_not_depend_on_its_neighbours():
+    x = torch.randn(4, 20, 6)
+    assert torch.allclose(merge_tokens(x, 7)[2:3], merge_tokens(x[2:3], 7), atol=1e-6)
+
+
+def test_merge_to_all_is_the_input_and_gradients_are_those_of_means():
+    x = torch.randn(1, 9, 4, requires_grad=True)
+    assert merge_tokens(x, 9) is x
+    merge_tokens(x, 3).sum().backward()
+    _, order, target = merge_choices(x, 3)
+    sizes = 1 + torch.bincount(target[0], minlength=3)
+    expected = torch.empty(9)
+    expected[order[0, 6:]] = 1 / sizes
+    expected[order[0, :6]] = (1 / sizes)[target[0]]
+    assert torch.allclose(x.grad[0], expected[:, None].expand(9, 4), atol=1e-6)
+
+
+def test_merge_survives_a_zero_token():
+    x = torch.randn(1, 8, 4)
+    x[0, 3] = 0
+    assert merge_tokens(x, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [0, 9])
+def test_merge_refuses_impossible_numbers(keep):
+    with pytest.raises(ValueError, match=f"8 tokens to {keep}"):
+        merge_tokens(torch.randn(1, 8, 4), keep)
+
+
+def test_retained_keep_the_order_of_the_picture():
+    tokens = torch.arange(6.0).reshape(1, 6, 1)
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.0, 0.3]])
+    assert retained_first(tokens, scores, 2).flatten().tolist() == [1, 3, 0, 2, 4, 5]
+
+
+def test_summary_is_a_weighted_mean_of_the_raw_tokens():
+    layer = SummaryLayer(8)
+    tokens = torch.randn(2, 5, 8)
+    weights = layer.weights(tokens)
+    assert torch.allclose(weights.sum(1), torch.ones(2, 1))
+    assert torch.allclose(layer(tokens)[1, 0], sum(w * t for w, t in zip(weights[1], tokens[1], strict=True)), atol=1e-6)
+    assert weights.std() > 0

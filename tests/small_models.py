@@ -1,0 +1,87 @@
+"""Tiny models and samples that the tests share."""
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
+
+IMAGE_TOKEN_ID = 90
+
+
+def small_config(skip: SkipConfig | None = SkipConfig(5, 7), **text) -> LlavaSkipConfig:
+    """16 patches a picture, grouped-query attention, different numbers of everything."""
+    return LlavaSkipConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+        ),
+        text_config=LlamaConfig(
+            **{
+                "vocab_size": 100,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "initializer_range": 0.2,
+                "bos_token_id": 1,
+                "eos_token_id": None,
+                "pad_token_id": 0,
+                **text,
+            }
+        ),
+        image_token_index=IMAGE_TOKEN_ID,
+        skip=None if skip is None else skip.to_dict(),
+    )
+
+
+def small_model(skip: SkipConfig | None = SkipConfig(5, 7), **text) -> LlavaSkipForConditionalGeneration:
+    torch.manual_seed(3)
+    model = LlavaSkipForConditionalGeneration(small_config(skip, **text)).eval()
+    for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+class Sample:
+    """A sample with `pictures` pictures between text; ids and pixels of its own."""
+
+    def __init__(self, model, pictures: int, text: tuple[int, ...], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        rows = model.config.image_seq_length
+        parts = []
+        for index, words in enumerate(text):
+            parts.append(torch.randint(2, 80, (words,), generator=generator))
+            if index < pictures:
+                parts.append(torch.full((rows,), IMAGE_TOKEN_ID))
+        self.input_ids = torch.cat(parts)
+        self.pixel_values = torch.randn(pictures, 3, 16, 16, generator=generator) if pictures else None
+
+    def alone(self) -> dict:
+        inputs = {"input_ids": self.input_ids[None], "attention_mask": torch.ones_like(self.input_ids)[None]}
+        return inputs if self.pixel_values is None else inputs | {"pixel_values": self.pixel_values}
+
+
+def mixed_samples(model) -> list[Sample]:
+    """One picture, two (adjacent), none, two apart; all of different lengths and offsets."""
+    return [
+        Sample(model, 1, (3, 5), seed=1),
+        Sample(model, 2, (2, 0, 9), seed=2),
+        Sample(model, 0, (6,), seed=3),
+        Sample(model, 2, (1, 4, 2), seed=4),
+    ]
+
+
+def batch_of(samples: list[Sample], side: str) -> dict:
+    """The samples as one padded batch; `where[i]` are the real rows of sample i."""
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.zeros(len(samples), length, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for index, sample in enumerate(samples):
+        size = len(sample.input_ids)
+        place = slice(0, size) if side == "right" else slice(length - size, length)
+        input_ids[index, place], mask[index, place] = sample.input_ids, 1
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    return inputs | {"pixel_values": torch.cat(pixels)} if pixels else inputs

@@ -1,0 +1,1 @@
+"""Training: stage 1 and supervised fine-tuning on DeepSpeed."""

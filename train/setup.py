@@ -1,0 +1,157 @@
+"""From arguments to processor and model: what is loaded, what is new, what learns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase
+
+from llava_skip.checkpoints import build_from_parts
+from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.presets import preset_config, preset_skip
+from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
+from train.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PRESET = "sv-llava-100"
+"""Preset of a new model."""
+EMBEDDED_TOKENIZER = Path("playground/data/digits/tokenizer")
+"""Tokenizer of a new model, unless another is named."""
+
+
+def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProcessor]:
+    """Configuration and processor of the run, without any weights: mistakes show before a model loads.
+
+    Raises:
+        ValueError: an unknown preset, size or template, or a tokenizer that does not fit.
+        FileNotFoundError: a model or tokenizer folder that does not exist.
+    """
+    tokenizer = _load_tokenizer(arguments)
+    if arguments.model is None:
+        preset = arguments.preset or DEFAULT_PRESET
+        config = preset_config(preset, arguments.size, **_token_ids(tokenizer))
+        config.image_token_index = find_image_token(tokenizer)
+    else:
+        config = _config_of(arguments, tokenizer)
+    if config.text_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}: "
+            "give the tokenizer that belongs to the model."
+        )
+    return config, LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
+
+
+def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    source = arguments.tokenizer or arguments.model or str(EMBEDDED_TOKENIZER)
+    _check_source(source, "tokenizer" if arguments.tokenizer or not arguments.model else "model")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if arguments.vision_tower and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    find_image_token(tokenizer)
+    if not (arguments.template or tokenizer.chat_template):
+        raise ValueError(f"The tokenizer of {source} has no chat template: name one with --template.")
+    return tokenizer
+
+
+def _check_source(source: str, what: str) -> None:
+    """A path that looks local must exist; anything else is a hub name, which transformers looks up."""
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise FileNotFoundError(f"The {what} {source} does not exist: give a folder or a hub name (owner/name).")
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
+    config = AutoConfig.from_pretrained(arguments.model)
+    if config.model_type != LlavaSkipConfig.model_type:
+        return _joined_config(arguments, config, tokenizer)
+    if arguments.vision_tower:
+        raise ValueError(f"{arguments.model} already has a vision tower: leave --vision_tower out.")
+    if arguments.preset is None:
+        return config
+    skip = preset_skip(arguments.preset, config.patches)
+    return LlavaSkipConfig(**{**config.to_dict(), "skip": None if skip is None else skip.to_dict()})
+
+
+def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
+    if not arguments.vision_tower:
+        raise ValueError(
+            f"{arguments.model} is a {text.model_type} model, not a {LlavaSkipConfig.model_type} one: name a CLIP "
+            "vision tower with --vision_tower to join the two."
+        )
+    _check_source(arguments.vision_tower, "vision tower")
+    vision = AutoConfig.from_pretrained(arguments.vision_tower)
+    vision = getattr(vision, "vision_config", vision)
+    skip = preset_skip(arguments.preset or DEFAULT_PRESET, (vision.image_size // vision.patch_size) ** 2)
+    text.vocab_size = max(text.vocab_size, -(-len(tokenizer) // 64) * 64)
+    return LlavaSkipConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=find_image_token(tokenizer),
+        skip=None if skip is None else skip.to_dict(),
+    )
+
+
+def build_model(
+    arguments: ModelArguments, config: LlavaSkipConfig, dtype: torch.dtype
+) -> LlavaSkipForConditionalGeneration:
+    """The model of the run: new, loaded, or joined from a language model and a vision tower."""
+    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    if arguments.model is None:
+        config._attn_implementation = arguments.attn_implementation
+        model = LlavaSkipForConditionalGeneration(config).to(dtype)
+    elif arguments.vision_tower:
+        config._attn_implementation = arguments.attn_implementation
+        language = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+        tower = CLIPVisionModel.from_pretrained(arguments.vision_tower, dtype=dtype)
+        model = build_from_parts(config, language, tower).to(dtype)
+    else:
+        model = LlavaSkipForConditionalGeneration.from_pretrained(
+            arguments.model, config=config, dtype=dtype, **options
+        )
+    choose_trained(model, arguments)
+    return model
+
+
+def choose_trained(model: LlavaSkipForConditionalGeneration, arguments: ModelArguments) -> None:
+    """Let the chosen parts learn and freeze the others, and the tower's layers behind the features that are used."""
+    parts = arguments.train_parts
+    if parts is None:
+        parts = [*_PART_MODULES] if arguments.model is None else [p for p in _PART_MODULES if p != "vision_tower"]
+    model.requires_grad_(False)
+    for part in parts:
+        for module in _PART_MODULES[part](model):
+            if module is not None:
+                module.requires_grad_(True)
+    tower = model.model.vision_tower
+    used = model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
+    tower.encoder.layers[used:].requires_grad_(False)
+    tower.post_layernorm.requires_grad_(False)
+
+
+_PART_MODULES: dict[str, Any] = {
+    "vision_tower": lambda m: [m.model.vision_tower],
+    "multi_modal_projector": lambda m: [m.model.multi_modal_projector],
+    "summary": lambda m: [m.model.summary],
+    "language_model": lambda m: [m.model.language_model, m.lm_head],
+}
+
+
+def load_json(path: Path) -> Any:
+    """A small JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
