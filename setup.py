@@ -24,13 +24,7 @@ TRAIN = [
     "tqdm>=4.66",
     "wandb>=0.20,<1",
 ]
-EVAL = [
-    "matplotlib>=3.9",
-    "openai>=1.60,<4",
-    "openpyxl>=3.1",
-    "pandas>=2.2,<4",
-    "tqdm>=4.66",
-]
+EVAL = ["openai>=1.60,<4", "openpyxl>=3.1", "tenacity>=9,<10", "tqdm>=4.66"]
 EMBEDDED = ["scikit-learn>=1.5", "pandas>=2.2,<4", "tokenizers>=0.22"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 

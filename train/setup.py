@@ -32,6 +32,9 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         ValueError: an unknown preset, size or template, or a tokenizer that does not fit.
         FileNotFoundError: a model or tokenizer folder that does not exist.
     """
+    for what in ("model", "tokenizer", "vision_tower"):
+        if source := getattr(arguments, what):
+            _check_source(source, what)
     tokenizer = _load_tokenizer(arguments)
     if arguments.model is None:
         preset = arguments.preset or DEFAULT_PRESET
@@ -49,7 +52,7 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
 
 def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     source = arguments.tokenizer or arguments.model or str(EMBEDDED_TOKENIZER)
-    _check_source(source, "tokenizer" if arguments.tokenizer or not arguments.model else "model")
+    _check_source(source, "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(source)
     if arguments.vision_tower and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -65,7 +68,8 @@ def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 def _check_source(source: str, what: str) -> None:
     """A path that looks local must exist; anything else is a hub name, which transformers looks up."""
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise FileNotFoundError(f"The {what} {source} does not exist: give a folder or a hub name (owner/name).")
+        name = what.replace("_", " ")
+        raise FileNotFoundError(f"The {name} {source} does not exist: give a folder or a hub name (owner/name).")
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
@@ -94,7 +98,6 @@ def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTo
             f"{arguments.model} is a {text.model_type} model, not a {LlavaSkipConfig.model_type} one: name a CLIP "
             "vision tower with --vision_tower to join the two."
         )
-    _check_source(arguments.vision_tower, "vision tower")
     vision = AutoConfig.from_pretrained(arguments.vision_tower)
     vision = getattr(vision, "vision_config", vision)
     skip = preset_skip(arguments.preset or DEFAULT_PRESET, (vision.image_size // vision.patch_size) ** 2)

@@ -1,0 +1,68 @@
+"""Result files and the closing table of a run."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from eval.benchmarks.base import Score
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step, so that a reader or a kill never meets half of it.
+
+    Args:
+        path: the file; its folder is made.
+        value: what to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package.
+
+    Args:
+        packages: import names; a package that runs from its source folder tells its own version.
+    """
+    found = {"python": sys.version.split()[0]}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = getattr(sys.modules.get(name), "__version__", "not installed")
+    return found
+
+
+def score_table(title: str, score: "Score") -> Table:
+    """Lay out the values of a score for the terminal.
+
+    Args:
+        title: heading of the table.
+        score: what to show.
+    """
+    table = Table(title=title)
+    table.add_column("part")
+    table.add_column("value", justify="right")
+    for name, value in _flat(score.scores):
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    headline = "-" if score.score is None else f"{score.score:.1f}"
+    table.add_section()
+    table.add_row(f"score (0 to 100), {score.rule}", headline, style="bold")
+    return table
+
+
+def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} / ")
+        else:
+            yield f"{prefix}{name}", value

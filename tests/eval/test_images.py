@@ -1,0 +1,76 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.errors import EvalError
+from eval.images import Picture, row_pictures, to_rgb
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "kind", "expected"),
+    [
+        ("RGB", (9, 8, 7), "PNG", (9, 8, 7)),
+        ("RGBA", (9, 8, 7, 255), "PNG", (9, 8, 7)),
+        ("L", 77, "PNG", (77, 77, 77)),
+        ("LA", (77, 255), "PNG", (77, 77, 77)),
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("P", 0, "PNG", (0, 0, 0)),
+        ("I;16", 257 * 50, "PNG", (50, 50, 50)),
+        ("L", 128, "JPEG", (128, 128, 128)),
+    ],
+)
+def test_every_mode_becomes_rgb(
+    picture: Callable[..., str], mode: str, color: object, kind: str, expected: tuple[int, int, int]
+) -> None:
+    image = Picture("record 1", picture(color, mode, kind)).open()
+    assert image.mode == "RGB"
+    assert image.getpixel((3, 3)) == expected
+
+
+def test_cmyk_and_float() -> None:
+    assert to_rgb(Image.new("CMYK", (2, 2))).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.fromarray(np.full((2, 2), 40.0, np.float32))).getpixel((0, 0)) == (40, 40, 40)
+
+
+def test_cell_with_an_index_takes_the_picture_of_that_row(picture: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"index": "3", "image": picture((1, 2, 3))}, {"index": "1000003", "image": "3"}]
+    own, copy = row_pictures(rows, tmp_path)
+    assert copy.data == own.data
+    assert copy.open().getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_bytes_and_files(picture: Callable[..., str], tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (5, 5, 5)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    rows = [{"id": "a", "image": {"bytes": content, "path": None}}, {"id": "b", "imagename": "x.png"}]
+    assert [one.open().getpixel((0, 0)) for one in row_pictures(rows, tmp_path)] == [(5, 5, 5), (5, 5, 5)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"index": "4", "image": ""}, r"1 \(record 4\) of 1 records have no picture"),
+        ({"index": "4", "image": "99"}, r"1 \(record 4\) of 1 records have no picture"),
+        ({"index": "4", "image": "!" * 80}, "record 4: its picture cannot be decoded"),
+        ({"index": "4", "image": "QUJD" * 30}, "record 4: its picture cannot be decoded"),
+        ({"index": "4", "imagename": "gone.png"}, r"gone.png\) image files do not exist.*--images"),
+    ],
+)
+def test_broken_pictures_name_their_record(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    with pytest.raises(EvalError, match=message):
+        row_pictures([row], tmp_path)
+
+
+def test_cut_picture_is_an_error_when_used(picture: Callable[..., str]) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    import base64
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    cut = base64.b64encode(buffer.getvalue()[:3000]).decode()
+    with pytest.raises(EvalError, match="record 8: its picture cannot be decoded"):
+        Picture("record 8", cut).open()

@@ -1,0 +1,107 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.benchmarks.mmstar import OFFICIAL, MMStar, lacks_official_rows
+from eval.errors import EvalError
+
+Rows = list[dict[str, Any]]
+OFFICIAL_ORDER = [
+    "final score",
+    "coarse perception",
+    "coarse perception(image scene and topic)",
+    "coarse perception(image style & quality)",
+    "coarse perception(image emotion)",
+    "fine-grained perception",
+    "fine-grained perception(object counting)",
+    "fine-grained perception(recognition)",
+    "fine-grained perception(localization)",
+    "instance reasoning",
+    "instance reasoning(single-instance reasoning)",
+    "instance reasoning(cross-instance attribute reasoning)",
+    "instance reasoning(cross-instance relation reasoning)",
+    "logical reasoning",
+    "logical reasoning(code & sequence reasoning)",
+    "logical reasoning(diagram reasoning)",
+    "logical reasoning(common reasoning)",
+    "science & technology",
+    "science & technology(biology & chemistry & physics)",
+    "science & technology(electronics & energy & mechanical eng.)",
+    "science & technology(geography & earth science & agriculture)",
+    "math",
+    "math(geometry)",
+    "math(numeric commonsense and calculation)",
+    "math(statistical reasoning)",
+]
+
+
+def official_rows() -> Rows:
+    places = [(name, sub) for name, subs in OFFICIAL.items() for sub, count in subs.items() for _ in range(count)]
+    return [
+        {"index": str(number), "question": "?", "answer": "B", "category": name, "l2_category": sub}
+        for number, (name, sub) in enumerate(reversed(places))
+    ]
+
+
+def test_scores_by_hand(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    samples = MMStar().load(write_tsv(mmstar_rows))
+    # Right: 0 (letter), 1 (bracket), 3 (phrase). Wrong: 2 (other letter), 4 (bold).
+    answers = {0: "A", 1: "(b) two", 2: "A", 3: "The answer is D.", 4: "**A**"}
+    score = MMStar().score(samples, answers)
+    assert score.scores == {
+        "final score": 3 / 5,
+        "coarse perception": 1.0,
+        "coarse perception(image scene and topic)": 1.0,
+        "coarse perception(image emotion)": 1.0,
+        "math": 1 / 3,
+        "math(geometry)": 1 / 2,
+        "math(statistical reasoning)": 0.0,
+    }
+    assert list(score.scores)[2:4] == [
+        "coarse perception(image scene and topic)",
+        "coarse perception(image emotion)",
+    ]
+    assert score.score == pytest.approx(60.0)
+    assert score.counts == {"questions": 5, "hits": 3, "empty": 0}
+
+
+def test_official_file_has_the_25_values_in_order() -> None:
+    samples = MMStar().samples(official_rows())
+    answers = {sample.id: "B" if sample.id % 3 == 0 else "C" for sample in samples}
+    score = MMStar().score(samples, answers)
+    assert list(score.scores) == OFFICIAL_ORDER
+    assert score.scores["final score"] == 500 / 1500
+    hits = sum(s.id % 3 == 0 for s in samples if s.fields["category"] == "math")
+    assert score.scores["math"] == hits / 250
+
+
+def test_official_file_with_lost_rows_is_noticed() -> None:
+    samples = MMStar().samples(official_rows())
+    assert lacks_official_rows(samples) == 0
+    assert lacks_official_rows(samples[3:]) == 3
+    with pytest.raises(EvalError, match="lacks 3 of MMStar's 1500 rows"):
+        MMStar().check_whole(samples[3:], "x.jsonl")
+
+
+def test_other_categories_come_from_the_data(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    mmstar_rows[4] |= {"category": "own", "l2_category": "kind"}
+    score = MMStar().score(MMStar().load(write_tsv(mmstar_rows)), dict.fromkeys(range(5), "A"))
+    assert score.scores["own"] == score.scores["own(kind)"] == 1.0
+    assert list(score.scores)[-1] == "own(kind)"
+
+
+def test_prompt_with_and_without_option_columns(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    mmstar_rows[1] |= {"question": "What is in <image 1>?", "A": "x", "B": "y"}
+    prompts = MMStar().prompts(MMStar().load(write_tsv(mmstar_rows)))
+    instruction = "\nAnswer with the option's letter from the given choices directly."
+    assert prompts[0] == "Question 0?\nOptions: A: one, B: two, C: three, D: four" + instruction
+    assert prompts[1] == "What is in image?\nA. x\nB. y" + instruction
+
+
+def test_missing_gold_is_refused(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    mmstar_rows[2]["answer"] = ""
+    samples = MMStar().load(write_tsv(mmstar_rows))
+    with pytest.raises(EvalError, match=r"1 \(2\) of 5 rows have no gold answer"):
+        MMStar().score(samples, dict.fromkeys(range(5), "A"))

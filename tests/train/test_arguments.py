@@ -1,0 +1,149 @@
+import json
+
+import pytest
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from llava_skip import LlavaSkipForConditionalGeneration
+from tests.llava_skip.test_processing import byte_tokenizer
+from tests.small_models import small_config, small_model
+from train.arguments import ModelArguments
+from train.setup import build_model, prepare
+from train.train import check_output, parse
+
+import torch
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def test_new_model_takes_its_ids_from_the_tokenizer(tokenizer_folder):
+    config, processor = prepare(ModelArguments(tokenizer=tokenizer_folder, template="llama3", preset="sv-llava-64"))
+    assert config.image_token_id == processor.image_token_id == 3
+    assert (config.text_config.bos_token_id, config.text_config.pad_token_id) == (1, 0)
+    assert config.skip == {"retained": 7, "skipped": 17, "forget_cache": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "sv-llava-7"}, "Unknown preset 'sv-llava-7'; known: llava, sv-llava-64"),
+        ({"size": "giant"}, "Unknown size 'giant'"),
+        ({"template": "v7"}, "Unknown conversation template 'v7'"),
+        ({"template": None}, "has no chat template"),
+        ({"model": "./nowhere"}, "./nowhere does not exist"),
+    ],
+)
+def test_mistakes_show_before_a_model_is_made(tokenizer_folder, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(ModelArguments(**{"tokenizer": tokenizer_folder, "template": "v1", **arguments}))
+
+
+def test_tokenizer_without_the_image_token(tmp_path):
+    byte_tokenizer(["<pad>", "<s>", "</s>"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not know the image token '<image>'"):
+        prepare(ModelArguments(tokenizer=str(tmp_path), template="v1"))
+
+
+def test_unknown_parts_and_flags_are_refused():
+    with pytest.raises(ValueError, match=r"unknown parts \['tower'\]"):
+        ModelArguments(train_parts=["tower"])
+    with pytest.raises(ValueError, match="--nonsense"):
+        parse(["--data", "x", "--output_dir", "y", "--nonsense", "1"])
+    with pytest.raises(ValueError, match="--data is missing"):
+        parse(["--output_dir", "y"])
+
+
+def saved_model(folder, skip_of=None):
+    config = small_config(skip_of, vocab_size=400)
+    config.image_token_index = 3
+    model = LlavaSkipForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def trained(model, prefix):
+    return {parameter.requires_grad for name, parameter in model.named_parameters() if name.startswith(prefix)}
+
+
+def test_a_dense_model_can_be_loaded_with_a_skipping_preset(tmp_path):
+    dense = saved_model(tmp_path)
+    arguments = ModelArguments(model=str(tmp_path), preset="sv-llava-100", template="v1")
+    config, _ = prepare(arguments)
+    model = build_model(arguments, config, torch.float32)
+    assert config.skip == {"retained": 3, "skipped": 4, "forget_cache": True}  # 100 and 156 of 576, for 16 patches
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.model.summary.score.bias.item() == 0
+    assert trained(model, "model.vision_tower") == {False}
+    assert trained(model, "model.language_model") == trained(model, "lm_head") == {True}
+    assert trained(model, "model.summary") == trained(model, "model.multi_modal_projector") == {True}
+
+
+def test_parts_that_learn_are_data(tmp_path):
+    saved_model(tmp_path)
+    arguments = ModelArguments(
+        model=str(tmp_path), preset="sv-llava-100", template="v1", train_parts=["multi_modal_projector", "summary"]
+    )
+    model = build_model(arguments, prepare(arguments)[0], torch.float32)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning and all(("projector" in name or "summary" in name) for name in learning)
+
+
+def test_a_language_model_and_a_tower_are_joined(tmp_path):
+    language = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    language.save_pretrained(tmp_path / "llm")
+    byte_tokenizer(["<pad>", "<s>", "</s>"]).save_pretrained(tmp_path / "llm")
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+        )
+    )
+    tower.save_pretrained(tmp_path / "clip")
+    arguments = ModelArguments(model=str(tmp_path / "llm"), vision_tower=str(tmp_path / "clip"), template="v1")
+    config, processor = prepare(arguments)
+    model = build_model(arguments, config, torch.float32)
+    assert config.text_config.vocab_size % 64 == 0 and config.text_config.vocab_size > 300
+    assert processor.image_token_id == config.image_token_id == 259
+    ours, theirs = model.state_dict(), language.state_dict()
+    assert torch.equal(ours["model.language_model.embed_tokens.weight"][:300], theirs["model.embed_tokens.weight"])
+    name = "layers.1.mlp.down_proj.weight"
+    assert torch.equal(ours[f"model.language_model.{name}"], theirs[f"model.{name}"])
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(ours[f"model.vision_tower.{name}"], tensor), name
+
+
+def test_a_plain_language_model_needs_a_tower(tmp_path):
+    small_model().model.language_model.config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a llama model.*--vision_tower"):
+        prepare(ModelArguments(model=str(tmp_path), template="v1"))
+
+
+def run_record(folder, learning_rate):
+    return {"model": {"model": None}, "data": {"data": "d"}, "training": {"learning_rate": learning_rate, "save_steps": 1}}
+
+
+def test_output_folders(tmp_path):
+    check_output(tmp_path / "new", run_record(tmp_path, 1), overwrite=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        check_output(tmp_path / "file", run_record(tmp_path, 1), overwrite=False)
+    with pytest.raises(ValueError, match="holds other files"):
+        check_output(tmp_path, run_record(tmp_path, 1), overwrite=False)
+    check_output(tmp_path, run_record(tmp_path, 1), overwrite=True)
+    (tmp_path / "run.json").write_text(json.dumps(run_record(tmp_path, 1)))
+    same = run_record(tmp_path, 1)
+    same["training"]["save_steps"] = 7  # how often it is saved does not make it another run
+    check_output(tmp_path, same, overwrite=False)
+    with pytest.raises(ValueError, match=r"holds another run \(training.learning_rate was 1 and is 2\)"):
+        check_output(tmp_path, run_record(tmp_path, 2), overwrite=False)
