@@ -19,6 +19,6 @@ echo "installing llava-skip and what it needs into $environment"
 pip="$python -m pip --disable-pip-version-check"
 # torch first and alone: packages that only ask for "torch" are then content with the pinned build.
 $pip install --quiet "$(grep '^torch==' constraints.txt)"
-$pip install --quiet --constraint constraints.txt --editable '.[all]'
+PYTHONWARNINGS=ignore $pip install --quiet --constraint constraints.txt --editable '.[all]'
 echo "$PWD" >"$environment/.llava-skip-ready"
 echo "ready: $environment"

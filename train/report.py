@@ -11,6 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+def as_json(content: Any) -> Any:
+    """What `content` is once it has been written as JSON and read again."""
+    return json.loads(json.dumps(content, default=str))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all: into a temporary file that then takes the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -20,7 +20,7 @@ from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.data import ConversationDataset, check_records, collate, load_records
-from train.report import draw_loss, show_result, write_json
+from train.report import as_json, draw_loss, show_result, write_json
 from train.setup import build_model, load_json, prepare
 from train.trainer import SkipTrainer
 
@@ -91,8 +91,8 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
         if any(output.iterdir()):
             raise ValueError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
-    before, now = _flat(identity(load_json(record))), _flat(identity(arguments))
-    if different := sorted(key for key in before | now if str(before.get(key)) != str(now.get(key))):
+    before, now = _flat(identity(load_json(record))), _flat(identity(as_json(arguments)))
+    if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
         raise ValueError(
             f"OUTPUT {output} holds another run ({changes}): give another OUTPUT, the same arguments to continue it, "
