@@ -36,7 +36,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["llava_skip", "llava_skip.*", "train", "eval", "eval.*", "playground", "playground.*"]),
+    packages=find_packages(
+        include=["llava_skip", "llava_skip.*", "train", "eval", "eval.*", "playground", "playground.*"]
+    ),
     package_data={"llava_skip": ["templates/*.jinja"]},
     install_requires=LIBRARY,
     extras_require={

@@ -98,9 +98,7 @@ class Candidate:
     def prefill(self) -> Tensor:
         """A prompt into the cache and the logits of the first new token."""
         self.model.eval()
-        outputs = self.model(
-            self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1
-        )
+        outputs = self.model(self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1)
         return outputs.logits
 
     def flops(self, head_rows: int) -> int:

@@ -22,15 +22,17 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         self.length = 0
-        self._buffers: dict[str, Tensor | None] = {"keys": None, "values": None}
+        self._buffers: dict[str, Tensor] = {}
         super().__init__(**kwargs)
 
     def _stored(self, name: str) -> Tensor | None:
-        buffer = self._buffers[name]
-        return None if buffer is None else buffer[..., : self.length, :]
+        return self._buffers[name][..., : self.length, :] if name in self._buffers else None
 
     def _replace(self, name: str, rows: Tensor | None) -> None:
-        self._buffers[name] = rows
+        if rows is None:
+            self._buffers.pop(name, None)
+        else:
+            self._buffers[name] = rows
         self.length = 0 if rows is None else rows.shape[-2]
 
     # The operations of transformers' layers read and assign these two as plain attributes.
@@ -55,19 +57,18 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room(self, name: str, new: Tensor, end: int) -> Tensor:
-        buffer, stored = self._buffers[name], self._stored(name)
+        buffer = self._buffers[name]
         # With gradients a fresh buffer each time: writing into one that a graph has read would break its backward.
         if end <= buffer.shape[-2] and not new.requires_grad and not buffer.requires_grad:
             return buffer
         room = new.new_empty(*new.shape[:2], end + GROWTH, new.shape[3])
-        room[..., : self.length, :] = stored
+        room[..., : self.length, :] = buffer[..., : self.length, :]
         return room
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the samples for beam search, keeping the room to grow."""
         for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.index_select(0, beam_idx.to(buffer.device))
+            self._buffers[name] = buffer.index_select(0, beam_idx.to(buffer.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` rows (a number of 0 or less, as in transformers)."""

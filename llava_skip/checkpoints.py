@@ -54,7 +54,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
         if name in own and weights[name].shape != own[name].shape
     ]
     if missing or unknown or reshaped:
-        raise ValueError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
+        raise ValueError(
+            f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}."
+        )
     model.load_state_dict(weights, strict=False)
 
 

@@ -36,7 +36,7 @@ class SkipLlamaModel(LlamaModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        del self.layers  # freed before the new ones exist: a large model is never held twice
+        del self._modules["layers"]  # freed before the new ones exist: a large model is never held twice
         self.layers = nn.ModuleList(SkipLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
 

@@ -56,6 +56,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
 
     def assemble(self, retained: Tensor, skipped: Tensor) -> Tensor:
         """Retained [N, R, D] and skipped [N, S, D] -> `retained | summary | skipped | summary` [N, R+1+S+1, D]."""
+        assert self.summary is not None  # a dense model has no skipped rows
         return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], dim=1)
 
     def forward(
@@ -225,7 +226,7 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         own_choice = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
-        if not own_choice and type(cache) is DynamicCache and not cache.offloading:
+        if not own_choice and cache is not None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = ForgettingCache()
 
     def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:

@@ -43,7 +43,7 @@ class LlavaSkipProcessor(ProcessorMixin):
     def __init__(
         self,
         image_processor: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         image_seq_length: int | None = None,
         image_token: str = IMAGE_TOKEN,
         chat_template: str | None = None,
@@ -126,20 +126,22 @@ class LlavaSkipProcessor(ProcessorMixin):
             },
         )
         input_ids = encoded["input_ids"][0]
-        labels = [i if learnt else IGNORE_INDEX for i, learnt in zip(input_ids, encoded["assistant_masks"][0])]
+        labels = [
+            i if learnt else IGNORE_INDEX for i, learnt in zip(input_ids, encoded["assistant_masks"][0], strict=True)
+        ]
         sample = {"input_ids": input_ids, "labels": labels}
         if images:
             sample["pixel_values"] = encoded["pixel_values"]
         return sample
 
 
-def find_image_token(tokenizer: PreTrainedTokenizerBase | None, image_token: str = IMAGE_TOKEN) -> int:
+def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:
     """The id of the image token.
 
     Raises:
         ValueError: the tokenizer does not know it as one token.
     """
-    ids = [] if tokenizer is None else tokenizer.encode(image_token, add_special_tokens=False)
+    ids = tokenizer.encode(image_token, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ValueError(
             f"The tokenizer does not know the image token {image_token!r} as one token (it encodes to {ids}): add it "

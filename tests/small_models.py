@@ -6,13 +6,19 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
 
 IMAGE_TOKEN_ID = 90
+SKIP = SkipConfig(5, 7)
 
 
-def small_config(skip: SkipConfig | None = SkipConfig(5, 7), **text) -> LlavaSkipConfig:
+def small_config(skip: SkipConfig | None = SKIP, **text) -> LlavaSkipConfig:
     """16 patches a picture, grouped-query attention, different numbers of everything."""
     return LlavaSkipConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
         ),
         text_config=LlamaConfig(
             **{
@@ -35,7 +41,7 @@ def small_config(skip: SkipConfig | None = SkipConfig(5, 7), **text) -> LlavaSki
     )
 
 
-def small_model(skip: SkipConfig | None = SkipConfig(5, 7), **text) -> LlavaSkipForConditionalGeneration:
+def small_model(skip: SkipConfig | None = SKIP, **text) -> LlavaSkipForConditionalGeneration:
     torch.manual_seed(3)
     model = LlavaSkipForConditionalGeneration(small_config(skip, **text)).eval()
     for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes

@@ -44,7 +44,8 @@ class ModelArguments:
                           "vision_tower for a loaded one."},
     )  # fmt: skip
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: transformers' choice."}
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: transformers' choice."},
     )
 
     def __post_init__(self) -> None:

@@ -82,9 +82,7 @@ def check_records(records: list[dict[str, Any]], images: Path, image_seq_length:
             faults.append(f"record {index} (id {record.get('id')!r}): {fault}")
     if faults:
         more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(
-            f"{len(faults)} of {len(records)} records are faulty:\n" + "\n".join(faults[:5]) + more
-        )
+        raise ValueError(f"{len(faults)} of {len(records)} records are faulty:\n" + "\n".join(faults[:5]) + more)
 
 
 def to_messages(turns: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ class SkipTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
         self._started: float | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,8 @@ def _row(golden: Golden) -> dict:
 
 def _describe(row: dict) -> tuple[str, str, str]:
     if "unknown" in row or "failed" in row:
-        return "unknown" if "unknown" in row else "failed", "", row.get("unknown", row.get("failed"))
+        result = "unknown" if "unknown" in row else "failed"
+        return result, "", row[result]
     # The worst comparison is the one that fills most of its tolerance; a choice that differs overflows it.
     worst = max(row["comparisons"], key=lambda c: (not c["passed"], c["error"] / (c["tolerance"] or 1)))
     text = f"{len(row['comparisons'])} comparisons, worst: {worst['what']}"

@@ -37,7 +37,9 @@ class Comparison:
 def close(what: str, actual: Tensor, golden: Tensor, tolerance: float = LOGITS) -> Comparison:
     """Largest absolute difference; infinite if the shapes differ."""
     if actual.shape != golden.shape:
-        return Comparison(f"{what} of shape {tuple(actual.shape)} against {tuple(golden.shape)}", float("inf"), tolerance)
+        return Comparison(
+            f"{what} of shape {tuple(actual.shape)} against {tuple(golden.shape)}", float("inf"), tolerance
+        )
     difference = (actual.detach().double() - golden.double()).abs()
     return Comparison(what, difference.max().item() if difference.numel() else 0.0, tolerance)
 
@@ -136,7 +138,9 @@ def _common_prefix(a: str, b: str) -> int:
 
 def gradient_names(tensors: dict[str, Tensor]) -> list[str]:
     """The parameters whose gradients a file holds, without the `grad.` in front."""
-    return [name.removeprefix("grad.") for name in tensors if name.startswith("grad.") and name != "grad.image_features"]
+    return [
+        name.removeprefix("grad.") for name in tensors if name.startswith("grad.") and name != "grad.image_features"
+    ]
 
 
 def official_order(length: int, start: int, retained: int, skipped: int) -> Tensor:

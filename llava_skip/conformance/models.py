@@ -61,12 +61,12 @@ def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGene
         clip = golden.entry["clip"]
         tower = golden.folder.weights_for(golden, "model.mm_projector.0.weight", "clip")
         weights |= {native_name(name): tensor for name, tensor in tower.items()}
-        may_miss = _UNUSED_BY_THE_TOWER
+        may_miss = list(_UNUSED_BY_THE_TOWER)
     else:
         side = ceil(sqrt(skip.retained + skip.skipped + 1))
         clip = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
         clip |= {"image_size": side, "patch_size": 1}
-        may_miss = ("model.vision_tower.", "model.multi_modal_projector.")
+        may_miss = ["model.vision_tower.", "model.multi_modal_projector."]
     vocabulary = config["vocab_size"]
     model = LlavaSkipForConditionalGeneration(
         LlavaSkipConfig(
@@ -154,7 +154,9 @@ def _check_states(golden: Golden, model: Any, inputs: dict[str, Any], order: Ten
     """Logits, and the states after each layer and the keys and values where the file holds them."""
     t, entry = golden.tensors, golden.entry
     states: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda *a: states.append(a[-1])) for layer in model.model.language_model.layers]
+    hooks = [
+        layer.register_forward_hook(lambda *a: states.append(a[-1])) for layer in model.model.language_model.layers
+    ]
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
         logits = model(**inputs, past_key_values=cache, use_cache=True).logits

@@ -70,7 +70,11 @@ def test_forgetting_decode_equals_one_forward_that_may_not_see_skipped_rows():
     for sample in mixed_samples(model):
         prompt = len(sample.input_ids)
         generated = model.generate(
-            **sample.alone(), max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            **sample.alone(),
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
             suppress_tokens=[IMAGE_TOKEN_ID],
         )
         everything = sample.alone() | {"input_ids": generated.sequences, "attention_mask": None}

@@ -105,7 +105,9 @@ def test_plain_segments(processor):
 @pytest.mark.parametrize("answer", ["", " ASSISTANT: USER: twice", "line\nline", "ü☂ 猫"])
 def test_no_answer_loses_its_labels(processor, answer):
     turns = [TURNS[0], {"role": "assistant", "content": answer}]
-    learnt = [text for is_learnt, text in segments(processor, processor.encode_conversation(turns, [picture()])) if is_learnt]
+    learnt = [
+        text for is_learnt, text in segments(processor, processor.encode_conversation(turns, [picture()])) if is_learnt
+    ]
     assert learnt == [f" {answer.strip()}</s>"]
 
 

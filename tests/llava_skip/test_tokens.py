@@ -63,5 +63,7 @@ def test_summary_is_a_weighted_mean_of_the_raw_tokens():
     tokens = torch.randn(2, 5, 8)
     weights = layer.weights(tokens)
     assert torch.allclose(weights.sum(1), torch.ones(2, 1))
-    assert torch.allclose(layer(tokens)[1, 0], sum(w * t for w, t in zip(weights[1], tokens[1], strict=True)), atol=1e-6)
+    assert torch.allclose(
+        layer(tokens)[1, 0], sum(w * t for w, t in zip(weights[1], tokens[1], strict=True)), atol=1e-6
+    )
     assert weights.std() > 0

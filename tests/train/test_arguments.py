@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_skip import LlavaSkipForConditionalGeneration
@@ -9,8 +10,6 @@ from tests.small_models import small_config, small_model
 from train.arguments import ModelArguments
 from train.setup import build_model, prepare
 from train.train import check_output, parse
-
-import torch
 
 
 @pytest.fixture
@@ -105,7 +104,12 @@ def test_a_language_model_and_a_tower_are_joined(tmp_path):
     byte_tokenizer(["<pad>", "<s>", "</s>"]).save_pretrained(tmp_path / "llm")
     tower = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
         )
     )
     tower.save_pretrained(tmp_path / "clip")
@@ -130,7 +134,11 @@ def test_a_plain_language_model_needs_a_tower(tmp_path):
 
 
 def run_record(folder, learning_rate):
-    return {"model": {"model": None}, "data": {"data": "d"}, "training": {"learning_rate": learning_rate, "save_steps": 1}}
+    return {
+        "model": {"model": None},
+        "data": {"data": "d"},
+        "training": {"learning_rate": learning_rate, "save_steps": 1},
+    }
 
 
 def test_output_folders(tmp_path):
