@@ -80,13 +80,15 @@ class SkipConfig:
 
 @strict
 class LlavaSkipConfig(LlavaConfig):
-    """transformers' `LlavaConfig` with one more entry, `skip`; `skip=None` is the dense LLaVA.
+    """transformers' `LlavaConfig` with `skip`, the fields of a `SkipConfig`; None is the dense LLaVA.
 
-    `image_seq_length`, the placeholder rows that a picture takes, always follows from the rest.
+    `preset` is the name that the numbers come from, for reports. `image_seq_length`, the placeholder rows that a picture
+    takes, always follows from the rest.
     """
 
     model_type = "llava_skip"
     skip: dict | None = None
+    preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -34,11 +34,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "vision": {
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "image_size": 64,
             "patch_size": 8,
             "projection_dim": 128,
+            "initializer_range": 0.08,
+            "initializer_factor": 2.0,
         },
         "text": {
             "vocab_size": 576,
@@ -50,6 +52,10 @@ SIZES: dict[str, dict[str, Any]] = {
             "max_position_embeddings": 1024,
             "rope_theta": 10000.0,
             "rms_norm_eps": 1e-5,
+            # 1 / sqrt(width), and one table for input and output: from the usual 0.02 and two tables so narrow a model
+            # hardly starts to learn from scratch.
+            "initializer_range": 0.08,
+            "tie_word_embeddings": True,
         },
         "image_token": 512,
     },
@@ -128,4 +134,5 @@ def preset_config(preset: str, size: str = "tiny", **overrides: Any) -> LlavaSki
         text_config=LlamaConfig(**{**numbers["text"], **overrides}),
         image_token_index=numbers["image_token"],
         skip=None if skip is None else skip.to_dict(),
+        preset=preset,
     )

@@ -38,7 +38,8 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     tokenizer = _load_tokenizer(arguments)
     if arguments.model is None:
         preset = arguments.preset or DEFAULT_PRESET
-        config = preset_config(preset, arguments.size, **_token_ids(tokenizer))
+        vocabulary = {"vocab_size": _padded_vocabulary(tokenizer), **_token_ids(tokenizer)}
+        config = preset_config(preset, arguments.size, **vocabulary)
         config.image_token_index = find_image_token(tokenizer)
     else:
         config = _config_of(arguments, tokenizer)
@@ -72,6 +73,11 @@ def _check_source(source: str, what: str) -> None:
         raise FileNotFoundError(f"The {name} {source} does not exist: give a folder or a hub name (owner/name).")
 
 
+def _padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Its tokens, rounded up to a multiple of 64, which matrix products like."""
+    return -(-len(tokenizer) // 64) * 64
+
+
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {
         "bos_token_id": tokenizer.bos_token_id,
@@ -89,7 +95,8 @@ def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     if arguments.preset is None:
         return config
     skip = preset_skip(arguments.preset, config.patches)
-    return LlavaSkipConfig(**{**config.to_dict(), "skip": None if skip is None else skip.to_dict()})
+    changed = {"skip": None if skip is None else skip.to_dict(), "preset": arguments.preset}
+    return LlavaSkipConfig(**{**config.to_dict(), **changed})
 
 
 def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
@@ -100,13 +107,15 @@ def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTo
         )
     vision = AutoConfig.from_pretrained(arguments.vision_tower)
     vision = getattr(vision, "vision_config", vision)
-    skip = preset_skip(arguments.preset or DEFAULT_PRESET, (vision.image_size // vision.patch_size) ** 2)
-    text.vocab_size = max(text.vocab_size, -(-len(tokenizer) // 64) * 64)
+    preset = arguments.preset or DEFAULT_PRESET
+    skip = preset_skip(preset, (vision.image_size // vision.patch_size) ** 2)
+    text.vocab_size = max(text.vocab_size, _padded_vocabulary(tokenizer))
     return LlavaSkipConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=find_image_token(tokenizer),
         skip=None if skip is None else skip.to_dict(),
+        preset=preset,
     )
 
 

@@ -135,7 +135,7 @@ def train(run: Run) -> None:
 
 def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any) -> None:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    preset = run.model_arguments.preset or ("default" if run.config.skip is None else "skip")
+    preset = run.config.preset or "own"
     result = {
         "preset": preset,
         "skip": run.config.skip,

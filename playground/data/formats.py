@@ -1,0 +1,214 @@
+"""The public file formats: LLaVA's conversation JSON, MMBench's and MMStar's TSV, MM-Vet's JSON.
+
+Sources: haotian-liu/LLaVA (docs/Finetune_Custom_Data.md), open-compass/MMBench (mmbench_dev_20230712.tsv),
+MMStar-Benchmark/MMStar (mmstar.tsv), yuweihao/MM-Vet (mm-vet.json).
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .questions import SHORT_INSTRUCTION, Choice, Question, make_choice, number_questions, pick, scene_questions
+from .scenes import Pool, Scene, random_scene
+
+TEXT_ONLY_SHARE = 0.05
+CIRCULAR_STEP = 1_000_000
+
+READING_SHARE = 0.5
+
+# How a question is put in a training record; the two multiple-choice layouts are those of the benchmarks.
+LAYOUTS: dict[str, Callable[[Question, Random], tuple[str, str]]] = {
+    "open": lambda question, rng: (question.text, question.answer),
+    "short": lambda question, rng: (question.text + SHORT_INSTRUCTION, question.answer),
+    "mmbench": lambda question, rng: _mmbench_turn(make_choice(question, rng)),
+    "mmstar": lambda question, rng: _mmstar_turn(make_choice(question, rng)),
+}
+MIXED_LAYOUTS = ("open", "mmbench", "mmstar")
+READING_LAYOUTS = ("open", "open", "short", "mmbench", "mmstar")
+
+# Kind -> number of questions, and its place in the benchmark's own hierarchy.
+MMBENCH_COUNTS = {"which": 45, "where": 30, "presence": 25, "count": 25, "larger": 25}
+MMBENCH_CATEGORIES = {
+    "which": ("ocr", "finegrained_perception (instance-level)"),
+    "where": ("object_localization", "finegrained_perception (instance-level)"),
+    "presence": ("image_topic", "coarse_perception"),
+    "count": ("object_localization", "finegrained_perception (instance-level)"),
+    "larger": ("attribute_comparison", "finegrained_perception (cross-instance)"),
+}
+# Questions with two or three options are few enough to keep the chance level below 30%.
+MMSTAR_COUNTS = {"which": 130, "where": 90, "presence": 40, "count": 80, "larger": 60}
+MMSTAR_CATEGORIES = {
+    "which": ("fine-grained perception", "recognition"),
+    "where": ("fine-grained perception", "localization"),
+    "presence": ("coarse perception", "image scene and topic"),
+    "count": ("fine-grained perception", "object counting"),
+    "larger": ("instance reasoning", "cross-instance attribute reasoning"),
+}
+MMVET_COUNTS = {"which": 12, "where": 12, "presence": 9, "count": 9, "larger": 9, "list": 9}
+MMVET_CAPABILITIES = {
+    "which": ["ocr", "spat"],
+    "where": ["ocr", "spat"],
+    "presence": ["ocr"],
+    "count": ["rec"],
+    "larger": ["ocr", "spat", "math"],
+    "list": ["ocr"],
+}
+
+MMBENCH_COLUMNS = "index question hint A B C D answer category image source l2-category comment split".split()
+MMSTAR_COLUMNS = "index question image answer category l2_category bench".split()
+
+
+def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dict[str, Any], Scene | None]]:
+    """LLaVA conversation records with the scene of each; about 5% are text-only and have none."""
+    text_only = round(images * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE))
+    pictured = [True] * images + [False] * text_only
+    rng.shuffle(pictured)
+    picture_number = 0
+    for number, with_picture in enumerate(pictured, start=1):
+        record: dict[str, Any] = {"id": f"digits-{number:06d}"}
+        scene = random_scene(pool, rng) if with_picture else None
+        turns = _turns(scene_questions(scene) if scene else number_questions(), rng)
+        if scene:
+            picture_number += 1
+            record["image"] = f"train/{picture_number:06d}.png"
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        record["conversations"] = turns
+        yield record, scene
+
+
+def write_mmbench(path: Path, pool: Pool, rng: Random) -> int:
+    """Write an MMBench TSV in the legacy column order, every circular pass as a row; return the number of rows."""
+    groups = _draw_choices(MMBENCH_COUNTS, pool, rng)
+    rows = []
+    for circular_pass in range(4):
+        for index, (scene, choice) in enumerate(groups):
+            if circular_pass < len(choice.options):
+                rows.append(_mmbench_row(index, scene, choice, circular_pass))
+    _write_tsv(path, MMBENCH_COLUMNS, rows)
+    return len(rows)
+
+
+def write_mmstar(path: Path, pool: Pool, rng: Random) -> int:
+    """Write an MMStar TSV, whose options are part of the question; return the number of rows."""
+    rows = []
+    for index, (scene, choice) in enumerate(_draw_choices(MMSTAR_COUNTS, pool, rng)):
+        category, l2_category = MMSTAR_CATEGORIES[choice.question.kind]
+        row = {"index": index, "question": choice.mmstar_question(), "image": _base64(scene), "answer": choice.letter}
+        rows.append(row | {"category": category, "l2_category": l2_category, "bench": "digits"})
+    _write_tsv(path, MMSTAR_COLUMNS, rows)
+    return len(rows)
+
+
+def write_mmvet(folder: Path, pool: Pool, rng: Random) -> int:
+    """Write mm-vet.json and its images; return the number of questions."""
+    (folder / "images").mkdir(parents=True)
+    samples = {}
+    for number, (scene, question) in enumerate(_draw_questions(MMVET_COUNTS, pool, rng)):
+        name = f"v1_{number}"
+        (folder / "images" / f"{name}.png").write_bytes(scene.png())
+        samples[name] = {
+            "imagename": f"{name}.png",
+            "question": question.text,
+            "answer": _mmvet_answer(question),
+            "capability": MMVET_CAPABILITIES[question.kind],
+            "imagesource": "scikit-learn digits",
+        }
+    write_json(folder / "mm-vet.json", samples)
+    return len(samples)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _mmbench_turn(choice: Choice) -> tuple[str, str]:
+    return choice.mmbench_prompt(), choice.mmbench_answer
+
+
+def _mmstar_turn(choice: Choice) -> tuple[str, str]:
+    return choice.mmstar_prompt(), choice.mmstar_answer
+
+
+def _turns(questions: list[Question], rng: Random) -> list[dict[str, str]]:
+    """The turns of a record: a lesson in reading digits or one in answering all kinds of question, none twice.
+
+    A picture's record ends with the list of its digits, the densest lesson in reading them.
+    """
+    listing = [question for question in questions if question.kind == "list"]
+    reading = [question for question in questions if question.kind == "which"]
+    if reading and rng.random() < READING_SHARE:
+        plan = [(rng.choice(READING_LAYOUTS), question) for question in rng.sample(reading, len(reading))]
+    else:
+        plan = []
+        left = [question for question in questions if question.kind != "list"]
+        for layout in rng.sample([*MIXED_LAYOUTS, rng.choice(MIXED_LAYOUTS[1:])], len(MIXED_LAYOUTS) + 1):
+            plan.append((layout, pick(left, rng)))
+            left = [question for question in left if question.text != plan[-1][1].text]
+    turns = []
+    for layout, question in [*plan, *(("open", question) for question in listing)]:
+        prompt, answer = LAYOUTS[layout](question, rng)
+        turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+    return turns
+
+
+def _draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[tuple[Scene, Question]]:
+    """As many questions of each kind as `counts` says, in random order, each about a scene of its own."""
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    rng.shuffle(kinds)
+    for kind in kinds:
+        candidates: list[Question] = []
+        while not candidates:
+            scene = random_scene(pool, rng)
+            candidates = [q for q in scene_questions(scene) if q.kind == kind]
+        yield scene, pick(candidates, rng)
+
+
+def _draw_choices(counts: dict[str, int], pool: Pool, rng: Random) -> list[tuple[Scene, Choice]]:
+    """Multiple choices whose right letters are dealt in turn within each kind, so that no letter is favoured."""
+    dealt: Counter[str] = Counter()
+    choices = []
+    for scene, question in _draw_questions(counts, pool, rng):
+        choices.append((scene, make_choice(question, rng, position=dealt[question.kind] % question.size)))
+        dealt[question.kind] += 1
+    return choices
+
+
+def _mmbench_row(index: int, scene: Scene, choice: Choice, circular_pass: int) -> dict[str, object]:
+    turned = choice.rotated(circular_pass)
+    category, l2_category = MMBENCH_CATEGORIES[choice.question.kind]
+    row = {
+        "index": circular_pass * CIRCULAR_STEP + index,
+        "question": choice.question.text,
+        "answer": turned.letter,
+        "category": category,
+        "image": _base64(scene),
+        "source": "digits",
+        "l2-category": l2_category,
+        "split": "dev",
+    }
+    return row | dict(zip("ABCD", turned.options, strict=False))
+
+
+def _mmvet_answer(question: Question) -> str:
+    if question.kind == "count":
+        return f"{question.answer}<OR>{['one', 'two', 'three', 'four'][int(question.answer) - 1]}"
+    return question.answer.replace(", ", "<AND>")
+
+
+def _base64(scene: Scene) -> str:
+    return base64.b64encode(scene.png()).decode("ascii")
+
+
+def _write_tsv(path: Path, columns: list[str], rows: Iterable[dict[str, object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,164 @@
+"""Questions about scenes and about plain numbers, as open questions and in the two public multiple-choice layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from random import Random
+
+from .scenes import CELLS, Scene
+
+DIGITS = tuple("0123456789")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LETTERS = "ABCD"
+INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
+SHORT_INSTRUCTION = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer and wrong answers to offer beside it.
+
+    `near` is always offered (four options in all at most), `far` fills the rest at random. A question with neither
+    is only asked openly.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of options as a multiple choice; 1 for an open question."""
+        return min(len(LETTERS), 1 + len(self.near) + len(self.far))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with its options in order."""
+
+    question: Question
+    options: tuple[str, ...]
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right option."""
+        return LETTERS[self.options.index(self.question.answer)]
+
+    def rotated(self, k: int) -> Choice:
+        """The options rotated right by k, as MMBench's circular passes do."""
+        return Choice(self.question, tuple(self.options[i - k] for i in range(len(self.options))))
+
+    def mmbench_prompt(self) -> str:
+        """LLaVA's prompt for MMBench: a line for each option, then the instruction."""
+        lines = [f"\n{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        return self.question.text + "".join(lines) + INSTRUCTION
+
+    def mmstar_question(self) -> str:
+        """The question column of MMStar, which holds the options too."""
+        options = ", ".join(f"{letter}: {option}" for letter, option in zip(LETTERS, self.options, strict=False))
+        return f"{self.question.text}\nOptions: {options}"
+
+    def mmstar_prompt(self) -> str:
+        """The prompt for MMStar: the question column, then the instruction."""
+        return self.mmstar_question() + INSTRUCTION
+
+    @property
+    def mmbench_answer(self) -> str:
+        """The right option as MMBench's prompt writes it, letter first."""
+        return f"{self.letter}. {self.question.answer}"
+
+    @property
+    def mmstar_answer(self) -> str:
+        """The right option as MMStar's question writes it, letter first."""
+        return f"{self.letter}: {self.question.answer}"
+
+
+def make_choice(question: Question, rng: Random, position: int | None = None) -> Choice:
+    """Turn a question into a multiple choice, the answer at `position` (random when None)."""
+    wrong = [*question.near, *rng.sample(question.far, len(question.far))][: question.size - 1]
+    rng.shuffle(wrong)
+    wrong.insert(rng.randrange(question.size) if position is None else position, question.answer)
+    return Choice(question, tuple(wrong))
+
+
+def pick(questions: list[Question], rng: Random) -> Question:
+    """Draw the kind first, then the answer, then the question.
+
+    Neither a kind nor an answer ("no", say) is then more likely because more questions lead to it; only reading a
+    digit, which all else rests on, is asked more often.
+    """
+    kinds = sorted({q.kind for q in questions})
+    kind = rng.choices(kinds, weights=[2 if kind == "which" else 1 for kind in kinds])[0]
+    answer = rng.choice(sorted({q.answer for q in questions if q.kind == kind}))
+    return rng.choice([q for q in questions if (q.kind, q.answer) == (kind, answer)])
+
+
+def scene_questions(scene: Scene) -> list[Question]:
+    """Every question that can be asked about a scene."""
+    digits = scene.digits
+    asked = (_which, _where, _presence, _count, _larger, _list)
+    return [question for kind in asked for question in kind(digits)]
+
+
+def number_questions() -> list[Question]:
+    """Every question that needs no picture."""
+    return [*_number_larger(), *_number_names()]
+
+
+def _without(values: tuple[str, ...], answer: str) -> tuple[str, ...]:
+    return tuple(value for value in values if value != answer)
+
+
+def _which(digits: dict[str, int]) -> Iterator[Question]:
+    present = {str(digit) for digit in digits.values()}
+    for cell, digit in digits.items():
+        wrong = _without(DIGITS, str(digit))
+        # Offering the picture's other digits makes the place matter.
+        near = tuple(d for d in wrong if d in present)
+        far = tuple(d for d in wrong if d not in present)
+        yield Question("which", f"Which digit is {cell}?", str(digit), near, far)
+
+
+def _where(digits: dict[str, int]) -> Iterator[Question]:
+    values = list(digits.values())
+    for cell, digit in digits.items():
+        if values.count(digit) == 1:
+            yield Question("where", f"Where is the {digit}?", cell, _without(CELLS, cell))
+
+
+def _presence(digits: dict[str, int]) -> Iterator[Question]:
+    for digit in range(10):
+        answer, wrong = ("yes", "no") if digit in digits.values() else ("no", "yes")
+        yield Question("presence", f"Is there a {digit}?", answer, (wrong,))
+
+
+def _count(digits: dict[str, int]) -> Iterator[Question]:
+    answer = str(len(digits))
+    yield Question("count", "How many digits?", answer, _without(DIGITS[1:5], answer))
+
+
+def _larger(digits: dict[str, int]) -> Iterator[Question]:
+    for (cell_a, a), (cell_b, b) in permutations(digits.items(), 2):
+        answer = "equal" if a == b else cell_a if a > b else cell_b
+        text = f"Which is larger, {cell_a} or {cell_b}?"
+        yield Question("larger", text, answer, _without((cell_a, cell_b, "equal"), answer))
+
+
+def _list(digits: dict[str, int]) -> Iterator[Question]:
+    # Each digit behind its place: what is read where a place is named serves every other question about it.
+    yield Question("list", "Which digits are there?", ", ".join(f"{c} {digits.get(c, 'none')}" for c in CELLS))
+
+
+def _number_larger() -> Iterator[Question]:
+    for a, b in permutations(range(10), 2):
+        yield Question("number larger", f"Which is larger, {a} or {b}?", str(max(a, b)), (str(min(a, b)),))
+
+
+def _number_names() -> Iterator[Question]:
+    for digit, word in zip(DIGITS, WORDS, strict=True):
+        yield Question("number word", f"Which word is {digit}?", word, far=_without(WORDS, word))
+        yield Question("number digit", f"Which digit is {word}?", digit, far=_without(DIGITS, digit))

@@ -1,0 +1,282 @@
+"""The embedded data set: deterministic, split without leaks, rightly labelled, in the public formats."""
+
+import base64
+import csv
+import io
+import json
+import re
+from collections import Counter
+from random import Random
+
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from playground.data import build, tokenizer
+from playground.data.formats import MMBENCH_COLUMNS, MMSTAR_COLUMNS
+from playground.data.questions import INSTRUCTION, SHORT_INSTRUCTION, WORDS, Choice, Question, make_choice
+from playground.data.scenes import CELL_SIZE, CELLS, cell_image, digit_pools, load_digits_once, random_scene
+
+IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return build.ensure_built(tmp_path_factory.mktemp("digits") / "digits", train_images=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def records(digits):
+    return json.loads((digits / "train.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer(digits):
+    return AutoTokenizer.from_pretrained(digits / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def samples_by_pixels():
+    """Every handwritten sample, found by the bytes of its cell."""
+    return {cell_image(i).tobytes(): i for i in range(len(load_digits_once()[1]))}
+
+
+def read_tsv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        return reader.fieldnames, list(reader)
+
+
+def read_samples(picture, samples_by_pixels):
+    """Recover from the pixels alone which handwritten sample each cell holds; empty cells are left out."""
+    found = {}
+    for place, cell in enumerate(CELLS):
+        left, top = place % 2 * CELL_SIZE, place // 2 * CELL_SIZE
+        content = picture.crop((left, top, left + CELL_SIZE, top + CELL_SIZE)).tobytes()
+        if any(content):
+            found[cell] = samples_by_pixels[content]
+    return found
+
+
+def decode_image(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def eval_pictures(digits):
+    for name in ("mmbench.tsv", "mmstar.tsv"):
+        yield from (decode_image(row["image"]) for row in read_tsv(digits / "eval" / name)[1])
+    yield from (Image.open(path) for path in (digits / "eval" / "mm-vet" / "images").glob("*.png"))
+
+
+def solve(question, digits):
+    """An answer worked out from the question's words and the digits by cell, apart from the builder's own rules."""
+    if match := re.fullmatch(r"Which is larger, (\d) or (\d)\?", question):
+        return max(match.groups())
+    if match := re.fullmatch(r"Which word is (\d)\?", question):
+        return WORDS[int(match[1])]
+    if match := re.fullmatch(r"Which digit is (\w+)\?", question):
+        return str(WORDS.index(match[1]))
+    if match := re.fullmatch(r"Which digit is (\w+ \w+)\?", question):
+        return str(digits[match[1]])
+    if match := re.fullmatch(r"Is there a (\d)\?", question):
+        return "yes" if int(match[1]) in digits.values() else "no"
+    if match := re.fullmatch(r"Which is larger, (\w+ \w+) or (\w+ \w+)\?", question):
+        first, second = match.groups()
+        return {0: "equal"}.get(digits[first] - digits[second], max(first, second, key=digits.get))
+    if question == "How many digits?":
+        return str(len(digits))
+    if question == "Which digits are there?":
+        return ", ".join(f"{cell} {digits.get(cell, 'none')}" for cell in CELLS)
+    (wanted,) = re.fullmatch(r"Where is the (\d)\?", question).groups()
+    (cell,) = [cell for cell, digit in digits.items() if digit == int(wanted)]
+    return cell
+
+
+def parse_options(prompt):
+    """The question and the options by letter of a prompt in either public layout."""
+    question, _, rest = prompt.removesuffix(INSTRUCTION).removesuffix(SHORT_INSTRUCTION).partition("\n")
+    pattern = r"([A-D]): ([^,]+)" if rest.startswith("Options: ") else r"([A-D])\. ([^\n]+)"
+    return question, dict(re.findall(pattern, rest))
+
+
+def check_answer(prompt, answer, digits):
+    question, options = parse_options(prompt)
+    assert len(set(options.values())) == len(options)
+    if options:  # a letter, or the option as it stands in the prompt
+        assert answer in options or answer in prompt
+        answer = options[answer[0]]
+    assert answer == solve(question, digits), prompt
+
+
+def labels_of(samples):
+    return {cell: int(load_digits_once()[1][i]) for cell, i in samples.items()}
+
+
+def test_same_arguments_give_same_bytes(digits, tmp_path):
+    again = build.ensure_built(tmp_path / "again", train_images=IMAGES)
+    files = {p.relative_to(digits): p.read_bytes() for p in digits.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
+    other = build.ensure_built(tmp_path / "other", train_images=IMAGES, seed=1)
+    assert (other / "train.json").read_bytes() != (digits / "train.json").read_bytes()
+
+
+def test_train_and_eval_share_no_handwriting(digits, samples_by_pixels):
+    train_pool, eval_pool = ({i for part in pool.values() for i in part} for pool in digit_pools())
+    shown_in_train = [read_samples(Image.open(p), samples_by_pixels) for p in (digits / "images").rglob("*.png")]
+    shown_in_eval = [read_samples(picture, samples_by_pixels) for picture in eval_pictures(digits)]
+    assert len(shown_in_train) == IMAGES and all(shown_in_train) and all(shown_in_eval)
+    assert {i for samples in shown_in_train for i in samples.values()} <= train_pool
+    assert {i for samples in shown_in_eval for i in samples.values()} <= eval_pool
+    assert not train_pool & eval_pool and len(train_pool | eval_pool) == len(load_digits_once()[1])
+
+
+def test_training_answers_are_right(digits, records, samples_by_pixels):
+    for record in records:
+        shown = {}
+        if "image" in record:
+            shown = labels_of(read_samples(Image.open(digits / "images" / record["image"]), samples_by_pixels))
+        turns = record["conversations"]
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            check_answer(human["value"].removeprefix("<image>\n"), gpt["value"], shown)
+
+
+def test_training_records_have_llavas_form(records):
+    text_only = [record for record in records if "image" not in record]
+    assert len(records) - len(text_only) == IMAGES and 0.03 < len(text_only) / len(records) < 0.07
+    assert len({record["id"] for record in records}) == len(records)
+    for record in records:
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        prompts = [turn["value"] for turn in turns[::2]]
+        assert ["<image>" in prompt for prompt in prompts] == ["image" in record] + [False] * (len(prompts) - 1)
+        assert prompts[-1].endswith("Which digits are there?") == ("image" in record)
+        assert len({parse_options(prompt.removeprefix("<image>\n"))[0] for prompt in prompts}) == len(prompts)
+    choices = [sum(turn["value"].endswith(INSTRUCTION) for turn in record["conversations"]) for record in records]
+    assert set(choices) >= {0, 1, 2, 3} and 1.2 < sum(choices) / len(choices) < 2.4
+
+
+def test_mmbench_passes_rotate_right(digits, samples_by_pixels):
+    columns, rows = read_tsv(digits / "eval" / "mmbench.tsv")
+    assert columns == MMBENCH_COLUMNS
+    indices = [int(row["index"]) for row in rows]
+    assert indices == sorted(indices) and len(set(indices)) == len(indices)
+    by_index = dict(zip(indices, rows, strict=True))
+    mains = [index for index in indices if index < 1_000_000]
+    assert {len(_options(by_index[index])) for index in mains} == {2, 3, 4} and len(mains) == 150
+    for index in mains:
+        options, m = _options(by_index[index]), len(_options(by_index[index]))
+        shown = labels_of(read_samples(decode_image(by_index[index]["image"]), samples_by_pixels))
+        assert [k for k in range(5) if k * 1_000_000 + index in by_index] == list(range(m))
+        for k in range(m):
+            row = by_index[k * 1_000_000 + index]
+            assert _options(row) == [options[(i - k) % m] for i in range(m)]
+            assert row["image"] == by_index[index]["image"] and row["split"] == "dev"
+            assert _options(row)["ABCD".index(row["answer"])] == solve(row["question"], shown)
+
+
+def _options(row):
+    return [row[letter] for letter in "ABCD" if row[letter]]
+
+
+def test_mmstar_is_right_and_cannot_be_guessed(digits, samples_by_pixels):
+    columns, rows = read_tsv(digits / "eval" / "mmstar.tsv")
+    assert columns == MMSTAR_COLUMNS and len(rows) == 400
+    assert len({row["category"] for row in rows}) >= 3
+    for row in rows:
+        shown = labels_of(read_samples(decode_image(row["image"]), samples_by_pixels))
+        check_answer(row["question"] + INSTRUCTION, row["answer"], shown)
+    assert max(Counter(row["answer"] for row in rows).values()) <= 0.3 * len(rows)
+
+
+def test_mmvet_answers_and_capabilities(digits, samples_by_pixels):
+    folder = digits / "eval" / "mm-vet"
+    samples = json.loads((folder / "mm-vet.json").read_text())
+    assert list(samples) == [f"v1_{n}" for n in range(60)]
+    order = ["rec", "ocr", "know", "gen", "spat", "math"]
+    for sample in samples.values():
+        shown = labels_of(read_samples(Image.open(folder / "images" / sample["imagename"]), samples_by_pixels))
+        answer = sample["answer"].replace("<AND>", ", ").partition("<OR>")[0]
+        assert answer == solve(sample["question"], shown)
+        assert sample["capability"] == sorted(sample["capability"], key=order.index)
+    answers = "".join(sample["answer"] for sample in samples.values())
+    assert "<AND>" in answers and "<OR>" in answers
+
+
+def test_choice_offers_the_digits_of_the_picture():
+    question = Question("which", "Which digit is top left?", "3", near=("7", "8"), far=("0", "1", "2"))
+    choice = make_choice(question, Random(0), position=2)
+    assert choice.letter == "C" and {"3", "7", "8"} < set(choice.options) and len(choice.options) == 4
+    assert Choice(question, ("7", "8", "3")).rotated(1).options == ("3", "7", "8")
+
+
+def test_scene_has_at_least_one_digit():
+    scenes = [random_scene(digit_pools()[0], Random(seed)) for seed in range(200)]
+    assert {len(scene.digits) for scene in scenes} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "text", ["Which digit is top left?\nA. 3", " Tabs\tand  blanks \n\n", "Ünïcode 数字 🙂", "a's 1234 x=y+2"]
+)
+def test_tokenizer_round_trip_and_offsets(trained_tokenizer, text):
+    encoded = trained_tokenizer(text, return_offsets_mapping=True)
+    assert encoded.input_ids[0] == trained_tokenizer.bos_token_id
+    assert trained_tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == text
+    spans = encoded.offset_mapping[1:]
+    assert {place for start, end in spans for place in range(start, end)} == set(range(len(text)))
+    assert spans == sorted(spans)
+
+
+def test_tokenizer_letters_and_digits_are_one_token_anywhere(trained_tokenizer):
+    for mark in "ABCD0123456789":
+        (token,) = trained_tokenizer.encode(mark, add_special_tokens=False)
+        for text in (f"({mark})", f"\n{mark}, ", f"<|eot_id|>{mark}<|eot_id|>"):
+            assert token in trained_tokenizer.encode(text, add_special_tokens=False), text
+
+
+def test_tokenizer_ends_a_prompt_where_the_answer_begins(trained_tokenizer):
+    for answer in ("3", "B. 7", "top left", "yes"):
+        turns = [{"role": "user", "content": "Which digit is top left?"}, {"role": "assistant", "content": answer}]
+        prompt, whole = (
+            trained_tokenizer.encode(trained_tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=open_))
+            for t, open_ in ((turns[:1], True), (turns, False))
+        )
+        assert whole[: len(prompt)] == prompt and len(whole) <= len(prompt) + 3
+
+
+def test_tokenizer_answers_are_one_token_and_the_same_as_an_option(trained_tokenizer, records):
+    answers = {turn["value"] for record in records for turn in record["conversations"] if turn["from"] == "gpt"}
+    for answer in (answer for answer in answers if "," not in answer):
+        (token,) = trained_tokenizer.encode(answer, add_special_tokens=False)
+        for text in (f"Options: {answer}, B: x", f"\n{answer}\nB. x"):
+            assert token in trained_tokenizer.encode(text, add_special_tokens=False), text
+
+
+def test_tokenizer_special_tokens(trained_tokenizer):
+    kept = trained_tokenizer
+    assert (kept.pad_token, kept.bos_token, kept.eos_token) == ("<pad>", "<|begin_of_text|>", "<|eot_id|>")
+    assert kept.padding_side == "right" and kept.chat_template
+    for token in (*tokenizer.EXTRA_TOKENS, kept.eos_token):
+        assert kept.encode(f"a{token}\nb", add_special_tokens=False).count(kept.convert_tokens_to_ids(token)) == 1
+        assert token in kept.all_special_tokens
+
+
+def test_build_is_skipped_only_when_it_is_complete(tmp_path):
+    folder = build.ensure_built(tmp_path / "digits", train_images=2)
+    train = folder / "train.json"
+    train.write_text("touched")
+    assert build.ensure_built(folder, train_images=2) == folder and train.read_text() == "touched"
+    (folder / build.MANIFEST).unlink()
+    build.ensure_built(folder, train_images=2)
+    assert train.read_text() != "touched"
+    build.ensure_built(folder, train_images=1)
+    assert [p.name for p in (folder / "images" / "train").iterdir()] == ["000001.png"]
+    checksums = build.read_manifest(folder)["sha256"]
+    assert {"train.json", "eval/mmstar.tsv", "tokenizer/tokenizer.json"} < set(checksums)
+
+
+def test_missing_chat_template_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "files", lambda package: tmp_path)
+    with pytest.raises(FileNotFoundError, match="v1.jinja"):
+        build.ensure_built(tmp_path / "digits", train_images=1)
+    with pytest.raises(ValueError, match="train_images"):
+        build.ensure_built(tmp_path / "digits", train_images=0)
