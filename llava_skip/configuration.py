@@ -82,8 +82,8 @@ class SkipConfig:
 class LlavaSkipConfig(LlavaConfig):
     """transformers' `LlavaConfig` with `skip`, the fields of a `SkipConfig`; None is the dense LLaVA.
 
-    `preset` is the name that the numbers come from, for reports. `image_seq_length`, the placeholder rows that a picture
-    takes, always follows from the rest.
+    `preset` is the name that the numbers come from, for reports. `image_seq_length`, the placeholder rows that a
+    picture takes, always follows from the rest.
     """
 
     model_type = "llava_skip"

@@ -237,7 +237,9 @@ def test_tokenizer_ends_a_prompt_where_the_answer_begins(trained_tokenizer):
     for answer in ("3", "B. 7", "top left", "yes"):
         turns = [{"role": "user", "content": "Which digit is top left?"}, {"role": "assistant", "content": answer}]
         prompt, whole = (
-            trained_tokenizer.encode(trained_tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=open_))
+            trained_tokenizer.encode(
+                trained_tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=open_)
+            )
             for t, open_ in ((turns[:1], True), (turns, False))
         )
         assert whole[: len(prompt)] == prompt and len(whole) <= len(prompt) + 3
