@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 
-PRESETS=${PRESETS:-llava sv-llava-100}
+PRESETS=${PRESETS:-llava sv-llava-256}
 CHECKPOINTS=${CHECKPOINTS:-checkpoints/compare}
 RESULTS=${RESULTS:-results/compare}
 for preset in $PRESETS; do

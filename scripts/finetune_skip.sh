@@ -9,7 +9,7 @@
 #   MODEL        saved model, or a language model together with VISION_TOWER    (a new tiny model)
 #   VISION_TOWER CLIP vision tower for a plain language model
 #   DATA IMAGES  LLaVA conversation JSON and the folder of its pictures         (the embedded digits)
-#   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256                 (sv-llava-100 for a new model)
+#   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256                 (sv-llava-256 for a new model)
 #   TEMPLATE     v1, llama3 or plain                                            (the tokenizer's own)
 #   OUTPUT       folder of the run                                              (checkpoints/<preset>)
 #   NPROC        processes on this machine                                      (GPUs found, else 2)
@@ -39,10 +39,10 @@ if [ -z "${DATA:-}" ]; then
     IMAGES=playground/data/digits/images
 fi
 if [ -z "${MODEL:-}" ]; then # a tiny model from scratch: it learns as small models do
-    PRESET=${PRESET:-sv-llava-100}
+    PRESET=${PRESET:-sv-llava-256}
     BATCH=${BATCH:-$((32 / NPROC > 0 ? 32 / NPROC : 1))}
     LR=${LR:-1e-3}
-    EPOCHS=${EPOCHS:-3}
+    EPOCHS=${EPOCHS:-4}
 else
     arguments+=(--model "$MODEL" --gradient_checkpointing true)
 fi

@@ -31,7 +31,7 @@ class ModelArguments:
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": f"One of {', '.join(PRESETS)}. Default: what a saved model has, sv-llava-100 for a new one."},
+        metadata={"help": f"One of {', '.join(PRESETS)}. Default: what a saved model has, sv-llava-256 for a new one."},
     )
     size: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(SIZES)}."})
     template: str | None = field(

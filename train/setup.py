@@ -19,7 +19,7 @@ from train.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PRESET = "sv-llava-100"
+DEFAULT_PRESET = "sv-llava-256"
 """Preset of a new model."""
 EMBEDDED_TOKENIZER = Path("playground/data/digits/tokenizer")
 """Tokenizer of a new model, unless another is named."""

@@ -158,7 +158,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = check(*parse(sys.argv[1:]))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # transformers answers an unknown hub name with OSError
         if rank == 0:
             sys.stderr.write(f"error: {error}\n")
         else:

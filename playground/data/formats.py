@@ -34,28 +34,25 @@ MIXED_LAYOUTS = ("open", "mmbench", "mmstar")
 READING_LAYOUTS = ("open", "open", "short", "mmbench", "mmstar")
 
 # Kind -> number of questions, and its place in the benchmark's own hierarchy.
-MMBENCH_COUNTS = {"which": 45, "where": 30, "presence": 25, "count": 25, "larger": 25}
+MMBENCH_COUNTS = {"which": 60, "presence": 25, "count": 35, "larger": 30}
 MMBENCH_CATEGORIES = {
     "which": ("ocr", "finegrained_perception (instance-level)"),
-    "where": ("object_localization", "finegrained_perception (instance-level)"),
     "presence": ("image_topic", "coarse_perception"),
     "count": ("object_localization", "finegrained_perception (instance-level)"),
     "larger": ("attribute_comparison", "finegrained_perception (cross-instance)"),
 }
 # Questions with two or three options are few enough to keep the chance level below 30%.
-MMSTAR_COUNTS = {"which": 130, "where": 90, "presence": 40, "count": 80, "larger": 60}
+MMSTAR_COUNTS = {"which": 190, "presence": 40, "count": 110, "larger": 60}
 MMSTAR_CATEGORIES = {
     "which": ("fine-grained perception", "recognition"),
-    "where": ("fine-grained perception", "localization"),
     "presence": ("coarse perception", "image scene and topic"),
     "count": ("fine-grained perception", "object counting"),
     "larger": ("instance reasoning", "cross-instance attribute reasoning"),
 }
-MMVET_COUNTS = {"which": 12, "where": 12, "presence": 9, "count": 9, "larger": 9, "list": 9}
+MMVET_COUNTS = {"which": 18, "presence": 11, "count": 11, "larger": 11, "list": 9}
 MMVET_CAPABILITIES = {
     "which": ["ocr", "spat"],
-    "where": ["ocr", "spat"],
-    "presence": ["ocr"],
+    "presence": ["rec", "spat"],
     "count": ["rec"],
     "larger": ["ocr", "spat", "math"],
     "list": ["ocr"],

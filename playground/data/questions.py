@@ -12,6 +12,8 @@ from .scenes import CELLS, Scene
 DIGITS = tuple("0123456789")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = "ABCD"
+THRESHOLD = 5
+"""What digits of a picture are compared with."""
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 SHORT_INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
@@ -100,7 +102,7 @@ def pick(questions: list[Question], rng: Random) -> Question:
 def scene_questions(scene: Scene) -> list[Question]:
     """Every question that can be asked about a scene."""
     digits = scene.digits
-    asked = (_which, _where, _presence, _count, _larger, _list)
+    asked = (_which, _presence, _count, _larger, _list)
     return [question for kind in asked for question in kind(digits)]
 
 
@@ -123,17 +125,10 @@ def _which(digits: dict[str, int]) -> Iterator[Question]:
         yield Question("which", f"Which digit is {cell}?", str(digit), near, far)
 
 
-def _where(digits: dict[str, int]) -> Iterator[Question]:
-    values = list(digits.values())
-    for cell, digit in digits.items():
-        if values.count(digit) == 1:
-            yield Question("where", f"Where is the {digit}?", cell, _without(CELLS, cell))
-
-
 def _presence(digits: dict[str, int]) -> Iterator[Question]:
-    for digit in range(10):
-        answer, wrong = ("yes", "no") if digit in digits.values() else ("no", "yes")
-        yield Question("presence", f"Is there a {digit}?", answer, (wrong,))
+    for cell in CELLS:
+        answer, wrong = ("yes", "no") if cell in digits else ("no", "yes")
+        yield Question("presence", f"Is there a digit {cell}?", answer, (wrong,))
 
 
 def _count(digits: dict[str, int]) -> Iterator[Question]:
@@ -142,10 +137,10 @@ def _count(digits: dict[str, int]) -> Iterator[Question]:
 
 
 def _larger(digits: dict[str, int]) -> Iterator[Question]:
-    for (cell_a, a), (cell_b, b) in permutations(digits.items(), 2):
-        answer = "equal" if a == b else cell_a if a > b else cell_b
-        text = f"Which is larger, {cell_a} or {cell_b}?"
-        yield Question("larger", text, answer, _without((cell_a, cell_b, "equal"), answer))
+    for cell, digit in digits.items():
+        answer = "equal" if digit == THRESHOLD else cell if digit > THRESHOLD else str(THRESHOLD)
+        wrong = _without((cell, str(THRESHOLD), "equal"), answer)
+        yield Question("larger", f"Which is larger, {cell} or {THRESHOLD}?", answer, wrong)
 
 
 def _list(digits: dict[str, int]) -> Iterator[Question]:

@@ -78,18 +78,16 @@ def solve(question, digits):
         return str(WORDS.index(match[1]))
     if match := re.fullmatch(r"Which digit is (\w+ \w+)\?", question):
         return str(digits[match[1]])
-    if match := re.fullmatch(r"Is there a (\d)\?", question):
-        return "yes" if int(match[1]) in digits.values() else "no"
-    if match := re.fullmatch(r"Which is larger, (\w+ \w+) or (\w+ \w+)\?", question):
-        first, second = match.groups()
-        return {0: "equal"}.get(digits[first] - digits[second], max(first, second, key=digits.get))
+    if match := re.fullmatch(r"Is there a digit (\w+ \w+)\?", question):
+        return "yes" if match[1] in digits else "no"
+    if match := re.fullmatch(r"Which is larger, (\w+ \w+) or (\d)\?", question):
+        difference = digits[match[1]] - int(match[2])
+        return "equal" if difference == 0 else match[1] if difference > 0 else match[2]
     if question == "How many digits?":
         return str(len(digits))
     if question == "Which digits are there?":
         return ", ".join(f"{cell} {digits.get(cell, 'none')}" for cell in CELLS)
-    (wanted,) = re.fullmatch(r"Where is the (\d)\?", question).groups()
-    (cell,) = [cell for cell, digit in digits.items() if digit == int(wanted)]
-    return cell
+    raise AssertionError(f"unknown question {question}")
 
 
 def parse_options(prompt):
