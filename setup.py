@@ -25,7 +25,7 @@ TRAIN = [
     "wandb>=0.20,<1",
 ]
 EVAL = ["openai>=1.60,<4", "openpyxl>=3.1", "tenacity>=9,<10", "tqdm>=4.66"]
-EMBEDDED = ["scikit-learn>=1.5", "pandas>=2.2,<4", "tokenizers>=0.22"]
+EMBEDDED = ["filelock>=3.12", "scikit-learn>=1.5", "tokenizers>=0.22"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 
 setup(

@@ -37,9 +37,6 @@ class LlavaSkipProcessor(ProcessorMixin):
     `processor.apply_chat_template(...)` as for any processor of transformers.
     """
 
-    # Where the learnt tokens lie is found from these, also behind expanded placeholders.
-    return_text_replacement_offsets = False
-
     def __init__(
         self,
         image_processor: Any = None,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import AutoConfig
 
 import llava_skip  # noqa: F401  registers the configuration
 from llava_skip.analysis import picture_cost
+from train.report import load_json
 
 HEADER = """# The embedded run, dense against skipping
 
@@ -33,11 +33,6 @@ TEXT_ROWS = 30
 """Rows of text in the FLOP column: about one question of the embedded set."""
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(
     checkpoints: Annotated[Path, typer.Option(help="Folder with a trained model for each preset.")],
     results: Annotated[Path, typer.Option(help="Folder with results of each benchmark and preset.")],
@@ -47,8 +42,8 @@ def main(
     """Write the table."""
     names, lines, flops = presets.split(), [], {}
     for name in names:
-        run = read(checkpoints / name / "train_result.json")
-        scores = {b: read(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
+        run = load_json(checkpoints / name / "train_result.json")
+        scores = {b: load_json(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
         cost = picture_cost(AutoConfig.from_pretrained(checkpoints / name), text_rows=TEXT_ROWS)
         flops[name] = cost.prefill_flops
         lines.append(
@@ -62,7 +57,7 @@ def main(
         torch=scores["mmstar"]["versions"]["torch"],
         steps=run["steps"],
         samples=run["samples"],
-        mmstar=scores["mmstar"]["counts"]["rows"] if "rows" in scores["mmstar"]["counts"] else 400,
+        mmstar=scores["mmstar"]["counts"]["questions"],
         mmbench=scores["mmbench"]["counts"]["questions"],
     )
     output.write_text(header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_ROWS), encoding="utf-8")

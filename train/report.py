@@ -16,6 +16,11 @@ def as_json(content: Any) -> Any:
     return json.loads(json.dumps(content, default=str))
 
 
+def load_json(path: Path) -> Any:
+    """A small JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all: into a temporary file that then takes the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import preset_config, preset_skip
 from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
 from train.arguments import ModelArguments
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "sv-llava-256"
 """Preset of a new model."""
@@ -32,7 +28,7 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         ValueError: an unknown preset, size or template, or a tokenizer that does not fit.
         FileNotFoundError: a model or tokenizer folder that does not exist.
     """
-    for what in ("model", "tokenizer", "vision_tower"):
+    for what in ("model", "vision_tower"):
         if source := getattr(arguments, what):
             _check_source(source, what)
     tokenizer = _load_tokenizer(arguments)
@@ -162,8 +158,3 @@ _PART_MODULES: dict[str, Any] = {
     "summary": lambda m: [m.model.summary],
     "language_model": lambda m: [m.model.language_model, m.lm_head],
 }
-
-
-def load_json(path: Path) -> Any:
-    """A small JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

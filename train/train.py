@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -20,11 +19,9 @@ from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.data import ConversationDataset, check_records, collate, load_records
-from train.report import as_json, draw_loss, show_result, write_json
-from train.setup import build_model, load_json, prepare
+from train.report import as_json, draw_loss, load_json, show_result, write_json
+from train.setup import build_model, prepare
 from train.trainer import SkipTrainer
-
-logger = logging.getLogger("train")
 
 USER_ERROR = 2
 """Exit code of a mistake in the arguments or the data."""

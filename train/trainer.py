@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llava_skip.configuration import IGNORE_INDEX
+
 COUNTS = ("rows", "ffn_rows", "supervised", "samples", "truncated")
 """What is counted, over all ranks: real rows, rows that took the FFN, rows with a label, samples, cut samples."""
 
@@ -35,7 +37,7 @@ class SkipTrainer(Trainer):
         pictures = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
         self._counts["rows"] += rows
         self._counts["ffn_rows"] += rows - pictures * (skip.skipped if skip else 0)
-        self._counts["supervised"] += (inputs["labels"][:, 1:] != -100).sum()
+        self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._counts["samples"] += inputs["input_ids"].shape[0]
         self._counts["truncated"] += inputs.pop("truncated", 0)
 
