@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "image_size": 64,
+            "image_size": 48,
             "patch_size": 8,
             "projection_dim": 128,
             "initializer_range": 0.08,

@@ -40,9 +40,9 @@ if [ -z "${DATA:-}" ]; then
 fi
 if [ -z "${MODEL:-}" ]; then # a tiny model from scratch: it learns as small models do
     PRESET=${PRESET:-sv-llava-256}
-    BATCH=${BATCH:-$((32 / NPROC > 0 ? 32 / NPROC : 1))}
-    LR=${LR:-1e-3}
-    EPOCHS=${EPOCHS:-4}
+    BATCH=${BATCH:-$((16 / NPROC > 0 ? 16 / NPROC : 1))}
+    LR=${LR:-8e-4}
+    arguments+=(--adam_beta2 0.99)
 else
     arguments+=(--model "$MODEL" --gradient_checkpointing true)
 fi

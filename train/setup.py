@@ -123,6 +123,7 @@ def build_model(
     if arguments.model is None:
         config._attn_implementation = arguments.attn_implementation
         model = LlavaSkipForConditionalGeneration(config).to(dtype)
+        start_positions(model)
     elif arguments.vision_tower:
         config._attn_implementation = arguments.attn_implementation
         language = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
@@ -134,6 +135,16 @@ def build_model(
         )
     choose_trained(model, arguments)
     return model
+
+
+@torch.no_grad()
+def start_positions(model: LlavaSkipForConditionalGeneration) -> None:
+    """Make a new tower's position embeddings as loud as its patches.
+
+    transformers starts both with the same deviation, but a patch embedding adds up hundreds of pixels; positions then
+    are a few percent of what enters the tower, and hundreds of steps go by before "top left" can be learnt.
+    """
+    model.model.vision_tower.embeddings.position_embedding.weight.normal_()
 
 
 def choose_trained(model: LlavaSkipForConditionalGeneration, arguments: ModelArguments) -> None:

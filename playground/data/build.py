@@ -23,9 +23,9 @@ from .scenes import digit_pools
 from .tokenizer import load_chat_template, train_tokenizer
 
 # Raise it whenever the builder would write other bytes for the same arguments.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 DEFAULT_OUTPUT = Path(__file__).parent / "digits"
-DEFAULT_TRAIN_IMAGES = 12_000
+DEFAULT_TRAIN_IMAGES = 30_000
 MANIFEST = "manifest.json"
 
 

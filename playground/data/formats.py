@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from .questions import SHORT_INSTRUCTION, Choice, Question, make_choice, number_questions, pick, scene_questions
-from .scenes import Pool, Scene, random_scene
+from .scenes import Pool, Scene, random_scene, varied
 
 TEXT_ONLY_SHARE = 0.05
 CIRCULAR_STEP = 1_000_000
@@ -70,7 +70,7 @@ def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dic
     picture_number = 0
     for number, with_picture in enumerate(pictured, start=1):
         record: dict[str, Any] = {"id": f"digits-{number:06d}"}
-        scene = random_scene(pool, rng) if with_picture else None
+        scene = varied(random_scene(pool, rng), rng) if with_picture else None
         turns = _turns(scene_questions(scene) if scene else number_questions(), rng)
         if scene:
             picture_number += 1

@@ -90,11 +90,11 @@ def make_choice(question: Question, rng: Random, position: int | None = None) ->
 def pick(questions: list[Question], rng: Random) -> Question:
     """Draw the kind first, then the answer, then the question.
 
-    Neither a kind nor an answer ("no", say) is then more likely because more questions lead to it; only reading a
-    digit, which all else rests on, is asked more often.
+    Neither a kind nor an answer ("no", say) is then more likely because more questions lead to it; only comparing,
+    which takes longest to learn, is asked more often.
     """
     kinds = sorted({q.kind for q in questions})
-    kind = rng.choices(kinds, weights=[2 if kind == "which" else 1 for kind in kinds])[0]
+    kind = rng.choices(kinds, weights=[3 if kind == "larger" else 1 for kind in kinds])[0]
     answer = rng.choice(sorted({q.answer for q in questions if q.kind == kind}))
     return rng.choice([q for q in questions if (q.kind, q.answer) == (kind, answer)])
 

@@ -8,14 +8,25 @@ import re
 from collections import Counter
 from random import Random
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
 from playground.data import build, tokenizer
-from playground.data.formats import MMBENCH_COLUMNS, MMSTAR_COLUMNS
+from playground.data.formats import MMBENCH_COLUMNS, MMSTAR_COLUMNS, training_records
 from playground.data.questions import INSTRUCTION, SHORT_INSTRUCTION, WORDS, Choice, Question, make_choice
-from playground.data.scenes import CELL_SIZE, CELLS, cell_image, digit_pools, load_digits_once, random_scene
+from playground.data.scenes import (
+    BACKGROUND,
+    CELL_SIZE,
+    CELLS,
+    UPRIGHT,
+    cell_image,
+    digit_pools,
+    load_digits_once,
+    random_scene,
+    varied,
+)
 
 IMAGES = 120
 
@@ -28,6 +39,13 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(digits):
     return json.loads((digits / "train.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def train_scenes():
+    """The scenes that the training pictures are drawn from, by record."""
+    drawn = training_records(digit_pools()[0], IMAGES, Random("0/train"))
+    return {record["id"]: scene for record, scene in drawn if scene}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +65,17 @@ def read_tsv(path):
         return reader.fieldnames, list(reader)
 
 
+def crop_cell(picture, cell):
+    left, top = ("right" in cell) * CELL_SIZE, ("bottom" in cell) * CELL_SIZE
+    return picture.crop((left, top, left + CELL_SIZE, top + CELL_SIZE))
+
+
 def read_samples(picture, samples_by_pixels):
     """Recover from the pixels alone which handwritten sample each cell holds; empty cells are left out."""
     found = {}
-    for place, cell in enumerate(CELLS):
-        left, top = place % 2 * CELL_SIZE, place // 2 * CELL_SIZE
-        content = picture.crop((left, top, left + CELL_SIZE, top + CELL_SIZE)).tobytes()
-        if any(content):
+    for cell in CELLS:
+        content = crop_cell(picture, cell).tobytes()
+        if set(content) != {BACKGROUND}:
             found[cell] = samples_by_pixels[content]
     return found
 
@@ -118,24 +140,41 @@ def test_same_arguments_give_same_bytes(digits, tmp_path):
     assert (other / "train.json").read_bytes() != (digits / "train.json").read_bytes()
 
 
-def test_train_and_eval_share_no_handwriting(digits, samples_by_pixels):
+def test_train_and_eval_share_no_handwriting(digits, train_scenes, samples_by_pixels):
     train_pool, eval_pool = ({i for part in pool.values() for i in part} for pool in digit_pools())
-    shown_in_train = [read_samples(Image.open(p), samples_by_pixels) for p in (digits / "images").rglob("*.png")]
     shown_in_eval = [read_samples(picture, samples_by_pixels) for picture in eval_pictures(digits)]
-    assert len(shown_in_train) == IMAGES and all(shown_in_train) and all(shown_in_eval)
-    assert {i for samples in shown_in_train for i in samples.values()} <= train_pool
+    assert len(train_scenes) == IMAGES and all(shown_in_eval)
+    assert {i for scene in train_scenes.values() for i in scene.samples if i is not None} <= train_pool
     assert {i for samples in shown_in_eval for i in samples.values()} <= eval_pool
     assert not train_pool & eval_pool and len(train_pool | eval_pool) == len(load_digits_once()[1])
 
 
-def test_training_answers_are_right(digits, records, samples_by_pixels):
+def test_training_answers_are_right(digits, records, train_scenes):
     for record in records:
         shown = {}
         if "image" in record:
-            shown = labels_of(read_samples(Image.open(digits / "images" / record["image"]), samples_by_pixels))
+            scene = train_scenes[record["id"]]
+            assert (digits / "images" / record["image"]).read_bytes() == scene.png()
+            shown = labels_of({c: i for c, i in zip(CELLS, scene.samples, strict=True) if i is not None})
         turns = record["conversations"]
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             check_answer(human["value"].removeprefix("<image>\n"), gpt["value"], shown)
+
+
+def test_a_pose_changes_the_picture_but_not_the_digit():
+    labels = load_digits_once()[1]
+    upright = np.stack([np.asarray(cell_image(i), dtype=float).ravel() for i in range(len(labels))])
+    rng = Random(3)
+    scenes = [varied(random_scene(digit_pools()[0], rng), rng) for _ in range(100)]
+    read = []
+    for scene in scenes:
+        for place, (cell, digit) in enumerate(zip(CELLS, (scene.digits.get(c) for c in CELLS), strict=True)):
+            if digit is not None:
+                assert scene.poses[place] != UPRIGHT
+                shown = np.asarray(crop_cell(scene.draw(), cell), dtype=float).ravel()
+                assert not (shown == upright[scene.samples[place]]).all()
+                read.append(labels[((upright - shown) ** 2).sum(axis=1).argmin()] == digit)
+    assert sum(read) > 0.9 * len(read) > 200
 
 
 def test_training_records_have_llavas_form(records):

@@ -1,0 +1,32 @@
+"""The embedded comparison at full length: both models learn, and skipping costs little accuracy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ("llava", "sv-llava-256")
+
+
+@pytest.mark.slow
+def test_dense_and_skipping_models_learn_the_embedded_set(tmp_path):
+    environment = os.environ | {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        "PRESETS": " ".join(PRESETS),
+        "CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "RESULTS": str(tmp_path / "results"),
+        "PAGE": str(tmp_path / "embedded.md"),
+    }
+    command = ["bash", "scripts/compare_embedded.sh"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    results = [json.loads((tmp_path / "results/mmstar" / preset / "results.json").read_text()) for preset in PRESETS]
+    dense, skipping = (result["score"] for result in results)
+    assert min(dense, skipping) >= 90 and abs(dense - skipping) <= 3, (dense, skipping)
+    page = (tmp_path / "embedded.md").read_text()
+    assert all(f"| `{preset}` | {score:.1f}% |" in page for preset, score in zip(PRESETS, (dense, skipping), strict=True))
