@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the dense and the skipping model on the embedded data, same steps and seed, evaluates both on all of its
-# benchmarks, and writes docs/embedded.md. PRESETS="llava sv-llava-100 ..." chooses others; the first is the reference.
+# benchmarks, and writes docs/embedded.md (PAGE= names another file). PRESETS="llava sv-llava-100 ..." chooses others;
+# the first is the reference.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -8,6 +9,7 @@ cd "$(dirname "$0")/.."
 PRESETS=${PRESETS:-llava sv-llava-256}
 CHECKPOINTS=${CHECKPOINTS:-checkpoints/compare}
 RESULTS=${RESULTS:-results/compare}
+PAGE=${PAGE:-docs/embedded.md}
 for preset in $PRESETS; do
     PRESET=$preset OUTPUT=$CHECKPOINTS/$preset bash scripts/finetune_skip.sh "$@"
     for benchmark in mmstar mmbench; do
@@ -15,4 +17,4 @@ for preset in $PRESETS; do
             --output "$RESULTS/$benchmark/$preset"
     done
 done
-"$PYTHON" scripts/results_table.py --checkpoints "$CHECKPOINTS" --results "$RESULTS" --presets "$PRESETS"
+"$PYTHON" scripts/results_table.py --checkpoints "$CHECKPOINTS" --results "$RESULTS" --presets "$PRESETS" --output "$PAGE"
