@@ -85,7 +85,7 @@ class Candidate:
         skip, blocks = self.config.skip_config, self.tokens
         if skip is not None:
             retained, others = self.tokens.tensor_split([skip.retained], dim=1)
-            blocks = self.model.model.assemble(retained, merge_tokens(others, skip.skipped))
+            blocks = self.model.model.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
         return {"image": BaseModelOutputWithPooling(pooler_output=blocks)}
 
     def train_step(self) -> None:
@@ -105,7 +105,7 @@ class Candidate:
         """FLOPs of a forward of the language model."""
         samples, rows = self.input_ids.shape
         skip = self.config.skip_config
-        ffn_rows = samples * (rows - (skip.skipped if skip else 0))
+        ffn_rows = samples * (rows - (skip.skipping_rows if skip else 0))
         return decoder_flops(self.config.text_config, rows, ffn_rows, head_rows, samples).total
 
     @property

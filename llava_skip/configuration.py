@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,30 +12,86 @@ IGNORE_INDEX = -100
 """Label of a token that is not learnt."""
 
 
+SUMMARY_STARTS = ("pooled", "mean", "learned")
+"""How a summary token starts: softmax-pooled by a small layer (the paper), the plain mean, or a learned vector."""
+
+
 @dataclass(frozen=True)
 class SkipConfig:
     """Which visual tokens of a picture take the whole decoder and which ones skip its FFN (paper, section 3).
 
-    A picture becomes one block of `rows` rows, in attention order:
+    A picture becomes one block of `rows` rows in attention order: its R + S tokens, and behind the last token of each
+    span of `summaries` the summary of that span. By default that is
     `retained | summary of the retained | skipped | summary of the skipped`.
 
     Attributes:
         retained: R, the tokens that go through attention and FFN in every layer.
         skipped: S, the tokens that the rest is merged to; attention only.
-        forget_cache: drop the keys and values of the skipped rows once the prefill has passed them.
+        summaries: spans (first, one past the last) of the R + S tokens, one summary each, in the order of their ends;
+            None stands for the two above, () for no summary.
+        summary_start: one of `SUMMARY_STARTS`.
+        ffn_head: so many of the first skipped tokens take the FFN all the same.
+        ffn_tail: so many of the last skipped tokens take the FFN all the same.
+        ffn_every: every k-th skipped token, from the first on, takes the FFN all the same; None: none.
+        layers: indices of the layers in which rows skip the FFN; None: all layers.
+        text_sees_skipped: whether the rows behind a picture may attend to its skipped tokens in the prefill.
+        forget_cache: drop the keys and values of the rows that skip once the prefill has passed them.
     """
 
     retained: int
     skipped: int
+    summaries: tuple[tuple[int, int], ...] | None = None
+    summary_start: str = "pooled"
+    ffn_head: int = 0
+    ffn_tail: int = 0
+    ffn_every: int | None = None
+    layers: tuple[int, ...] | None = None
+    text_sees_skipped: bool = True
     forget_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("retained", "skipped"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"skip.{name} is {value!r}; it must be a whole number of at least 1.")
-        if not isinstance(self.forget_cache, bool):
-            raise ValueError(f"skip.forget_cache is {self.forget_cache!r}; it must be true or false.")
+        _check_count("retained", self.retained, 1)
+        _check_count("skipped", self.skipped, 1)
+        _check_count("ffn_head", self.ffn_head, 0)
+        _check_count("ffn_tail", self.ffn_tail, 0)
+        if self.ffn_every is not None:
+            _check_count("ffn_every", self.ffn_every, 2)
+        for name in ("text_sees_skipped", "forget_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"skip.{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.summary_start not in SUMMARY_STARTS:
+            raise ValueError(f"skip.summary_start is {self.summary_start!r}; known: {', '.join(SUMMARY_STARTS)}.")
+        # JSON knows lists alone; tuples make the configuration hashable.
+        for name in ("summaries", "layers"):
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
+        self._check_summaries()
+        self._check_layers()
+        if not any(self.skipping):
+            raise ValueError(
+                f"With ffn_head {self.ffn_head}, ffn_tail {self.ffn_tail} and ffn_every {self.ffn_every} each of the "
+                f"{self.skipped} skipped tokens takes the FFN: keep fewer, or use skip=None."
+            )
+        if not self.text_sees_skipped and not self.forget_cache:
+            raise ValueError(
+                "skip.text_sees_skipped is false and forget_cache too: text that is decoded would see in the cache what "
+                "text of the prompt may not. Set forget_cache to true."
+            )
+
+    def _check_summaries(self) -> None:
+        tokens, last = self.retained + self.skipped, 0
+        for span in self.spans:
+            if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= tokens:
+                raise ValueError(f"skip.summaries has the span {span}; it must be first, end with 0 <= first < end <= {tokens}.")
+            if span[1] < last:
+                raise ValueError(f"skip.summaries is {self.spans}; the spans must be in the order of their ends.")
+            last = span[1]
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if layers is None:
+            return
+        if not layers or not all(isinstance(n, int) and n >= 0 for n in layers) or len(set(layers)) != len(layers):
+            raise ValueError(f"skip.layers is {layers}; it must be different numbers from 0 on, or null for all layers.")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SkipConfig:
@@ -46,23 +102,56 @@ class SkipConfig:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data, for config.json."""
-        return asdict(self)
+        """The sizes and every field that is not at its default, as plain data for config.json."""
+        always = ("retained", "skipped", "forget_cache")
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            f.name: _as_lists(chosen[f.name]) for f in fields(self) if f.name in always or chosen[f.name] != f.default
+        }
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The spans of the summaries, spelled out."""
+        if self.summaries is None:
+            return ((0, self.retained), (self.retained, self.retained + self.skipped))
+        return self.summaries
 
     @property
     def rows(self) -> int:
-        """Rows of one picture in the language model: R + 1 + S + 1."""
-        return self.retained + self.skipped + 2
+        """Rows of one picture in the language model: R + S and the summaries."""
+        return self.retained + self.skipped + len(self.spans)
+
+    @property
+    def skipping(self) -> tuple[bool, ...]:
+        """For each row of a picture's block, in attention order, whether it skips the FFN."""
+        first, end = self.retained, self.retained + self.skipped
+        ends = [span[1] for span in self.spans]
+        rows: list[bool] = []
+        for token in range(end):
+            place = token - first
+            kept = place < self.ffn_head or token >= end - self.ffn_tail
+            kept = kept or (self.ffn_every is not None and place % self.ffn_every == 0)
+            rows += [token >= first and not kept, *[False] * ends.count(token + 1)]
+        return tuple(rows)
+
+    @property
+    def skipping_rows(self) -> int:
+        """Rows of one picture that skip the FFN, and leave the cache if it forgets."""
+        return sum(self.skipping)
 
     @property
     def kept_rows(self) -> int:
-        """Rows of one picture that take the FFN and stay in the cache: R + 2."""
-        return self.rows - self.skipped
+        """Rows of one picture that take the FFN in every layer: R, the summaries and the exceptions."""
+        return self.rows - self.skipping_rows
 
-    @property
-    def skipped_span(self) -> tuple[int, int]:
-        """First and one-past-last row of the skipped tokens inside a picture's block."""
-        return self.retained + 1, self.retained + 1 + self.skipped
+    def skips_in(self, layer: int) -> bool:
+        """Whether rows skip the FFN in this layer."""
+        return self.layers is None or layer in self.layers
+
+    def check_layers(self, layers: int) -> None:
+        """Raise ValueError if `layers` names a layer that a decoder of so many layers does not have."""
+        if self.layers is not None and max(self.layers) >= layers:
+            raise ValueError(f"skip.layers names layer {max(self.layers)}, but the language model has {layers} layers.")
 
     def check_patches(self, patches: int) -> None:
         """Raise ValueError if a picture of `patches` visual tokens cannot be split into R and S."""
@@ -76,6 +165,19 @@ class SkipConfig:
                 f"skip.retained + skip.skipped is {self.retained} + {self.skipped}, but the vision tower gives only "
                 f"{patches} tokens a picture: merging can only make the {patches - self.retained} others fewer."
             )
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"skip.{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(entry) for entry in value) if isinstance(value, (list, tuple)) else value
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 @strict
@@ -102,6 +204,7 @@ class LlavaSkipConfig(LlavaConfig):
                     f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
                 )
             skip.check_patches(self.patches)
+            skip.check_layers(self.text_config.num_hidden_layers)
         self.image_seq_length = self.patches if skip is None else skip.rows
 
     @property

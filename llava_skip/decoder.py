@@ -22,13 +22,14 @@ class SkipLlamaDecoderLayer(LlamaDecoderLayer):
     """
 
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; without a route, or with one that names all rows, the stock layer."""
-        if route is None or route.ffn_rows is None:
+        """[B, T, D] -> [B, T, D]; without a route, or where it names all rows, the stock layer."""
+        rows = None if route is None else route.rows_in(self.self_attn.layer_idx)
+        if rows is None:
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        rows = self.post_attention_layernorm(take_rows(hidden_states, route.ffn_rows))
-        return add_rows(hidden_states, route.ffn_rows, self.mlp(rows))
+        taken = self.post_attention_layernorm(take_rows(hidden_states, rows))
+        return add_rows(hidden_states, rows, self.mlp(taken))
 
 
 class SkipLlamaModel(LlamaModel):

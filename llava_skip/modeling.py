@@ -26,6 +26,7 @@ from transformers.models.llava.modeling_llava import (
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
+from llava_skip.masking import mask_skipped
 from llava_skip.routing import Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import ClipTower, llava_front_end
@@ -38,10 +39,9 @@ class LlavaSkipModel(LlavaPreTrainedModel):
 
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
-        width = config.text_config.hidden_size
         self.vision_tower = ClipTower(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.summary = SummaryLayer(width) if config.skip else None
+        self.summary = _build_summary(config)
         self.language_model = build_language_model(config.text_config)
         self.post_init()
 
@@ -51,13 +51,16 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         skip = self.config.skip_config
         if skip is not None:
             retained, others = tokens.tensor_split([skip.retained], dim=1)
-            tokens = self.assemble(retained, merge_tokens(others, skip.skipped))
+            tokens = self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
         return BaseModelOutputWithPooling(pooler_output=tokens)
 
-    def assemble(self, retained: Tensor, skipped: Tensor) -> Tensor:
-        """Retained [N, R, D] and skipped [N, S, D] -> `retained | summary | skipped | summary` [N, R+1+S+1, D]."""
-        assert self.summary is not None  # a dense model has no skipped rows
-        return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], dim=1)
+    def assemble(self, tokens: Tensor) -> Tensor:
+        """The tokens of a picture, retained then skipped, [N, R + S, D] -> its block [N, rows, D] with the summaries."""
+        pieces, start = [], 0
+        for group, (first, end) in enumerate(self.config.skip_config.spans):
+            pieces += [tokens[:, start:end], self.summary(tokens[:, first:end], group)]
+            start = end
+        return torch.cat([*pieces, tokens[:, start:]], dim=1)
 
     def forward(
         self,
@@ -86,6 +89,8 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         if isinstance(past_key_values, ForgettingCache):
             stored_mask = past_key_values.begin(route, real, inputs_embeds)
             attention_mask = stored_mask if _is_two_dimensional(attention_mask) else attention_mask
+        if route.skipped is not None and not self.config.skip_config.text_sees_skipped:
+            attention_mask = self._hide_skipped(inputs_embeds, attention_mask, past_key_values, is_image, route)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -131,6 +136,14 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             return embeddings + self._no_picture()
         return embeddings
 
+    def _hide_skipped(
+        self, rows: Tensor, mask: Tensor | None, cache: Cache | None, is_image: Tensor, route: Route
+    ) -> Tensor:
+        if not _is_two_dimensional(mask):
+            raise ValueError("skip.text_sees_skipped is false: give a 2-D attention_mask, the model makes its own 4-D one.")
+        skip, language = self.config.skip_config, self.language_model.config
+        return mask_skipped(language, skip, rows, mask, cache, is_image, route.skipped)
+
     def _no_picture(self) -> Tensor:
         """A zero that depends on every parameter of the picture path.
 
@@ -140,6 +153,13 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         side = self.config.vision_config.image_size
         blank = torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device)
         return 0.0 * self.get_image_features(blank).pooler_output.mean()
+
+
+def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
+    skip = config.skip_config
+    if skip is None or not skip.spans:
+        return None
+    return SummaryLayer(config.text_config.hidden_size, skip.summary_start, len(skip.spans))
 
 
 def _is_decode_step(cache: Cache | None, rows: Tensor, features: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ Shapes: B batch, T new rows of a sample, D width, M rows that take the FFN, K ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,10 +21,18 @@ class Route:
     Attributes:
         ffn_rows: [M] flat indices into [B * T] of the rows that take the FFN; None if all do.
         kept: [B, T] True where the cache keeps the row's keys and values; None if it keeps all.
+        skipped: [B, T] True where a row skips the FFN; None if none does.
+        layers: the layers that the route is for; None: all. The others run all rows.
     """
 
     ffn_rows: Tensor | None = None
     kept: Tensor | None = None
+    skipped: Tensor | None = None
+    layers: tuple[int, ...] | None = None
+
+    def rows_in(self, layer: int) -> Tensor | None:
+        """`ffn_rows` in this layer; None if all rows take its FFN."""
+        return self.ffn_rows if self.layers is None or layer in self.layers else None
 
 
 def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
@@ -40,8 +49,30 @@ def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
         [B, T] bool.
     """
     place = (is_image.cumsum(dim=1) - 1) % skip.rows
-    first, end = skip.skipped_span
-    return is_image & (place >= first) & (place < end)
+    return is_image & _skipping(skip, is_image.device)[place]
+
+
+@lru_cache(maxsize=32)
+def _skipping(skip: SkipConfig, device: torch.device) -> Tensor:
+    """`skip.skipping` as a tensor on the device: copied there once, not in every forward."""
+    return torch.tensor(skip.skipping, device=device)
+
+
+def hidden_from(is_image: Tensor, skipped: Tensor, skip: SkipConfig) -> tuple[Tensor, Tensor]:
+    """Which rows may not see skipped rows: those behind a picture, of that picture's.
+
+    Args:
+        is_image: [B, T] bool, the placeholders.
+        skipped: [B, T] bool, the rows that skip.
+        skip: the sizes of a picture's block.
+
+    Returns:
+        viewer [B, T], the number of the picture that a row belongs to, 0 for text; and owner [B, T], the number of the
+        picture whose skipped row this is, 0 for every other row. Row i may see row j unless owner[j] is neither 0 nor
+        viewer[i].
+    """
+    number = torch.where(is_image, (is_image.cumsum(dim=1) - 1) // skip.rows + 1, 0)
+    return number, torch.where(skipped, number, 0)
 
 
 def make_route(is_image: Tensor, real: Tensor | None, skip: SkipConfig | None) -> Route:
@@ -52,16 +83,17 @@ def make_route(is_image: Tensor, real: Tensor | None, skip: SkipConfig | None) -
         real: [B, T] bool, False on padding; None if nothing is padded.
         skip: None for a dense model, whose padding still costs no FFN.
     """
-    ffn = real
+    ffn, skipped = real, None
     if skip is not None:
-        unskipped = ~skipped_rows(is_image, skip)
-        ffn = unskipped if real is None else real & unskipped
+        skipped = skipped_rows(is_image, skip)
+        ffn = ~skipped if real is None else real & ~skipped
     if ffn is None:
         return Route()
     rows = ffn.flatten().nonzero().squeeze(1)
     if rows.numel() == ffn.numel():
         return Route()
-    return Route(ffn_rows=rows, kept=ffn if skip is not None and skip.forget_cache else None)
+    kept = ffn if skip is not None and skip.forget_cache else None
+    return Route(ffn_rows=rows, kept=kept, skipped=skipped, layers=skip.layers if skip else None)
 
 
 def take_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:

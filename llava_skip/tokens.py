@@ -86,20 +86,28 @@ def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
 
 
 class SummaryLayer(nn.Module):
-    """Softmax pooling of a group of tokens into one summary token (paper, section 3.2).
+    """One summary token for each group of tokens (paper, section 3.2).
 
-    `weights = softmax over tokens of score(norm(x))`, `summary = sum of weights * x` with the raw x.
+    Pooled: `weights = softmax over tokens of score(norm(x))`, `summary = sum of weights * x` with the raw x; the same
+    layer for every group. Mean: equal weights. Learned: a vector for each group, whatever its tokens.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, start: str = "pooled", groups: int = 2) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.score = nn.Linear(width, 1)
+        if start == "pooled":
+            self.norm = nn.LayerNorm(width, eps=1e-5)
+            self.score = nn.Linear(width, 1)
+        self.vectors = nn.Parameter(torch.randn(groups, width) * 0.02) if start == "learned" else None
+        self.start = start
 
     def weights(self, tokens: Tensor) -> Tensor:
         """[N, P, D] -> [N, P, 1], summing to 1 over P."""
+        if self.start == "mean":
+            return torch.full_like(tokens[..., :1], 1 / tokens.shape[1])
         return self.score(self.norm(tokens)).softmax(dim=1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[N, P, D] -> [N, 1, D]."""
+    def forward(self, tokens: Tensor, group: int = 0) -> Tensor:
+        """Tokens of a group [N, P, D] and its number -> [N, 1, D]."""
+        if self.vectors is not None:
+            return self.vectors[group].expand(tokens.shape[0], 1, -1).to(tokens.dtype)
         return (self.weights(tokens) * tokens).sum(dim=1, keepdim=True)

@@ -36,7 +36,7 @@ class SkipTrainer(Trainer):
         rows = inputs["attention_mask"].sum()
         pictures = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
         self._counts["rows"] += rows
-        self._counts["ffn_rows"] += rows - pictures * (skip.skipped if skip else 0)
+        self._counts["ffn_rows"] += rows - pictures * (skip.skipping_rows if skip else 0)
         self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._counts["samples"] += inputs["input_ids"].shape[0]
         self._counts["truncated"] += inputs.pop("truncated", 0)

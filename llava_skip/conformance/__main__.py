@@ -20,7 +20,7 @@ def _row(golden: Golden) -> dict:
         comparisons = check_golden(golden)
     except UnknownKind as error:
         return {"file": golden.name, "passed": False, "unknown": str(error), "comparisons": []}
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, LookupError, RuntimeError, FileNotFoundError) as error:
         return {"file": golden.name, "passed": False, "failed": repr(error), "comparisons": []}
     rows = [{"what": c.what, "error": c.error, "tolerance": c.tolerance, "passed": c.passed} for c in comparisons]
     return {"file": golden.name, "passed": bool(rows) and all(c.passed for c in comparisons), "comparisons": rows}

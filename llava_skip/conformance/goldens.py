@@ -141,16 +141,3 @@ def gradient_names(tensors: dict[str, Tensor]) -> list[str]:
     return [
         name.removeprefix("grad.") for name in tensors if name.startswith("grad.") and name != "grad.image_features"
     ]
-
-
-def official_order(length: int, start: int, retained: int, skipped: int) -> Tensor:
-    """Attention position of each output row of the paper's code, -1 for its zero rows [L].
-
-    It gives zeros for the skipped rows, puts them in front of the retained ones, and drops the summaries behind these
-    (method, section 6); here every row stays where attention sees it.
-    """
-    block = start + torch.arange(retained + skipped + 2)
-    first, second = block[: retained + 1], block[retained + 1 + skipped :]
-    zeros = torch.full((skipped,), -1)
-    tail = torch.arange(start + len(block), length)
-    return torch.cat([torch.arange(start), zeros, first, second, tail])

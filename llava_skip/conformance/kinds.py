@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llava_skip.conformance import models, parts
 from llava_skip.conformance.goldens import Comparison, Golden
+from llava_skip.conformance.variants import is_known_family
 
 
 class UnknownKind(ValueError):
@@ -35,9 +36,12 @@ def _find_check(golden: Golden) -> Callable[[Golden], list[Comparison]]:
     if "logits" not in names and "model.mm_projector.0.weight" in names:
         return models.check_vision_weights
     family = entry.get("family", entry.get("kind"))
-    if "logits" in names and family == "A":
-        if "pixel_values" in names:
-            return models.check_end_to_end
-        return models.check_language_model if "image_features" in names else models.check_text_only
+    if "logits" in names and "pixel_values" in names and family == "A":
+        return models.check_end_to_end
+    if "logits" in names and is_known_family(family):
+        if "image_features" in names:
+            return models.check_language_model
+        if "image_start" not in entry:
+            return models.check_text_only
     described = f"family {family!r}, " if family else ""
     raise UnknownKind(f"a kind that is not known yet ({described}tensors {sorted(names)[:4]} ...)")

@@ -18,9 +18,9 @@ from llava_skip.conformance.goldens import (
     close,
     close_gradient,
     gradient_names,
-    official_order,
     same,
 )
+from llava_skip.conformance.variants import output_order, skip_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.tokens import retained_order
 
@@ -57,6 +57,10 @@ def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGene
     config, tensors = golden.entry["config"], golden.tensors
     language = tensors if "lm_head.weight" in tensors else golden.folder.weights_for(golden, "lm_head.weight", "config")
     weights = {native_name(name): tensor for name, tensor in language.items()}
+    if skip.summary_start != "pooled" or not skip.spans:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("model.summary.")}
+    if "final_im_query" in tensors:
+        weights["model.summary.vectors"] = tensors["final_im_query"][0]
     if "clip" in golden.entry:
         clip = golden.entry["clip"]
         tower = golden.folder.weights_for(golden, "model.mm_projector.0.weight", "clip")
@@ -86,19 +90,19 @@ def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGene
 def check_language_model(golden: Golden) -> list[Comparison]:
     """Visual tokens between a prefix and a suffix -> states, keys, logits, loss, gradients, greedy decode."""
     entry, t = golden.entry, golden.tensors
-    start, retained, skipped = entry["image_start"], entry["retained"], entry["skipped"]
-    model = build_model(golden, SkipConfig(retained, skipped))
+    skip = skip_of(entry, t)
+    model = build_model(golden, skip)
     features = t["image_features"].requires_grad_()
     with torch.no_grad():
-        block = model.model.assemble(*features.tensor_split([retained], dim=1))
+        block = model.model.assemble(features)
     middle = torch.full((features.shape[0], block.shape[1]), model.config.image_token_id)
     input_ids = torch.cat([t["prefix_ids"], middle, t["suffix_ids"]], dim=1)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": t.get("attention_mask")}
-    order = official_order(entry["length"], start, retained, skipped)
+    order = output_order(entry, skip)
     results = _check_states(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)}, order)
     results += _check_generation(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)})
     if "loss" in t:
-        block = model.model.assemble(*features.tensor_split([retained], dim=1))
+        block = model.model.assemble(features)
         results += _check_loss(golden, model, inputs | {"mm_encoder_outputs": _encoded(block)}, t["labels"])
         results.append(close_gradient("gradient of the visual tokens", features.grad, t["grad.image_features"]))
     return results
@@ -132,7 +136,7 @@ def check_end_to_end(golden: Golden) -> list[Comparison]:
     tokens = torch.cat([block[:, :retained], block[:, retained + 1 : -1]], dim=1)
     expected = t["skip_argument_features"]
     results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
-    order = official_order(input_ids.shape[1], entry["image_start"], retained, skipped)
+    order = output_order(entry | {"length": input_ids.shape[1]}, model.config.skip_config)
     results.append(_close_logits(golden, _reorder(outputs.logits, order), attention_mask))
     results += _check_loss(golden, model, inputs, labels)
     return results + _check_generation(golden, model, inputs)
