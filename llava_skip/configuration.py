@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from llava_skip.vision.resampler import ResamplerConfig
+
 IGNORE_INDEX = -100
 """Label of a token that is not learnt."""
 
@@ -180,32 +182,62 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
+FRONT_ENDS = ("llava", "hd", "cos")
+"""How a picture becomes visual tokens: CLIP patches, a thumbnail and tiles, a chain-of-sight resampler."""
+
+
 @strict
 class LlavaSkipConfig(LlavaConfig):
-    """transformers' `LlavaConfig` with `skip`, the fields of a `SkipConfig`; None is the dense LLaVA.
+    """transformers' `LlavaConfig` with a front end and `skip`, the fields of a `SkipConfig`; None is the dense model.
 
-    `preset` is the name that the numbers come from, for reports. `image_seq_length`, the placeholder rows that a
-    picture takes, always follows from the rest.
+    `front_end` is one of `FRONT_ENDS`. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid, and whether
+    pictures are padded to a square, which makes every picture the same length), `resampler` to `cos` (the fields of a
+    `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`, the most
+    placeholder rows that a picture takes, always follows from the rest.
     """
 
     model_type = "llava_skip"
+    front_end: str = "llava"
+    max_tiles: int = 4
+    pad_pictures: bool = True
+    resampler: dict | None = None
     skip: dict | None = None
     preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.front_end not in FRONT_ENDS:
+            raise ValueError(f"front_end is {self.front_end!r}; known: {', '.join(FRONT_ENDS)}.")
         if not isinstance(self.vision_feature_layer, int):
             raise ValueError(f"vision_feature_layer must be one number; got {self.vision_feature_layer!r}.")
-        skip = self.skip_config
-        if skip is not None:
-            if self.vision_feature_select_strategy != "default":
-                raise ValueError(
-                    "Skipping ranks patches against the class token, which must not be one of them: set "
-                    f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
-                )
-            skip.check_patches(self.patches)
-            skip.check_layers(self.text_config.num_hidden_layers)
-        self.image_seq_length = self.patches if skip is None else skip.rows
+        if (self.front_end == "cos") != (self.resampler is not None):
+            raise ValueError("resampler belongs to front_end 'cos': give both or neither.")
+        if self.front_end == "hd" and self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1.")
+        if (resampler := self.resampler_config) is not None:
+            resampler.check(self.vision_config.image_size // self.vision_config.patch_size, self._tower_layers)
+        if (skip := self.skip_config) is not None:
+            self._check_skip(skip)
+        self.image_seq_length = self.picture_rows(self.most_crops)
+
+    def _check_skip(self, skip: SkipConfig) -> None:
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "Skipping ranks patches against the class token, which must not be one of them: set "
+                f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
+            )
+        if self.front_end == "hd" and skip.retained != self.patches:
+            raise ValueError(
+                f"skip.retained is {skip.retained}; front_end 'hd' retains the thumbnail, {self.patches} tokens: set it "
+                "to that."
+            )
+        # A picture has at least two crops, the thumbnail and a tile.
+        skip.check_patches(self.visual_tokens(2))
+        skip.check_layers(self.text_config.num_hidden_layers)
+
+    @property
+    def _tower_layers(self) -> int:
+        return self.vision_config.num_hidden_layers
 
     @property
     def skip_config(self) -> SkipConfig | None:
@@ -213,7 +245,30 @@ class LlavaSkipConfig(LlavaConfig):
         return None if self.skip is None else SkipConfig.from_dict(self.skip)
 
     @property
+    def resampler_config(self) -> ResamplerConfig | None:
+        """The validated `resampler` entry, None without one."""
+        return None if self.resampler is None else ResamplerConfig.from_dict(self.resampler)
+
+    @property
     def patches(self) -> int:
-        """Visual tokens that the tower gives for one picture; the class token counts only if it is selected."""
+        """Features that the tower gives for one crop; the class token counts only if it is selected."""
         grid = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return grid + (self.vision_feature_select_strategy == "full")
+
+    @property
+    def most_crops(self) -> int:
+        """The most crops that a picture has: 1, or a thumbnail and its tiles."""
+        if self.front_end != "hd":
+            return 1
+        # A square is cut to the largest square grid: for it every nearer shape is a larger one.
+        return 1 + (int(self.max_tiles**0.5) ** 2 if self.pad_pictures else self.max_tiles)
+
+    def visual_tokens(self, crops: int = 1) -> int:
+        """Visual tokens that the front end gives for a picture of so many crops."""
+        if (resampler := self.resampler_config) is not None:
+            return sum(resampler.queries)
+        return self.patches * (crops if self.front_end == "hd" else 1)
+
+    def picture_rows(self, crops: int = 1) -> int:
+        """Rows of a picture of so many crops in the language model."""
+        return self.visual_tokens(crops) if self.skip is None else self.skip_config.rows

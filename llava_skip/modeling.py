@@ -29,7 +29,9 @@ from llava_skip.decoder import build_language_model
 from llava_skip.masking import mask_skipped
 from llava_skip.routing import Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
-from llava_skip.vision import ClipTower, llava_front_end
+from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.front_end import visual_tokens
+from llava_skip.vision.resampler import ChainOfSightResampler
 
 
 class LlavaSkipModel(LlavaPreTrainedModel):
@@ -40,19 +42,34 @@ class LlavaSkipModel(LlavaPreTrainedModel):
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
         self.vision_tower = ClipTower(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.multi_modal_projector = _build_projector(config)
         self.summary = _build_summary(config)
         self.language_model = build_language_model(config.text_config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Pictures [N, 3, side, side] -> `pooler_output` [N, rows, D], the rows that replace their placeholders."""
-        tokens = llava_front_end(self.vision_tower, self.multi_modal_projector, pixel_values, self.config)
+    def get_image_features(
+        self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Pictures -> `pooler_output`, the rows [N, rows, D] that replace their placeholders.
+
+        It is a list of N tensors [rows, D] where pictures take different numbers of rows. Arguments as those of
+        `visual_tokens`.
+        """
+        tower, projector = self.vision_tower, self.multi_modal_projector
+        groups = visual_tokens(tower, projector, pixel_values, crop_counts, self.config)
+        blocks = [self._block(group.tokens) for group in groups]
+        if len(groups) == 1:
+            return BaseModelOutputWithPooling(pooler_output=blocks[0])
+        rows = {p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.places, block, strict=True)}
+        return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
+
+    def _block(self, tokens: Tensor) -> Tensor:
+        """Visual tokens [N, P, D], the retained first -> rows of the language model [N, rows, D]."""
         skip = self.config.skip_config
-        if skip is not None:
-            retained, others = tokens.tensor_split([skip.retained], dim=1)
-            tokens = self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
-        return BaseModelOutputWithPooling(pooler_output=tokens)
+        if skip is None:
+            return tokens
+        retained, others = tokens.tensor_split([skip.retained], dim=1)
+        return self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
 
     def assemble(self, tokens: Tensor) -> Tensor:
         """The tokens of a picture, retained then skipped, [N, R + S, D] -> its block [N, rows, D] with the summaries."""
@@ -66,6 +83,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        crop_counts: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -79,7 +97,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             use_cache = self.config.text_config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = ForgettingCache()
-        features = self._image_rows(pixel_values, mm_encoder_outputs)
+        features = self._image_rows(pixel_values, crop_counts, mm_encoder_outputs)
         inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
         route, real = Route(), None
         if not _is_decode_step(past_key_values, inputs_embeds, features):
@@ -102,12 +120,14 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         )
         return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
 
-    def _image_rows(self, pixel_values: Tensor | None, encoded: dict | None) -> Tensor | None:
+    def _image_rows(
+        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None
+    ) -> Tensor | None:
         """Rows of all pictures [N * rows, D]: encoded now, or before (`generate` does, once for all beams)."""
         if encoded and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
         if pixel_values is not None:
-            return self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+            encoded = {"image": self.get_image_features(pixel_values, crop_counts)}
         if encoded and encoded.get("image") is not None:
             return torch.cat(list(encoded["image"].pooler_output), dim=0)
         return None
@@ -150,9 +170,16 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         A batch without pictures then still gives those parameters a gradient, of zero, and takes part in the
         collective operations of ZeRO, in which every rank must use the same modules.
         """
-        side = self.config.vision_config.image_size
-        blank = torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device)
-        return 0.0 * self.get_image_features(blank).pooler_output.mean()
+        side, crops = self.config.vision_config.image_size, 2 if self.config.front_end == "hd" else 1
+        blank = torch.zeros(crops, 3, side, side, dtype=self.dtype, device=self.device)
+        return 0.0 * self.get_image_features(blank, torch.tensor([crops])).pooler_output.mean()
+
+
+def _build_projector(config: LlavaSkipConfig) -> nn.Module:
+    resampler = config.resampler_config
+    if resampler is None:
+        return LlavaMultiModalProjector(config)
+    return ChainOfSightResampler(resampler, config.vision_config.hidden_size, config.text_config.hidden_size)
 
 
 def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
@@ -192,14 +219,17 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """See `LlavaSkipModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, crop_counts, **kwargs)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        crop_counts: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -218,6 +248,7 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            crop_counts=crop_counts,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

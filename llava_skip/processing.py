@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.vision.tiling import TilingImageProcessorPil
 
 IMAGE_TOKEN = "<image>"
 
@@ -44,6 +45,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         image_seq_length: int | None = None,
         image_token: str = IMAGE_TOKEN,
         chat_template: str | None = None,
+        crop_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Join the two.
@@ -54,6 +56,8 @@ class LlavaSkipProcessor(ProcessorMixin):
             image_seq_length: rows that a picture takes, `config.image_seq_length` of the model.
             image_token: the placeholder.
             chat_template: a Jinja conversation template; None takes the tokenizer's.
+            crop_rows: rows of one crop, where a picture takes as many times that as it has crops; None where every
+                picture takes `image_seq_length`.
             **kwargs: unused fields of a saved processor.
 
         Raises:
@@ -62,6 +66,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         if image_seq_length is None:
             raise ValueError("image_seq_length is missing: give the image_seq_length of the model's configuration.")
         self.image_seq_length = image_seq_length
+        self.crop_rows = crop_rows
         self.image_token = image_token
         self.image_token_id = find_image_token(tokenizer, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -81,11 +86,15 @@ class LlavaSkipProcessor(ProcessorMixin):
             ValueError: the tokenizer and the configuration disagree on the image token, or an unknown template.
         """
         side = config.vision_config.image_size
-        pictures = LlavaImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=True
-        )
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        pictures, crop_rows = LlavaImageProcessorPil(**sizes, do_pad=True), None
+        if config.front_end == "hd":
+            pictures = TilingImageProcessorPil(config.max_tiles, **sizes, do_pad=config.pad_pictures)
+            crop_rows = config.patches if config.skip is None else None
         chat_template = load_template(template) if template else None
-        processor = cls(pictures, tokenizer, config.image_seq_length, chat_template=chat_template)
+        processor = cls(
+            pictures, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows
+        )
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, the model's "
@@ -95,6 +104,8 @@ class LlavaSkipProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one picture (called by transformers for each `<image>`)."""
+        if self.crop_rows is not None:
+            return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
 
     def encode_conversation(self, messages: list[dict[str, Any]], images: list[Any]) -> dict[str, Any]:
@@ -128,7 +139,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         ]
         sample = {"input_ids": input_ids, "labels": labels}
         if images:
-            sample["pixel_values"] = encoded["pixel_values"]
+            sample |= {name: encoded[name] for name in ("pixel_values", "crop_counts") if name in encoded}
         return sample
 
 

@@ -135,7 +135,7 @@ class ConversationDataset(Dataset):
 
 
 def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Samples -> `input_ids`, `labels`, `attention_mask` [B, T] padded right, `pixel_values` [N, ...] if any.
+    """Samples -> `input_ids`, `labels`, `attention_mask` [B, T] padded right, `pixel_values` [N, ...] and `crop_counts` if any.
 
     `truncated` counts the samples that lost rows.
     """
@@ -154,4 +154,7 @@ def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tenso
     pictures = [torch.as_tensor(p) for sample in samples for p in sample.get("pixel_values", ())]
     if pictures:
         batch["pixel_values"] = torch.stack(pictures)
+    crop_counts = [torch.as_tensor(sample["crop_counts"]) for sample in samples if "crop_counts" in sample]
+    if crop_counts:
+        batch["crop_counts"] = torch.cat(crop_counts)
     return batch

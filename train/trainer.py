@@ -34,7 +34,8 @@ class SkipTrainer(Trainer):
         # Tensors are added up where they are, so counting waits for no device.
         skip = self.model.config.skip_config
         rows = inputs["attention_mask"].sum()
-        pictures = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        counted = inputs.get("crop_counts", inputs.get("pixel_values"))
+        pictures = 0 if counted is None else counted.shape[0]
         self._counts["rows"] += rows
         self._counts["ffn_rows"] += rows - pictures * (skip.skipping_rows if skip else 0)
         self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()

@@ -5,6 +5,8 @@ Shapes: N pictures, P patches of a picture, C width of the tower, H heads, E hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import CLIPVisionModel
@@ -28,18 +30,28 @@ class ClipTower(CLIPVisionModel):
         Raises:
             ValueError: pictures of another size than the tower's, or a layer that it does not have.
         """
+        hidden_states = self._embed(pixel_values)
+        layers = self.encoder.layers[: self._used_layers(feature_layer, rank)]
+        entering = hidden_states
+        for layer in layers:
+            entering, hidden_states = hidden_states, layer(hidden_states, None)
+        return hidden_states, class_attention(layers[-1], entering).sum(dim=1) if rank else None
+
+    def hidden_states(self, pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Several entries of transformers' list of hidden states, each [N, 1 + P, C]; later layers are not run."""
+        states = [self._embed(pixel_values)]
+        for layer in self.encoder.layers[: max(indices)]:
+            states.append(layer(states[-1], None))
+        return [states[index] for index in indices]
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
             raise ValueError(
                 f"Pictures are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
                 "set the image processor's crop_size to the tower's image_size."
             )
-        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
-        layers = self.encoder.layers[: self._used_layers(feature_layer, rank)]
-        entering = hidden_states
-        for layer in layers:
-            entering, hidden_states = hidden_states, layer(hidden_states, None)
-        return hidden_states, class_attention(layers[-1], entering).sum(dim=1) if rank else None
+        return self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
 
     def _used_layers(self, feature_layer: int, rank: bool) -> int:
         depth = len(self.encoder.layers)
