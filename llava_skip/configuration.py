@@ -75,15 +75,17 @@ class SkipConfig:
             )
         if not self.text_sees_skipped and not self.forget_cache:
             raise ValueError(
-                "skip.text_sees_skipped is false and forget_cache too: text that is decoded would see in the cache what "
-                "text of the prompt may not. Set forget_cache to true."
+                "skip.text_sees_skipped and forget_cache are both false: decoded text would see in the cache what text "
+                "of the prompt may not. Set forget_cache to true."
             )
 
     def _check_summaries(self) -> None:
         tokens, last = self.retained + self.skipped, 0
         for span in self.spans:
             if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= tokens:
-                raise ValueError(f"skip.summaries has the span {span}; it must be first, end with 0 <= first < end <= {tokens}.")
+                raise ValueError(
+                    f"skip.summaries has the span {span}; it must be first, end with 0 <= first < end <= {tokens}."
+                )
             if span[1] < last:
                 raise ValueError(f"skip.summaries is {self.spans}; the spans must be in the order of their ends.")
             last = span[1]
@@ -93,7 +95,9 @@ class SkipConfig:
         if layers is None:
             return
         if not layers or not all(isinstance(n, int) and n >= 0 for n in layers) or len(set(layers)) != len(layers):
-            raise ValueError(f"skip.layers is {layers}; it must be different numbers from 0 on, or null for all layers.")
+            raise ValueError(
+                f"skip.layers is {layers}; it must be different numbers from 0 on, or null for all layers."
+            )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SkipConfig:
@@ -228,8 +232,8 @@ class LlavaSkipConfig(LlavaConfig):
             )
         if self.front_end == "hd" and skip.retained != self.patches:
             raise ValueError(
-                f"skip.retained is {skip.retained}; front_end 'hd' retains the thumbnail, {self.patches} tokens: set it "
-                "to that."
+                f"skip.retained is {skip.retained}; front_end 'hd' retains the thumbnail, {self.patches} tokens: set "
+                "it to that."
             )
         # A picture has at least two crops, the thumbnail and a tile.
         skip.check_patches(self.visual_tokens(2))
@@ -271,4 +275,5 @@ class LlavaSkipConfig(LlavaConfig):
 
     def picture_rows(self, crops: int = 1) -> int:
         """Rows of a picture of so many crops in the language model."""
-        return self.visual_tokens(crops) if self.skip is None else self.skip_config.rows
+        skip = self.skip_config
+        return self.visual_tokens(crops) if skip is None else skip.rows

@@ -60,7 +60,9 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         blocks = [self._block(group.tokens) for group in groups]
         if len(groups) == 1:
             return BaseModelOutputWithPooling(pooler_output=blocks[0])
-        rows = {p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.places, block, strict=True)}
+        rows = {
+            p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.places, block, strict=True)
+        }
         return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
 
     def _block(self, tokens: Tensor) -> Tensor:
@@ -72,9 +74,11 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         return self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
 
     def assemble(self, tokens: Tensor) -> Tensor:
-        """The tokens of a picture, retained then skipped, [N, R + S, D] -> its block [N, rows, D] with the summaries."""
+        """Tokens of a picture, retained then skipped, [N, R + S, D] -> its block with the summaries [N, rows, D]."""
+        assert self.config.skip_config is not None  # a dense model has no block
         pieces, start = [], 0
         for group, (first, end) in enumerate(self.config.skip_config.spans):
+            assert self.summary is not None  # it is missing only where there are no spans
             pieces += [tokens[:, start:end], self.summary(tokens[:, first:end], group)]
             start = end
         return torch.cat([*pieces, tokens[:, start:]], dim=1)
@@ -160,9 +164,12 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         self, rows: Tensor, mask: Tensor | None, cache: Cache | None, is_image: Tensor, route: Route
     ) -> Tensor:
         if not _is_two_dimensional(mask):
-            raise ValueError("skip.text_sees_skipped is false: give a 2-D attention_mask, the model makes its own 4-D one.")
-        skip, language = self.config.skip_config, self.language_model.config
-        return mask_skipped(language, skip, rows, mask, cache, is_image, route.skipped)
+            raise ValueError(
+                "skip.text_sees_skipped is false: give a 2-D attention_mask, the model makes its own 4-D one."
+            )
+        skip = self.config.skip_config
+        assert skip is not None and route.skipped is not None
+        return mask_skipped(self.language_model.config, skip, rows, mask, cache, is_image, route.skipped)
 
     def _no_picture(self) -> Tensor:
         """A zero that depends on every parameter of the picture path.

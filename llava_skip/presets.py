@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.vision.resampler import ResamplerConfig
 
 PAPER_PATCHES = 576
 """Visual tokens of CLIP-L/14 at 336 pixels, to which the R and S of the paper belong."""
 
-PRESETS: dict[str, SkipConfig | None] = {
-    "llava": None,
-    "sv-llava-64": SkipConfig(retained=64, skipped=156),  # paper, table 2
-    "sv-llava-100": SkipConfig(retained=100, skipped=156),  # paper, table 1
-    "sv-llava-256": SkipConfig(retained=256, skipped=320),  # paper, table 1
+
+@dataclass(frozen=True)
+class Preset:
+    """A model of the paper's tables at a tower of 576 patches; for `cos` of 1024, at 448 pixels.
+
+    Attributes:
+        skip: the method's numbers, None for a dense model.
+        front_end: how a picture becomes visual tokens.
+        windows: for `cos`, what the side of the features is divided by to give the window of each scale.
+        queries: for `cos`, the queries of each scale.
+    """
+
+    skip: SkipConfig | None = None
+    front_end: str = "llava"
+    windows: tuple[int, ...] = ()
+    queries: tuple[int, ...] = ()
+
+
+_COS: dict[str, Any] = {"front_end": "cos", "windows": (1, 4, 16), "queries": (16, 256, 1024)}
+
+PRESETS: dict[str, Preset] = {
+    "llava": Preset(),
+    "sv-llava-64": Preset(SkipConfig(retained=64, skipped=156)),  # paper, table 2
+    "sv-llava-100": Preset(SkipConfig(retained=100, skipped=156)),  # paper, table 1
+    "sv-llava-256": Preset(SkipConfig(retained=256, skipped=320)),  # paper, table 1
+    "llava-hd": Preset(front_end="hd"),
+    "sv-llava-hd": Preset(SkipConfig(retained=576, skipped=576), front_end="hd"),  # paper, table 1
+    "cos": Preset(**_COS),
+    "cos-336": Preset(front_end="cos", windows=(1, 2, 8), queries=(16, 64, 256)),
+    "cos-80": Preset(front_end="cos", windows=(1, 4), queries=(16, 64)),
+    # Paper, table 1; the summary of the retained leaves the 16 coarse tokens out, the last skipped one keeps its FFN.
+    "sv-cos": Preset(SkipConfig(retained=272, skipped=256, summaries=((16, 272), (272, 528)), ffn_tail=1), **_COS),
 }
 
 _CLIP_L_336: dict[str, Any] = {
@@ -27,6 +56,8 @@ _CLIP_L_336: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+
+_COS_TOWER: dict[str, Any] = {"image_size": 448, "levels": (15, 22), "width": 1024, "queries_divided_by": 1}
 
 # The vocabularies hold one more token than the language model's own, <image>, rounded up to a multiple of 64.
 SIZES: dict[str, dict[str, Any]] = {
@@ -58,6 +89,9 @@ SIZES: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": True,
         },
         "image_token": 512,
+        # A sixteenth of the queries, in windows that 8 x 8 features have.
+        "cos": {"image_size": 64, "levels": (1, 2), "width": 128, "queries_divided_by": 16},
+        "windows": {"cos": (1, 2, 4), "sv-cos": (1, 2, 4), "cos-336": (1, 2, 4), "cos-80": (1, 2)},
     },
     "vicuna-7b": {
         "vision": _CLIP_L_336,
@@ -73,6 +107,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "rms_norm_eps": 1e-5,
         },
         "image_token": 32000,
+        "cos": _COS_TOWER,
     },
     "llama3-8b": {
         "vision": _CLIP_L_336,
@@ -88,6 +123,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "rms_norm_eps": 1e-5,
         },
         "image_token": 128256,
+        "cos": _COS_TOWER,
     },
 }
 
@@ -99,20 +135,21 @@ def _choose(table: dict[str, Any], name: str, what: str) -> Any:
 
 
 def preset_skip(preset: str, patches: int = PAPER_PATCHES) -> SkipConfig | None:
-    """The `SkipConfig` of a preset for a tower of `patches` tokens a picture.
+    """The `SkipConfig` of a preset for a tower of `patches` tokens a crop.
 
-    The paper's numbers belong to 576 tokens; another tower keeps their proportion, rounded.
+    The paper's numbers belong to 576 tokens (for `cos` to 1296 queries, whatever the tower); another tower keeps their
+    proportion, rounded.
 
     Raises:
         ValueError: an unknown preset, with the list of the known ones.
     """
-    skip = _choose(PRESETS, preset, "preset")
-    if skip is None or patches == PAPER_PATCHES:
-        return skip
+    chosen = _choose(PRESETS, preset, "preset")
+    if chosen.skip is None or chosen.front_end == "cos" or patches == PAPER_PATCHES:
+        return chosen.skip
     scale = patches / PAPER_PATCHES
-    retained = max(1, round(skip.retained * scale))
-    skipped = max(1, min(round(skip.skipped * scale), patches - retained))
-    return SkipConfig(retained=retained, skipped=skipped, forget_cache=skip.forget_cache)
+    retained = max(1, round(chosen.skip.retained * scale))
+    others = patches if chosen.front_end == "hd" else patches - retained
+    return replace(chosen.skip, retained=retained, skipped=max(1, min(round(chosen.skip.skipped * scale), others)))
 
 
 def preset_config(preset: str, size: str = "tiny", **overrides: Any) -> LlavaSkipConfig:
@@ -127,12 +164,68 @@ def preset_config(preset: str, size: str = "tiny", **overrides: Any) -> LlavaSki
         ValueError: an unknown preset or size.
     """
     numbers = _choose(SIZES, size, "size")
-    vision = CLIPVisionConfig(**numbers["vision"])
-    skip = preset_skip(preset, (vision.image_size // vision.patch_size) ** 2)
     return LlavaSkipConfig(
-        vision_config=vision,
         text_config=LlamaConfig(**{**numbers["text"], **overrides}),
         image_token_index=numbers["image_token"],
-        skip=None if skip is None else skip.to_dict(),
-        preset=preset,
+        **fields_for_tower(preset, CLIPVisionConfig(**numbers["vision"]), size),
     )
+
+
+def fields_for_tower(preset: str, vision: CLIPVisionConfig, size: str = "vicuna-7b") -> dict[str, Any]:
+    """The fields of a `LlavaSkipConfig` that a preset decides, for a vision tower; `cos` sets its picture size.
+
+    Args:
+        preset: a key of `PRESETS`.
+        vision: of the tower.
+        size: whose resampler is used, for `cos`.
+
+    Raises:
+        ValueError: an unknown preset, or a tower that the resampler does not fit.
+    """
+    chosen, numbers = _choose(PRESETS, preset, "preset"), _choose(SIZES, size, "size")
+    fields: dict[str, Any] = {"front_end": chosen.front_end, "preset": preset}
+    if chosen.front_end == "cos":
+        cos = numbers["cos"]
+        vision = CLIPVisionConfig(**vision.to_dict() | {"image_size": cos["image_size"]})
+        fields["resampler"] = _resampler(chosen, vision, numbers.get("windows", {}).get(preset), cos)
+        skip = chosen.skip and _divide(chosen.skip, cos["queries_divided_by"])
+    else:
+        skip = preset_skip(preset, (vision.image_size // vision.patch_size) ** 2)
+    return fields | {"vision_config": vision, "skip": None if skip is None else skip.to_dict()}
+
+
+def skip_for_model(preset: str, config: LlavaSkipConfig) -> SkipConfig | None:
+    """The `SkipConfig` of a preset for a model that exists: its architecture stays, its sizes are kept to.
+
+    Raises:
+        ValueError: an unknown preset, or one of another architecture, whose projector would not fit.
+    """
+    chosen = _choose(PRESETS, preset, "preset")
+    resampler = config.resampler_config
+    scale = sum(chosen.queries) / sum(resampler.queries) if resampler else 1
+    if chosen.front_end != config.front_end or scale != int(scale):
+        fitting = [name for name, other in PRESETS.items() if other.front_end == config.front_end]
+        raise ValueError(
+            f"The model has the front end {config.front_end!r}, the preset {preset!r} is for another one, whose projector "
+            f"would not fit; presets of the model's: {', '.join(fitting)}."
+        )
+    if resampler:
+        return None if chosen.skip is None else _divide(chosen.skip, int(scale))
+    return preset_skip(preset, config.patches)
+
+
+def _divide(skip: SkipConfig, by: int) -> SkipConfig:
+    spans = tuple((first // by, end // by) for first, end in skip.spans)
+    return replace(skip, retained=skip.retained // by, skipped=skip.skipped // by, summaries=spans)
+
+
+def _resampler(
+    preset: Preset, vision: CLIPVisionConfig, windows: tuple[int, ...] | None, cos: dict[str, Any]
+) -> dict[str, Any]:
+    side = vision.image_size // vision.patch_size
+    return ResamplerConfig(
+        windows=tuple(side // divisor for divisor in windows or preset.windows),
+        queries=tuple(queries // cos["queries_divided_by"] for queries in preset.queries),
+        levels=cos["levels"],
+        width=cos["width"],
+    ).to_dict()

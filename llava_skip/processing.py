@@ -92,9 +92,7 @@ class LlavaSkipProcessor(ProcessorMixin):
             pictures = TilingImageProcessorPil(config.max_tiles, **sizes, do_pad=config.pad_pictures)
             crop_rows = config.patches if config.skip is None else None
         chat_template = load_template(template) if template else None
-        processor = cls(
-            pictures, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows
-        )
+        processor = cls(pictures, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, the model's "

@@ -9,9 +9,27 @@ IMAGE_TOKEN_ID = 90
 SKIP = SkipConfig(5, 7)
 
 
-def small_config(skip: SkipConfig | None = SKIP, **text) -> LlavaSkipConfig:
-    """16 patches a picture, grouped-query attention, different numbers of everything."""
+RESAMPLER = {"windows": [4, 2], "queries": [4, 8], "levels": [0, 1], "level_offset": 1, "width": 16}
+# Architecture -> fields of the configuration. The method's numbers differ from each other and from every other number.
+ARCHITECTURES = {
+    "llava": {"skip": None},
+    "sv-llava": {"skip": SKIP.to_dict()},
+    "llava-hd": {"front_end": "hd", "pad_pictures": False, "skip": None},
+    "sv-llava-hd": {"front_end": "hd", "pad_pictures": False, "skip": SkipConfig(16, 9).to_dict()},
+    "cos": {"front_end": "cos", "resampler": RESAMPLER, "skip": None},
+    "sv-cos": {
+        "front_end": "cos",
+        "resampler": RESAMPLER,
+        "skip": SkipConfig(6, 5, summaries=((2, 6), (6, 11)), ffn_tail=1).to_dict(),
+    },
+}
+
+
+def small_config(skip: SkipConfig | None = SKIP, architecture: str | None = None, **text) -> LlavaSkipConfig:
+    """16 patches a crop, grouped-query attention, different numbers of everything."""
+    fields = {"skip": None if skip is None else skip.to_dict()} if architecture is None else ARCHITECTURES[architecture]
     return LlavaSkipConfig(
+        **fields,
         vision_config=CLIPVisionConfig(
             hidden_size=16,
             intermediate_size=24,
@@ -37,13 +55,12 @@ def small_config(skip: SkipConfig | None = SKIP, **text) -> LlavaSkipConfig:
             }
         ),
         image_token_index=IMAGE_TOKEN_ID,
-        skip=None if skip is None else skip.to_dict(),
     )
 
 
-def small_model(skip: SkipConfig | None = SKIP, **text) -> LlavaSkipForConditionalGeneration:
+def small_model(skip: SkipConfig | None = SKIP, architecture: str | None = None, **text) -> LlavaSkipForConditionalGeneration:
     torch.manual_seed(3)
-    model = LlavaSkipForConditionalGeneration(small_config(skip, **text)).eval()
+    model = LlavaSkipForConditionalGeneration(small_config(skip, architecture, **text)).eval()
     for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -55,18 +72,32 @@ class Sample:
 
     def __init__(self, model, pictures: int, text: tuple[int, ...], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        rows = model.config.image_seq_length
+        hd = model.config.front_end == "hd"
+        crops = [(3, 5, 2)[(seed + index) % 3] if hd else 1 for index in range(pictures)]
         parts = []
         for index, words in enumerate(text):
             parts.append(torch.randint(2, 80, (words,), generator=generator))
             if index < pictures:
-                parts.append(torch.full((rows,), IMAGE_TOKEN_ID))
+                parts.append(torch.full((model.config.picture_rows(crops[index]),), IMAGE_TOKEN_ID))
         self.input_ids = torch.cat(parts)
-        self.pixel_values = torch.randn(pictures, 3, 16, 16, generator=generator) if pictures else None
+        self.pixel_values = torch.randn(sum(crops), 3, 16, 16, generator=generator) if pictures else None
+        self.crop_counts = torch.tensor(crops) if hd and pictures else None
 
     def alone(self) -> dict:
+        """The inputs of the sample by itself."""
         inputs = {"input_ids": self.input_ids[None], "attention_mask": torch.ones_like(self.input_ids)[None]}
-        return inputs if self.pixel_values is None else inputs | {"pixel_values": self.pixel_values}
+        return inputs | pictures_of([self])
+
+
+def pictures_of(samples: "list[Sample]") -> dict:
+    """The pictures of samples, as the model takes them."""
+    with_pictures = [sample for sample in samples if sample.pixel_values is not None]
+    inputs = {}
+    if with_pictures:
+        inputs["pixel_values"] = torch.cat([sample.pixel_values for sample in with_pictures])
+        if with_pictures[0].crop_counts is not None:
+            inputs["crop_counts"] = torch.cat([sample.crop_counts for sample in with_pictures])
+    return inputs
 
 
 def mixed_samples(model) -> list[Sample]:
@@ -88,6 +119,4 @@ def batch_of(samples: list[Sample], side: str) -> dict:
         size = len(sample.input_ids)
         place = slice(0, size) if side == "right" else slice(length - size, length)
         input_ids[index, place], mask[index, place] = sample.input_ids, 1
-    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    return inputs | {"pixel_values": torch.cat(pixels)} if pixels else inputs
+    return {"input_ids": input_ids, "attention_mask": mask} | pictures_of(samples)

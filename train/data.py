@@ -135,7 +135,7 @@ class ConversationDataset(Dataset):
 
 
 def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Samples -> `input_ids`, `labels`, `attention_mask` [B, T] padded right, `pixel_values` [N, ...] and `crop_counts` if any.
+    """Samples -> `input_ids`, `labels`, `attention_mask` [B, T] padded right, `pixel_values` and `crop_counts` if any.
 
     `truncated` counts the samples that lost rows.
     """

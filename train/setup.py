@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVi
 from llava_skip.checkpoints import build_from_parts
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import preset_config, preset_skip
+from llava_skip.presets import fields_for_tower, preset_config, skip_for_model
 from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
 from train.arguments import ModelArguments
 
@@ -90,7 +90,7 @@ def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(f"{arguments.model} already has a vision tower: leave --vision_tower out.")
     if arguments.preset is None:
         return config
-    skip = preset_skip(arguments.preset, config.patches)
+    skip = skip_for_model(arguments.preset, config)
     changed = {"skip": None if skip is None else skip.to_dict(), "preset": arguments.preset}
     return LlavaSkipConfig(**{**config.to_dict(), **changed})
 
@@ -104,14 +104,11 @@ def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTo
     vision = AutoConfig.from_pretrained(arguments.vision_tower)
     vision = getattr(vision, "vision_config", vision)
     preset = arguments.preset or DEFAULT_PRESET
-    skip = preset_skip(preset, (vision.image_size // vision.patch_size) ** 2)
     text.vocab_size = max(text.vocab_size, _padded_vocabulary(tokenizer))
     return LlavaSkipConfig(
-        vision_config=vision,
         text_config=text,
         image_token_index=find_image_token(tokenizer),
-        skip=None if skip is None else skip.to_dict(),
-        preset=preset,
+        **fields_for_tower(preset, vision),
     )
 
 
@@ -158,7 +155,9 @@ def choose_trained(model: LlavaSkipForConditionalGeneration, arguments: ModelArg
             if module is not None:
                 module.requires_grad_(True)
     tower = model.model.vision_tower
-    used = model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
+    resampler = model.config.resampler_config
+    depth = len(tower.encoder.layers)
+    used = max(resampler.hidden_states) if resampler else model.config.vision_feature_layer % (depth + 1)
     tower.encoder.layers[used:].requires_grad_(False)
     tower.post_layernorm.requires_grad_(False)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,18 +14,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llava_skip.conformance import Golden, GoldenFolder, UnknownKind, check_golden
+from llava_skip.conformance import Comparison, GoldenFolder, UnknownKind, check_golden, check_table
 
 
-def _row(golden: Golden) -> dict:
+def _row(name: str, check: Callable[[], list[Comparison]]) -> dict:
     try:
-        comparisons = check_golden(golden)
+        comparisons = check()
     except UnknownKind as error:
-        return {"file": golden.name, "passed": False, "unknown": str(error), "comparisons": []}
+        return {"file": name, "passed": False, "unknown": str(error), "comparisons": []}
     except (ValueError, LookupError, RuntimeError, FileNotFoundError) as error:
-        return {"file": golden.name, "passed": False, "failed": repr(error), "comparisons": []}
+        return {"file": name, "passed": False, "failed": repr(error), "comparisons": []}
     rows = [{"what": c.what, "error": c.error, "tolerance": c.tolerance, "passed": c.passed} for c in comparisons]
-    return {"file": golden.name, "passed": bool(rows) and all(c.passed for c in comparisons), "comparisons": rows}
+    return {"file": name, "passed": bool(rows) and all(c.passed for c in comparisons), "comparisons": rows}
 
 
 def _describe(row: dict) -> tuple[str, str, str]:
@@ -47,7 +49,8 @@ def run(
     except FileNotFoundError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    rows = [_row(golden) for golden in folder.files.values()]
+    rows = [_row(golden.name, partial(check_golden, golden)) for golden in folder.files.values()]
+    rows += [_row(name, partial(check_table, table)) for name, table in folder.tables.items()]
     rows += [
         {"file": name, "passed": False, "unknown": "not in index.json, and no check reads it", "comparisons": []}
         for name in folder.unindexed()

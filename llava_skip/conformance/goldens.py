@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -105,9 +104,15 @@ class GoldenFolder:
             name: Golden(self, name, entry) for name, entry in json.loads(index.read_text(encoding="utf-8")).items()
         }
 
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """The JSON files beside the index, by file name."""
+        files = sorted(self.path.glob("*.json"))
+        return {f.name: json.loads(f.read_text(encoding="utf-8")) for f in files if f.name != "index.json"}
+
     def unindexed(self) -> list[str]:
         """Files of the folder that the index does not name and that nothing here can read."""
-        known = {"index.json", "README.md"} | {f"{name}.safetensors" for name in self.files}
+        known = {"index.json", "README.md", *self.tables} | {f"{name}.safetensors" for name in self.files}
         return sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
 
     def weights_for(self, golden: Golden, marker: str, field: str) -> dict[str, Tensor]:
@@ -130,6 +135,20 @@ class GoldenFolder:
             raise ValueError(f"{golden.name}: no file of the folder holds {marker} with the same {field}.")
         note = golden.entry.get("note_weights", "")
         return max(fitting, key=lambda file: (file.name in note, _common_prefix(file.name, golden.name))).tensors
+
+    def resampler_for(self, golden: Golden) -> Golden:
+        """The file with the resampler whose features are of the same width as a file's.
+
+        Raises:
+            ValueError: no file fits.
+        """
+        level = next(name for name in sorted(golden.names()) if name.startswith("feat."))
+        width = golden.tensors[level].shape[-1]
+        note = golden.entry.get("note_weights", "")
+        fitting = [f for f in self.files.values() if f.entry.get("context_dim") == width and "window_sizes" in f.entry]
+        if not fitting:
+            raise ValueError(f"{golden.name}: no file of the folder holds a resampler for features of width {width}.")
+        return max(fitting, key=lambda file: file.name in note)
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from llava_skip.conformance import models, parts
+from llava_skip.conformance import models, parts, tables
 from llava_skip.conformance.goldens import Comparison, Golden
-from llava_skip.conformance.variants import is_known_family
+from llava_skip.conformance.variants import family_of, is_known_family
 
 
 class UnknownKind(ValueError):
@@ -22,6 +23,19 @@ def check_golden(golden: Golden) -> list[Comparison]:
     return _find_check(golden)(golden)
 
 
+def check_table(table: Any) -> list[Comparison]:
+    """Compare the library with one JSON file.
+
+    Raises:
+        UnknownKind: nothing here knows what to do with the file.
+    """
+    if isinstance(table, dict) and {"tile", "cases"} <= set(table):
+        return tables.check_grids(table)
+    if isinstance(table, dict) and table and all("query_source_rows" in entry for entry in table.values()):
+        return tables.check_extensions(table)
+    raise UnknownKind("a table of a kind that is not known")
+
+
 def _find_check(golden: Golden) -> Callable[[Golden], list[Comparison]]:
     names, entry = golden.names(), golden.entry
     endings = {name.split(".", 1)[-1] for name in names} if "cases" in entry else set()
@@ -31,12 +45,16 @@ def _find_check(golden: Golden) -> Callable[[Golden], list[Comparison]]:
         return parts.check_merge
     if "weights1" in endings:
         return parts.check_summary
+    if "crops" in endings:
+        return parts.check_tiles
+    if "window_sizes" in entry:
+        return parts.check_resampler
     if "logits" not in names and "lm_head.weight" in names:
         return models.check_language_weights
     if "logits" not in names and "model.mm_projector.0.weight" in names:
         return models.check_vision_weights
-    family = entry.get("family", entry.get("kind"))
-    if "logits" in names and "pixel_values" in names and family == "A":
+    family = family_of(entry)
+    if "logits" in names and "skip_argument_features" in names and is_known_family(family):
         return models.check_end_to_end
     if "logits" in names and is_known_family(family):
         if "image_features" in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from llava_skip.conformance.goldens import (
     gradient_names,
     same,
 )
+from llava_skip.conformance.parts import drop_class_token, resampler_config, resampler_weights
 from llava_skip.conformance.variants import output_order, skip_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.tokens import retained_order
+from llava_skip.vision.extension import resampler_name
 
 ORIGINAL_IMAGE_TOKEN = -200
 
@@ -50,7 +52,7 @@ _UNUSED_BY_THE_TOWER = ("model.vision_tower.post_layernorm.",)
 
 
 def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGeneration:
-    """A float32 model of a file's `config`, and `clip` if it has one, with the weights that belong to it.
+    """A float32 model of a file's `config`, with the front end that it has and the weights that belong to it.
 
     Goldens use every id for text, so the embedding alone gets one more row, for the placeholder.
     """
@@ -61,30 +63,57 @@ def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGene
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("model.summary.")}
     if "final_im_query" in tensors:
         weights["model.summary.vectors"] = tensors["final_im_query"][0]
-    if "clip" in golden.entry:
-        clip = golden.entry["clip"]
-        tower = golden.folder.weights_for(golden, "model.mm_projector.0.weight", "clip")
-        weights |= {native_name(name): tensor for name, tensor in tower.items()}
-        may_miss = list(_UNUSED_BY_THE_TOWER)
-    else:
-        side = ceil(sqrt(skip.retained + skip.skipped + 1))
-        clip = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
-        clip |= {"image_size": side, "patch_size": 1}
-        may_miss = ["model.vision_tower.", "model.multi_modal_projector."]
+    front_end = _front_end(golden, skip)
     vocabulary = config["vocab_size"]
     model = LlavaSkipForConditionalGeneration(
         LlavaSkipConfig(
-            vision_config=CLIPVisionConfig(**clip),
-            text_config=LlamaConfig(**config),
-            image_token_index=vocabulary,
-            skip=skip.to_dict(),
+            text_config=LlamaConfig(**config), image_token_index=vocabulary, skip=skip.to_dict(), **front_end.fields
         )
     ).eval()
-    load_weights(model, weights, may_miss)
+    load_weights(model, weights | front_end.weights, front_end.may_miss)
     table = model.get_input_embeddings().weight.detach()
     model.set_input_embeddings(nn.Embedding.from_pretrained(nn.functional.pad(table, (0, 0, 0, 1)), freeze=False))
     model.generation_config.eos_token_id = None
     return model
+
+
+class _FrontEnd(NamedTuple):
+    """What a model's picture path needs: fields of its configuration, weights, and prefixes that none are given for."""
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+    may_miss: list[str]
+
+
+def _front_end(golden: Golden, skip: SkipConfig) -> _FrontEnd:
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+    if "pixel_values" in golden.names():
+        weights = golden.folder.weights_for(golden, "model.mm_projector.0.weight", "clip")
+        fields: dict[str, Any] = {"vision_config": CLIPVisionConfig(**golden.entry["clip"])}
+        if golden.entry.get("hd_num"):
+            fields |= {"front_end": "hd", "pad_pictures": False}
+        return _FrontEnd(fields, {native_name(n): t for n, t in weights.items()}, list(_UNUSED_BY_THE_TOWER))
+    if any(name.startswith("feat.") for name in golden.names()):
+        source = golden.folder.resampler_for(golden)
+        clip = _small_clip(
+            source.entry["tokens_per_side"], source.entry["context_dim"], max(source.entry["seq_feat_levels"]) + 1
+        )
+        fields = {"vision_config": clip, "front_end": "cos", "resampler": resampler_config(source).to_dict()}
+        return _FrontEnd(fields, {projector + n: t for n, t in resampler_weights(source).items()}, [tower])
+    side = ceil(sqrt(skip.retained + skip.skipped + 1))
+    return _FrontEnd({"vision_config": _small_clip(side)}, {}, [tower, projector])
+
+
+def _small_clip(side: int, width: int = 4, layers: int = 2) -> CLIPVisionConfig:
+    """A tower that is never run, of side x side patches."""
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        image_size=side,
+        patch_size=1,
+    )
 
 
 def check_language_model(golden: Golden) -> list[Comparison]:
@@ -119,33 +148,55 @@ def check_text_only(golden: Golden) -> list[Comparison]:
 
 
 def check_end_to_end(golden: Golden) -> list[Comparison]:
-    """Pixels and ids with one sentinel a picture -> tokens, logits, loss, gradients, greedy decode."""
+    """Pixels or features, and ids with one sentinel a picture -> tokens, logits, loss, gradients, greedy decode."""
     entry, t = golden.entry, golden.tensors
-    retained, skipped = entry["retained"], entry["skipped"]
-    model = build_model(golden, SkipConfig(retained, skipped))
+    model = build_model(golden, skip_of(_with_coarse(golden), t))
+    skip = model.config.skip_config
     input_ids, attention_mask, labels = _expand(model, t["input_ids"], t["attention_mask"], t["labels"])
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": t["pixel_values"]}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     results = [
         same("expanded mask", attention_mask, t["expanded_attention_mask"]),
         same("expanded labels", labels, t["expanded_labels"]),
         *_check_tower(golden, model),
     ]
     with torch.no_grad():
-        outputs = model(**inputs)
-    block = outputs.image_hidden_states.unflatten(0, (-1, retained + skipped + 2))
-    tokens = torch.cat([block[:, :retained], block[:, retained + 1 : -1]], dim=1)
+        outputs = model(**inputs, **_pictures(golden, model))
+    block = torch.as_tensor(outputs.image_hidden_states).unflatten(0, (-1, skip.rows))
+    summaries = [end + number for number, (_, end) in enumerate(skip.spans)]
+    tokens = block[:, [row for row in range(skip.rows) if row not in summaries]]
     expected = t["skip_argument_features"]
     results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
-    order = output_order(entry | {"length": input_ids.shape[1]}, model.config.skip_config)
+    order = output_order(entry | {"length": input_ids.shape[1]}, skip)
     results.append(_close_logits(golden, _reorder(outputs.logits, order), attention_mask))
-    results += _check_loss(golden, model, inputs, labels)
-    return results + _check_generation(golden, model, inputs)
+    results += _check_loss(golden, model, inputs | _pictures(golden, model), labels)
+    return results + _check_generation(golden, model, inputs | _pictures(golden, model))
+
+
+def _with_coarse(golden: Golden) -> dict[str, Any]:
+    """The entry, with the first scale of a resampler as the coarse tokens that the first summary leaves out."""
+    if "pixel_values" in golden.names():
+        return golden.entry
+    return golden.entry | {"coarse": golden.folder.resampler_for(golden).entry["n_query"][0]}
+
+
+def _pictures(golden: Golden, model: LlavaSkipForConditionalGeneration) -> dict[str, Any]:
+    t = golden.tensors
+    if "pixel_values" not in t:
+        features = [drop_class_token(t[f"feat.block_{level}"]) for level in model.config.resampler_config.levels]
+        block = model.model._block(model.model.multi_modal_projector(features))
+        return {"mm_encoder_outputs": _encoded(block)}
+    crop_counts = golden.entry.get("hd_num")
+    return {"pixel_values": t["pixel_values"]} | ({"crop_counts": torch.tensor(crop_counts)} if crop_counts else {})
 
 
 def _check_tower(golden: Golden, model: LlavaSkipForConditionalGeneration) -> list[Comparison]:
     t, config = golden.tensors, model.config
+    if "tower_features" not in t:
+        return []
     with torch.no_grad():
         states, scores = model.model.vision_tower(t["pixel_values"], config.vision_feature_layer, rank=True)
+    if "retained_patches" not in t:
+        return [close("tower features", states[:, 1:], t["tower_features"])]
     order = retained_order(scores, golden.entry["retained"])
     features = states[:, 1:].gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
     return [
@@ -188,12 +239,21 @@ def _check_loss(golden: Golden, model: Any, inputs: dict[str, Any], labels: Tens
     parameters = dict(model.named_parameters())
     results = [close("loss", loss, t["loss"])]
     for name in gradient_names(t):
-        results.append(close_gradient(f"gradient of {name}", parameters[native_name(name)].grad, t[f"grad.{name}"]))
+        results.append(close_gradient(f"gradient of {name}", parameters[_native(name)].grad, t[f"grad.{name}"]))
     for name in golden.entry.get("params_with_zero_grad", ()):
         gradient = parameters[native_name(name)].grad
         error = float("inf") if gradient is None else gradient.abs().max().item()
         results.append(Comparison(f"zero gradient of {name}", error, 0.0))
     return results
+
+
+def _native(name: str) -> str:
+    projector = "model.mm_projector."
+    if name.startswith(projector) and (renamed := resampler_name(rest := name.removeprefix(projector))) != rest:
+        return f"model.multi_modal_projector.{renamed}"
+    if name.startswith((f"{projector}out_proj.", f"{projector}ln_out.")):
+        return name.replace(projector, "model.multi_modal_projector.")
+    return native_name(name)
 
 
 def _check_generation(golden: Golden, model: Any, inputs: dict[str, Any]) -> list[Comparison]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llava_skip.conformance.goldens import Comparison, Golden, close, close_gradient, same
 from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
+from llava_skip.vision.extension import resampler_name
+from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
+from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles, pad_to_square
 
 
 def check_selection(golden: Golden) -> list[Comparison]:
@@ -60,6 +67,68 @@ def check_summary(golden: Golden) -> list[Comparison]:
                 close(f"{case} weights {number}", layer.weights(group).squeeze(-1), t[f"weights{number}"]),
                 close(f"{case} summary {number}", layer(group), t[f"q{number}"]),
             ]
+    return results
+
+
+def check_resampler(golden: Golden) -> list[Comparison]:
+    """Features of each level -> the queries of all scales, and gradients of features and weights."""
+    t = golden.tensors
+    config = resampler_config(golden)
+    module = ChainOfSightResampler(config, golden.entry["context_dim"], golden.entry["llm_dim"])
+    module.load_state_dict(resampler_weights(golden))
+    features = [t[f"feat.block_{level}"].requires_grad_() for level in config.levels]
+    out = module([drop_class_token(level) for level in features])
+    results = [close("output", out, t["out"])]
+    (out * t["grad_weight"]).sum().backward()
+    for level, feature in zip(config.levels, features, strict=True):
+        results.append(close_gradient(f"gradient of level {level}", feature.grad, t[f"grad.feat.block_{level}"]))
+    parameters = dict(module.named_parameters())
+    for name in (name.removeprefix("grad.weight.") for name in t if name.startswith("grad.weight.")):
+        gradient = parameters[resampler_name(name)].grad
+        results.append(close_gradient(f"gradient of {name}", gradient, t[f"grad.weight.{name}"]))
+    return results
+
+
+def resampler_config(golden: Golden) -> ResamplerConfig:
+    """The configuration of a resampler golden; its features are named by level and given as they are."""
+    entry = golden.entry
+    return ResamplerConfig(
+        windows=entry["window_sizes"],
+        queries=entry["n_query"],
+        levels=entry["seq_feat_levels"],
+        level_offset=0,
+        width=entry["out_dim"],
+    )
+
+
+def resampler_weights(golden: Golden) -> dict[str, Tensor]:
+    """Its weights under the names of `ChainOfSightResampler`."""
+    weights = {n.removeprefix("weight."): t for n, t in golden.tensors.items() if n.startswith("weight.")}
+    return {resampler_name(name): tensor for name, tensor in weights.items()}
+
+
+def drop_class_token(features: Tensor) -> Tensor:
+    """[N, P or 1 + P, C] -> [N, P, C]: a square number of rows holds no class token (method, section 1 C)."""
+    rows = features.shape[1]
+    return features if isqrt(rows) ** 2 == rows else features[:, 1:]
+
+
+def check_tiles(golden: Golden) -> list[Comparison]:
+    """A picture -> its padded square, its crops (exactly), and the normalised crops."""
+    results = []
+    for case, (entry, t) in golden.cases().items():
+        picture = Image.fromarray(t["image"].to(torch.uint8).numpy())
+        side, most = entry["patch"], entry["hd_num"]
+        grid = choose_grid(*picture.size, most, side)
+        crops = np.stack([np.asarray(crop) for crop in cut_tiles(picture, most, side)])
+        processor = TilingImageProcessorPil(most, crop_size={"height": side, "width": side}, do_pad=False)
+        values = processor(picture, return_tensors="pt")["pixel_values"]
+        results += [
+            same(f"{case} grid", torch.tensor(grid), torch.tensor([entry["columns"], entry["rows"]])),
+            same(f"{case} square", torch.from_numpy(np.array(pad_to_square(picture))), t["padded_square"]),
+            same(f"{case} crops", torch.from_numpy(crops), t["crops"]),
+            close(f"{case} pixel values", values, t["pixel_values"]),
+        ]
     return results
 
 

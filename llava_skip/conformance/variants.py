@@ -14,7 +14,7 @@ from llava_skip.configuration import SkipConfig
 _FAMILIES: dict[str, dict[str, Any]] = {
     "A": {},
     "B": {},
-    "C": {"ffn_tail": 1},
+    "C": {"ffn_tail": 1, "forget_cache": False},
     "Ctest": {"ffn_tail": 1},
     "Blast": {"ffn_tail": 1},
     "C1q": {"ffn_tail": 1},
@@ -30,6 +30,15 @@ _KEPT_BEFORE_FIRST_SUMMARY = {"C", "Ctest", "C2last", "Cformerlast", "C1q", "Csd
 """Families whose output has the skipped tokens that keep their FFN in front of the first summary."""
 
 
+_KINDS = {"A": "A", "B": "B", "C": "Ctest"}
+"""Kind of an end-to-end file -> the family of its language model: the one that drops skipped keys in decoding."""
+
+
+def family_of(entry: dict[str, Any]) -> str | None:
+    """The family of a file, from its entry."""
+    return entry["family"] if "family" in entry else _KINDS.get(entry.get("kind", ""))
+
+
 def is_known_family(family: str | None) -> bool:
     """Whether `skip_of` can tell the configuration of a family."""
     return family in _FAMILIES
@@ -38,7 +47,7 @@ def is_known_family(family: str | None) -> bool:
 def skip_of(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SkipConfig:
     """The configuration of a language-model golden: sizes from its entry, the rest from orders, tensors and family."""
     retained, skipped = entry["retained"], entry["skipped"]
-    fields = dict(_FAMILIES[entry.get("family", entry.get("kind"))])
+    fields = dict(_FAMILIES[family_of(entry) or ""])
     if fields.pop("skipping_layers", None) == "odd":
         fields["layers"] = tuple(range(1, entry["config"]["num_hidden_layers"], 2))
     second = (retained, retained + skipped)
@@ -85,7 +94,7 @@ def output_order(entry: dict[str, Any], skip: SkipConfig) -> Tensor:
     if "out_order" in orders:
         position = {row: place for place, row in enumerate(orders["attn_order"])} | {-1: -1}
         return torch.tensor([position[row] for row in orders["out_order"]])
-    start, family = entry["image_start"], entry.get("family", entry.get("kind"))
+    start, family = entry["image_start"], family_of(entry)
     places = range(start, start + skip.rows)
     kept = [place for place, skipping in zip(places, skip.skipping, strict=True) if not skipping]
     if family in _KEPT_BEFORE_FIRST_SUMMARY:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
@@ -80,3 +80,20 @@ def class_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
     )
     scores = (query * attention.scale) @ key.transpose(-1, -2)
     return scores.float().softmax(dim=-1)[:, :, 0, 1:]
+
+
+def resize_positions(table: Tensor, patches: int) -> Tensor:
+    """Position embeddings [1 + P, C] for a square grid of `patches` patches; the class token's row stays.
+
+    Bicubic with aligned corners, as the paper's code does for its larger pictures; transformers' own resizing does not
+    align them and gives other numbers.
+
+    Raises:
+        ValueError: one of the two grids is not a square.
+    """
+    old, new = round((table.shape[0] - 1) ** 0.5), round(patches**0.5)
+    if old * old != table.shape[0] - 1 or new * new != patches:
+        raise ValueError(f"Positions of {table.shape[0] - 1} patches cannot become {patches}: both must be squares.")
+    grid = table[1:].float().T.reshape(1, -1, old, old)
+    resized = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+    return torch.cat([table[:1], resized.flatten(2)[0].T.to(table.dtype)])

@@ -46,11 +46,11 @@ def visual_tokens(
 def _patches(tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
     """LLaVA: patches of one CLIP layer; those that the class token attends to most lead."""
     skip = config.skip_config
-    rank = skip is not None and config.front_end == "llava"
-    features, scores = tower(pixel_values, config.vision_feature_layer, rank=rank)
+    ranked = skip if config.front_end == "llava" else None
+    features, scores = tower(pixel_values, config.vision_feature_layer, rank=ranked is not None)
     patches = features if config.vision_feature_select_strategy == "full" else features[:, 1:]
-    if rank:
-        patches = retained_first(patches, scores, skip.retained)
+    if ranked is not None:
+        patches = retained_first(patches, scores, ranked.retained)
     return projector(patches)
 
 
@@ -74,5 +74,6 @@ def _tiles(
 
 def _scales(tower: ClipTower, resampler: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
     """Chain of sight: the scales of the resampler, the coarse ones first."""
+    assert config.resampler_config is not None  # checked with front_end
     states = tower.hidden_states(pixel_values, config.resampler_config.hidden_states)
     return resampler([state[:, 1:] for state in states])

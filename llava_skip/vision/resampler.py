@@ -22,7 +22,7 @@ class ResamplerConfig:
         queries: number of queries of each scale; they are dealt evenly to its windows.
         levels: the tower's blocks whose outputs are read, first to last.
         level_offset: what is added to a level to find its entry in transformers' list of hidden states: 1 for towers
-            that count their blocks from 0, 0 for checkpoints of the paper's code that were trained on transformers' CLIP.
+            that count their blocks from 0, 0 for checkpoints of the paper's code trained on transformers' CLIP.
         width: of the queries; a head has 64.
     """
 
@@ -71,8 +71,8 @@ class ResamplerConfig:
                 )
         if not all(0 <= index <= layers for index in self.hidden_states):
             raise ValueError(
-                f"resampler.levels {list(self.levels)} with level_offset {self.level_offset} name layers that a tower of "
-                f"{layers} does not have."
+                f"resampler.levels {list(self.levels)} with level_offset {self.level_offset} name layers that a tower "
+                f"of {layers} does not have."
             )
 
 
@@ -98,7 +98,9 @@ class WindowAttention(nn.Module):
     def forward(self, queries: Tensor, windows: Tensor) -> Tensor:
         """[N, windows, n, D] and [N, windows, w * w, C] -> [N, windows, n, D]."""
         key, value = self.to_kv(self.cont_norm(windows)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (self.to_q(self.query_norm(queries)), key, value))
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (self.to_q(self.query_norm(queries)), key, value)
+        )
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(2, 3).flatten(-2))
 
@@ -125,7 +127,7 @@ class Scale(nn.Module):
     def __init__(self, window: int, queries: int, levels: tuple[int, ...], width: int, context: int) -> None:
         super().__init__()
         self.window = window
-        self.query = nn.Parameter(torch.zeros(1, queries, width))
+        self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, queries, width), std=0.02))
         self.readers = nn.ModuleDict({f"l{level}": Reader(width, context) for level in levels})
 
     def forward(self, features: list[Tensor]) -> Tensor:

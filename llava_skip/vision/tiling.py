@@ -58,8 +58,8 @@ def cut_tiles(picture: Image.Image, most: int, side: int) -> list[Image.Image]:
 class TilingImageProcessorPil(LlavaImageProcessorPil):
     """Pictures -> `pixel_values` [crops of all pictures, 3, side, side] and `crop_counts`, the crops of each picture.
 
-    `crop_size` is the tower's size, `max_tiles` the largest grid. With `do_pad` a picture is first padded to a square of
-    twice the tower's size, as the paper trains, so that each one has the same number of crops.
+    `crop_size` is the tower's size, `max_tiles` the largest grid. With `do_pad` a picture is first padded to a square
+    of twice the tower's size, as the paper trains, so that each one has the same number of crops.
     """
 
     model_input_names = ["pixel_values", "crop_counts"]

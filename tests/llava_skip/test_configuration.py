@@ -6,20 +6,45 @@ from tests.small_models import small_config
 
 
 def test_presets_have_the_numbers_of_the_paper():
-    numbers = {name: (skip.retained, skip.skipped) for name, skip in PRESETS.items() if skip}
-    assert numbers == {"sv-llava-64": (64, 156), "sv-llava-100": (100, 156), "sv-llava-256": (256, 320)}
-    assert PRESETS["llava"] is None
+    numbers = {n: (p.front_end, p.skip.retained, p.skip.skipped) for n, p in PRESETS.items() if p.skip}
+    assert numbers == {
+        "sv-llava-64": ("llava", 64, 156),
+        "sv-llava-100": ("llava", 100, 156),
+        "sv-llava-256": ("llava", 256, 320),
+        "sv-llava-hd": ("hd", 576, 576),
+        "sv-cos": ("cos", 272, 256),
+    }
+    sv_cos = PRESETS["sv-cos"].skip
+    assert sv_cos.spans == ((16, 272), (272, 528)) and sv_cos.skipping.index(True) == 273 and not sv_cos.skipping[528]
+    assert (sv_cos.rows, sv_cos.kept_rows, sv_cos.skipping_rows) == (530, 275, 255)  # method, section 0: C
+
+
+# Rows of a picture in the language model (method, section 0; the paper's tables).
+ROWS = {
+    "llava": 576,
+    "sv-llava-64": 222,
+    "sv-llava-100": 258,
+    "sv-llava-256": 578,
+    "llava-hd": 2880,
+    "sv-llava-hd": 1154,
+    "cos": 1296,
+    "cos-336": 336,
+    "cos-80": 80,
+    "sv-cos": 530,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_preset_exists_at_every_size(preset, size):
     config = preset_config(preset, size)
-    skip = config.skip_config
-    assert config.image_seq_length == (config.patches if skip is None else skip.retained + skip.skipped + 2)
-    if size != "tiny":
-        assert config.patches == 576
-        assert skip == PRESETS[preset]
+    assert config.front_end == PRESETS[preset].front_end and (config.skip is None) == (PRESETS[preset].skip is None)
+    if size == "tiny":
+        assert config.image_seq_length < ROWS[preset]
+    else:
+        assert config.image_seq_length == ROWS[preset]
+        assert config.skip_config == PRESETS[preset].skip
+        assert config.vision_config.image_size == (448 if config.front_end == "cos" else 336)
 
 
 def test_another_tower_keeps_the_proportion():
