@@ -31,14 +31,14 @@ class DecoderFlops:
 
 
 def decoder_flops(
-    text: PreTrainedConfig, rows: int, ffn_rows: int, head_rows: int, samples: int = 1, keys: int | None = None
+    text: PreTrainedConfig, rows: int, ffn_rows: float, head_rows: int, samples: int = 1, keys: int | None = None
 ) -> DecoderFlops:
     """FLOPs of a forward through all layers and the head.
 
     Args:
         text: the language model's configuration.
         rows: rows of a sample that attend, T (padding included).
-        ffn_rows: rows of the whole batch that take the FFN.
+        ffn_rows: rows of the whole batch that take the FFN, averaged over the layers.
         head_rows: rows of the whole batch that reach the head.
         samples: B.
         keys: keys that each row is multiplied with; default T, a prefill.
@@ -49,7 +49,7 @@ def decoder_flops(
     return DecoderFlops(
         projections=layers * 2 * samples * rows * width * (2 * queries + 2 * key_values),
         attention=layers * 2 * 2 * samples * rows * (rows if keys is None else keys) * queries,
-        ffn=layers * 2 * ffn_rows * 3 * width * text.intermediate_size,
+        ffn=round(layers * ffn_rows) * 2 * 3 * width * text.intermediate_size,
         head=2 * head_rows * width * text.vocab_size,
     )
 
@@ -60,14 +60,14 @@ class PictureCost:
 
     Attributes:
         rows: rows that attend in the prefill.
-        ffn_rows: rows of them that take the FFN.
+        ffn_rows: rows of them that take the FFN, averaged over the layers.
         cache_rows: rows that stay in the cache of each layer.
         cache_bytes: bytes of these in all layers, in bfloat16.
         prefill_flops: FLOPs of a prefill of the picture and `text_rows` rows of text, head on the last row.
     """
 
     rows: int
-    ffn_rows: int
+    ffn_rows: float
     cache_rows: int
     cache_bytes: int
     prefill_flops: int
@@ -77,7 +77,7 @@ def picture_cost(config: LlavaSkipConfig, text_rows: int = 100) -> PictureCost:
     """The cost of a picture under a configuration, beside `text_rows` rows of text."""
     skip, text = config.skip_config, config.text_config
     rows = config.image_seq_length
-    ffn_rows = rows if skip is None else skip.kept_rows
+    ffn_rows = rows if skip is None else rows - skip.mean_skipping_rows(text.num_hidden_layers)
     cache_rows = skip.kept_rows if skip is not None and skip.forget_cache else rows
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row_bytes = 2 * text.num_key_value_heads * head_width * torch.bfloat16.itemsize

@@ -150,9 +150,9 @@ class SkipConfig:
         """Rows of one picture that take the FFN in every layer: R, the summaries and the exceptions."""
         return self.rows - self.skipping_rows
 
-    def skips_in(self, layer: int) -> bool:
-        """Whether rows skip the FFN in this layer."""
-        return self.layers is None or layer in self.layers
+    def mean_skipping_rows(self, layers: int) -> float:
+        """`skipping_rows`, averaged over the layers of a decoder of so many layers."""
+        return self.skipping_rows * (1.0 if self.layers is None else len(self.layers) / layers)
 
     def check_layers(self, layers: int) -> None:
         """Raise ValueError if `layers` names a layer that a decoder of so many layers does not have."""

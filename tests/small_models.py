@@ -58,7 +58,9 @@ def small_config(skip: SkipConfig | None = SKIP, architecture: str | None = None
     )
 
 
-def small_model(skip: SkipConfig | None = SKIP, architecture: str | None = None, **text) -> LlavaSkipForConditionalGeneration:
+def small_model(
+    skip: SkipConfig | None = SKIP, architecture: str | None = None, **text
+) -> LlavaSkipForConditionalGeneration:
     torch.manual_seed(3)
     model = LlavaSkipForConditionalGeneration(small_config(skip, architecture, **text)).eval()
     for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes

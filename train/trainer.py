@@ -22,6 +22,9 @@ class SkipTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
         self._started: float | None = None
+        config = self.model.config
+        skip = config.skip_config
+        self._skipping = skip.mean_skipping_rows(config.text_config.num_hidden_layers) if skip else 0.0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; counts the batch on the way."""
@@ -32,12 +35,11 @@ class SkipTrainer(Trainer):
 
     def _count(self, inputs: dict[str, Tensor]) -> None:
         # Tensors are added up where they are, so counting waits for no device.
-        skip = self.model.config.skip_config
         rows = inputs["attention_mask"].sum()
         counted = inputs.get("crop_counts", inputs.get("pixel_values"))
         pictures = 0 if counted is None else counted.shape[0]
         self._counts["rows"] += rows
-        self._counts["ffn_rows"] += rows - pictures * (skip.skipping_rows if skip else 0)
+        self._counts["ffn_rows"] += rows - pictures * self._skipping
         self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._counts["samples"] += inputs["input_ids"].shape[0]
         self._counts["truncated"] += inputs.pop("truncated", 0)

@@ -24,7 +24,6 @@ from llava_skip.conformance.parts import drop_class_token, resampler_config, res
 from llava_skip.conformance.variants import output_order, skip_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.tokens import retained_order
-from llava_skip.vision.extension import resampler_name
 
 ORIGINAL_IMAGE_TOKEN = -200
 
@@ -239,21 +238,12 @@ def _check_loss(golden: Golden, model: Any, inputs: dict[str, Any], labels: Tens
     parameters = dict(model.named_parameters())
     results = [close("loss", loss, t["loss"])]
     for name in gradient_names(t):
-        results.append(close_gradient(f"gradient of {name}", parameters[_native(name)].grad, t[f"grad.{name}"]))
+        results.append(close_gradient(f"gradient of {name}", parameters[native_name(name)].grad, t[f"grad.{name}"]))
     for name in golden.entry.get("params_with_zero_grad", ()):
         gradient = parameters[native_name(name)].grad
         error = float("inf") if gradient is None else gradient.abs().max().item()
         results.append(Comparison(f"zero gradient of {name}", error, 0.0))
     return results
-
-
-def _native(name: str) -> str:
-    projector = "model.mm_projector."
-    if name.startswith(projector) and (renamed := resampler_name(rest := name.removeprefix(projector))) != rest:
-        return f"model.multi_modal_projector.{renamed}"
-    if name.startswith((f"{projector}out_proj.", f"{projector}ln_out.")):
-        return name.replace(projector, "model.multi_modal_projector.")
-    return native_name(name)
 
 
 def _check_generation(golden: Golden, model: Any, inputs: dict[str, Any]) -> list[Comparison]:

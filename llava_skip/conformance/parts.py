@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_skip.checkpoints import native_name
 from llava_skip.conformance.goldens import Comparison, Golden, close, close_gradient, same
 from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
-from llava_skip.vision.extension import resampler_name
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
 from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles, pad_to_square
 
@@ -105,6 +105,11 @@ def resampler_weights(golden: Golden) -> dict[str, Tensor]:
     """Its weights under the names of `ChainOfSightResampler`."""
     weights = {n.removeprefix("weight."): t for n, t in golden.tensors.items() if n.startswith("weight.")}
     return {resampler_name(name): tensor for name, tensor in weights.items()}
+
+
+def resampler_name(original: str) -> str:
+    """The name in `ChainOfSightResampler` of a weight of the paper's."""
+    return native_name(f"model.mm_projector.{original}").removeprefix("model.multi_modal_projector.")
 
 
 def drop_class_token(features: Tensor) -> Tensor:

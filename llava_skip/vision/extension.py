@@ -1,4 +1,4 @@
-"""Names of a resampler in the paper's code, and the extension of a pretrained one to more scales and queries.
+"""The extension of a pretrained resampler to more scales and queries, under the names of the paper's code.
 
 Rules and names: method, section 1 C; LLaVA conventions, section 5.4.
 """
@@ -12,19 +12,8 @@ from math import isqrt
 
 from torch import Tensor
 
-_PARTS = {"attn": "attention", "mlp": "mlp", "ln": "mlp_norm"}
 _QUERY = re.compile(r"cls_token_w(\d+)_q(\d+)$")
 _READER = re.compile(r"(attn|mlp|ln)_0_w(\d+)_l(\d+)_q(\d+)\.")
-
-
-def resampler_name(original: str) -> str:
-    """The name in `ChainOfSightResampler` of a weight of the paper's resampler; others stay as they are."""
-    if match := _QUERY.match(original):
-        return f"scales.w{match[1]}_q{match[2]}.query"
-    if match := _READER.match(original):
-        part, window, level, queries = match.groups()
-        return f"scales.w{window}_q{queries}.readers.l{level}.{_PARTS[part]}.{original[match.end() :]}"
-    return original
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,255 @@
+"""From a config.json of any layout to this library's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llava_skip.checkpoints.files import find_folder
+from llava_skip.checkpoints.report import LoadReport
+from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.presets import PRESETS, skip_for_model
+from llava_skip.vision.resampler import ResamplerConfig
+
+NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
+LLAVA_HF, LLAVA_NEXT = "llava-hf", "LlavaNext"
+
+_TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+_ORIGINAL_CLASS = re.compile(r"^Llava(\w+)ForCausalLM$")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NOT_OF_THE_TEXT = re.compile(
+    r"^(mm_|use_mm_|tune_|freeze_|unfreeze_|s2|use_hd$|use_zip$|cos_config|backbone_resolution|delay_load|image_|"
+    r"tokenizer_|architectures$|model_type$|auto_map$|transformers_version$|_name_or_path$|torch_dtype$|dtype$)"
+)
+
+
+def detect_layout(raw: Mapping[str, Any]) -> str:
+    """The layout that a config.json belongs to.
+
+    LLaVA's own is looked for before `model_type` is believed: released files say `llava`, which transformers takes for
+    its own class and fills up with the sizes of a 7B model, whatever the file says.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    kind, classes = raw.get("model_type"), raw.get("architectures") or []
+    if kind == LlavaSkipConfig.model_type:
+        return NATIVE
+    if "text_config" in raw and kind in ("llava", "llava_next"):
+        return LLAVA_HF if kind == "llava" else LLAVA_NEXT
+    if "text_config" not in raw:
+        if "mm_vision_tower" in raw or any(_ORIGINAL_CLASS.match(name) for name in classes):
+            return ORIGINAL
+        if kind in CONFIG_MAPPING and kind != "llava" and "hidden_size" in raw:
+            return LANGUAGE
+    raise ValueError(
+        f"The config.json (model_type {kind!r}, architectures {classes}) is of no known layout: it is neither "
+        f"{NATIVE}, nor {LLAVA_HF} or {LLAVA_NEXT} (text_config), nor {ORIGINAL} (mm_vision_tower), nor a "
+        "language model."
+    )
+
+
+def text_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """The language model's configuration from a flat config.json, LLaVA's own or a plain language model's.
+
+    Raises:
+        ValueError: a size is missing (defaults would be those of another model), or an unknown kind.
+    """
+    if absent := [name for name in _SIZES if name not in raw]:
+        raise ValueError(f"The config.json lacks {absent}; sizes are never guessed.")
+    kinds = [(raw.get("model_type") or "").removeprefix("llava_")]
+    kinds += [found[1].lower() for name in raw.get("architectures") or [] if (found := _ORIGINAL_CLASS.match(name))]
+    # "llava" alone says nothing of the language model; the class does, if it is one of LLaVA's.
+    known = [{"qwen": "qwen2"}.get(kind, kind) for kind in kinds if kind != "llava"] or ["llama"]
+    kind = known[-1] if known[-1] in CONFIG_MAPPING else known[0]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"The language model of the config.json is of the unknown type {kind!r}.")
+    return CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if not _NOT_OF_THE_TEXT.match(key)})
+
+
+def tower_config(source: str) -> CLIPVisionConfig:
+    """Configuration of a CLIP folder or hub name: of its vision side, if it holds both.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of tower.
+    """
+    config = AutoConfig.from_pretrained(find_folder(source))
+    config = getattr(config, "vision_config", config)
+    if not isinstance(config, CLIPVisionConfig):
+        raise ValueError(f"The vision tower {source} is of type {config.model_type!r}; only CLIP towers are supported.")
+    return config
+
+
+def tower_config_of_weights(weights: Mapping[str, Tensor]) -> CLIPVisionConfig:
+    """Configuration of an OpenAI tower from the shapes of its weights (native names): heads of 64, QuickGELU."""
+    width = weights[f"{_TOWER}embeddings.class_embedding"].shape[0]
+    side = weights[f"{_TOWER}embeddings.patch_embedding.weight"].shape[-1]
+    layers = {int(found[1]) for name in weights if (found := re.match(rf"{_TOWER}encoder\.layers\.(\d+)\.", name))}
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=weights[f"{_TOWER}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=max(1, width // 64),
+        patch_size=side,
+        image_size=side * _grid(weights),
+        hidden_act="quick_gelu",
+    )
+
+
+def _grid(weights: Mapping[str, Tensor]) -> int:
+    """Patches a side that the tower's position table is for."""
+    return round((weights[f"{_TOWER}embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
+
+
+def flat_config(
+    raw: Mapping[str, Any],
+    text: PreTrainedConfig,
+    vision: CLIPVisionConfig,
+    weights: Mapping[str, Tensor],
+    image_token: int,
+    own_tower: bool,
+    report: LoadReport,
+) -> LlavaSkipConfig:
+    """The configuration of a model in LLaVA's own layout, or of a language model with a tower; dense.
+
+    Args:
+        raw: its config.json.
+        text: of the language model, whose vocabulary already holds the image token.
+        vision: of the tower.
+        weights: all weights under native names.
+        image_token: id of the placeholder.
+        own_tower: whether the tower is the paper's own CLIP.
+        report: what is inferred or has no counterpart is noted there.
+
+    Raises:
+        ValueError: a setting that the model cannot express.
+    """
+    _check_settings(raw, report)
+    resolution = raw.get("backbone_resolution", -1)
+    # The table says what the tower was trained at; its configuration may still say what it was made from.
+    vision.image_size = resolution if resolution > 0 else vision.patch_size * _grid(weights)
+    resampler = _resampler(raw.get("cos_config_version"), weights, own_tower, report)
+    linear = f"{_PROJECTOR}linear_2.weight" in weights and raw.get("mm_projector_type") == "linear"
+    return LlavaSkipConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        # The paper's own CLIP has no 24th block: its last one is what -2 means elsewhere.
+        vision_feature_layer=-1 if own_tower else raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
+        projector_hidden_act="linear" if linear else "gelu",
+        front_end="cos" if resampler else "hd" if raw.get("use_hd") else "llava",
+        resampler=resampler.to_dict() if resampler else None,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def _check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
+    kind = raw.get("mm_projector_type", "mlp2x_gelu")
+    if kind == "identity" or re.fullmatch(r"mlp(?!2x)\d+x_gelu", kind):
+        raise ValueError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
+    if raw.get("s2"):
+        raise ValueError("s2 is set: the multi-scale tower is not supported.")
+    if raw.get("mm_use_im_start_end"):
+        report.notes.append("mm_use_im_start_end is true: prompts here do not put those tokens around a picture.")
+    if (merge := raw.get("mm_patch_merge_type", "flat")) != "flat":
+        report.notes.append(f"mm_patch_merge_type {merge!r} is not followed: one crop a picture, no image_newline.")
+    if (ratio := raw.get("image_aspect_ratio", "pad")) != "pad":
+        report.notes.append(f"image_aspect_ratio is {ratio!r}; the processor here pads pictures to a square.")
+
+
+def _resampler(
+    version: str | None, weights: Mapping[str, Tensor], own_tower: bool, report: LoadReport
+) -> ResamplerConfig | None:
+    """The resampler that the names of the weights describe; None without one.
+
+    The order of the scales, which is that of the visual tokens, is in no name: the version's name counts the queries in
+    that order (`..._q16+256+1024`), and among scales of equal count the larger window leads.
+    """
+    names = [name for name in weights if name.startswith(f"{_PROJECTOR}scales.")]
+    if not names:
+        return None
+    found = {(int(w), int(q)) for name in names for w, q in re.findall(r"\.w(\d+)_q(\d+)\.", name)}
+    scales = sorted(found, key=lambda scale: -scale[0])
+    counts = re.search(r"_q(\d+(?:\+\d+)*)$", version or "")
+    if counts:
+        order = [int(count) for count in counts[1].split("+")]
+        if sorted(order) != sorted(queries for _, queries in scales):
+            raise ValueError(f"cos_config_version is {version!r}, but the weights have the (window, queries) {scales}.")
+        scales.sort(key=lambda scale: order.index(scale[1]))
+        if len(set(order)) < len(order):  # equal counts need not stand side by side
+            left = list(scales)
+            scales = [left.pop(next(i for i, s in enumerate(left) if s[1] == count)) for count in order]
+    elif version is None:
+        report.notes.append("No cos_config_version: the resampler's scales are taken from coarse to fine.")
+    return ResamplerConfig(
+        windows=tuple(window for window, _ in scales),
+        queries=tuple(queries for _, queries in scales),
+        levels=tuple(sorted({int(level) for name in names for level in re.findall(r"\.readers\.l(\d+)\.", name)})),
+        # Blocks of the own CLIP are counted from 0, entries of transformers' list of hidden states from the embedding.
+        level_offset=1 if own_tower else 0,
+        width=next(weights[name].shape[-1] for name in names if name.endswith(".query")),
+    )
+
+
+def hf_config(raw: Mapping[str, Any]) -> LlavaSkipConfig:
+    """The configuration of a llava-hf or LlavaNext model; dense."""
+    theirs = LlavaConfig(
+        **{key: raw[key] for key in raw if key not in ("model_type", "image_grid_pinpoints")}
+    ).to_dict()
+    known = ["text_config", "vision_config", "image_token_index", "projector_hidden_act", "vision_feature_layer"]
+    known += ["vision_feature_select_strategy", "multimodal_projector_bias", "tie_word_embeddings"]
+    return LlavaSkipConfig(**{key: theirs[key] for key in known})
+
+
+def with_skip(
+    config: LlavaSkipConfig,
+    preset: str | None,
+    skip: SkipConfig | None,
+    raw: Mapping[str, Any],
+    summary: bool,
+    report: LoadReport,
+) -> LlavaSkipConfig:
+    """The configuration with the skipping that was asked for, or that the checkpoint has.
+
+    Args:
+        config: read from the checkpoint.
+        preset: name of a preset.
+        skip: the numbers themselves, in the place of a preset.
+        raw: the config.json.
+        summary: whether the checkpoint holds a summary layer.
+        report: what is inferred is noted there.
+
+    Raises:
+        ValueError: a preset that does not fit, or a summary layer without a word on how many tokens skip.
+    """
+    if not preset and not skip and (not summary or config.skip is not None):
+        return config
+    if not preset and not skip:
+        if not (raw.get("use_zip") or raw.get("use_hd")):
+            raise ValueError(
+                "The checkpoint holds a summary layer (model.ada), but its config.json does not say how many tokens "
+                "skip: name the preset (sv-llava-...) or give skip."
+            )
+        preset = "sv-llava-hd" if raw.get("use_hd") else "sv-llava-100"  # the numbers that its code fixes
+        report.notes.append(f"The checkpoint skips, and does not say how many tokens: preset {preset}.")
+    fields = config.to_dict() | {"preset": preset, "skip": None}
+    if preset in PRESETS and {config.front_end, PRESETS[preset].front_end} == {"llava", "hd"}:
+        fields["front_end"] = PRESETS[preset].front_end  # the two share every weight
+    chosen = skip if preset is None else skip_for_model(preset, LlavaSkipConfig(**fields))
+    return LlavaSkipConfig(**fields | {"skip": None if chosen is None else chosen.to_dict()})
+
+
+def find_tower(raw: Mapping[str, Any], vision_tower: str | None, folder: Path) -> str | None:
+    """Where the vision tower lies: what was asked for, else what the config.json names; None if neither."""
+    named = vision_tower or raw.get("mm_vision_tower")
+    if named and not vision_tower and not Path(named).exists() and (folder / named).is_dir():
+        return str(folder / named)
+    return named

@@ -1,0 +1,86 @@
+"""Names of weights in other layouts -> names in this library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_TOWER, _PROJECTOR, _LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+_BLOCK = r"^model\.vision_tower\.transformer\.resblocks\.(\d+)\."
+
+# Rule by rule; the first one that fits is used. A name means the same in every layout that has it, so one table serves
+# all of them, and a file that mixes layouts (transformers 5 writes such) is read too.
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # LLaVA's own code, and the paper's, which adds `ada`.
+        (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", _TOWER),
+        (r"^model\.mm_projector\.0\.", f"{_PROJECTOR}linear_1."),
+        (r"^model\.mm_projector\.2\.", f"{_PROJECTOR}linear_2."),
+        (r"^model\.ada\.0\.", "model.summary.norm."),
+        (r"^model\.ada\.1\.", "model.summary.score."),
+        (r"^model\.(embed_tokens|layers|norm)\.", rf"{_LANGUAGE}\1."),
+        # The paper's own CLIP, but for the fused q, k and v (`_split_attention`).
+        (r"^model\.vision_tower\.conv1\.", f"{_TOWER}embeddings.patch_embedding."),
+        (r"^model\.vision_tower\.class_embedding$", f"{_TOWER}embeddings.class_embedding"),
+        (r"^model\.vision_tower\.positional_embedding$", f"{_TOWER}embeddings.position_embedding.weight"),
+        (r"^model\.vision_tower\.ln_pre\.", f"{_TOWER}pre_layrnorm."),
+        (rf"{_BLOCK}attn\.out_proj\.", rf"{_TOWER}encoder.layers.\1.self_attn.out_proj."),
+        (rf"{_BLOCK}ln_([12])\.", rf"{_TOWER}encoder.layers.\1.layer_norm\2."),
+        (rf"{_BLOCK}mlp\.c_fc\.", rf"{_TOWER}encoder.layers.\1.mlp.fc1."),
+        (rf"{_BLOCK}mlp\.c_proj\.", rf"{_TOWER}encoder.layers.\1.mlp.fc2."),
+        # The paper's chain-of-sight resampler.
+        (r"^model\.mm_projector\.cls_token_(w\d+_q\d+)$", rf"{_PROJECTOR}scales.\1.query"),
+        (r"^model\.mm_projector\.attn_0_(w\d+)_l(\d+)_(q\d+)\.", rf"{_PROJECTOR}scales.\1_\3.readers.l\2.attention."),
+        (r"^model\.mm_projector\.ln_0_(w\d+)_l(\d+)_(q\d+)\.", rf"{_PROJECTOR}scales.\1_\3.readers.l\2.mlp_norm."),
+        (r"^model\.mm_projector\.mlp_0_(w\d+)_l(\d+)_(q\d+)\.", rf"{_PROJECTOR}scales.\1_\3.readers.l\2.mlp."),
+        (r"^model\.mm_projector\.(ln_out|out_proj)\.", rf"{_PROJECTOR}\1."),
+        # llava-hf and LlavaNext: as on the hub, as transformers 5 writes them, as in its memory.
+        (r"^language_model\.model\.", _LANGUAGE),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.vision_model\.", _TOWER),
+        (r"^vision_tower\.", _TOWER),
+        (r"^multi_modal_projector\.", _PROJECTOR),
+        (r"^image_newline$", "model.image_newline"),
+    )
+)
+
+_FUSED_ATTENTION = re.compile(rf"{_BLOCK}attn\.in_proj_(weight|bias)$")
+
+
+def native_name(original: str) -> str:
+    """The name in this library of a weight of any known layout; names that no rule knows stay as they are."""
+    for pattern, replacement in _RULES:
+        if pattern.match(original):
+            return pattern.sub(replacement, original)
+    return original
+
+
+def native_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any known layout under native names.
+
+    `rotary_emb.inv_freq`, which old files hold, is left out: it is computed from the configuration.
+
+    Raises:
+        ValueError: two tensors stand for the same weight.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        for native, part in (_split_attention(name, tensor) or {native_name(name): tensor}).items():
+            if native in result:
+                raise ValueError(f"Two tensors of the checkpoint stand for {native}; one of them is {name}.")
+            result[native] = part
+    return result
+
+
+def _split_attention(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """The query, key and value thirds of a fused projection of the paper's own CLIP; None for other tensors."""
+    found = _FUSED_ATTENTION.match(name)
+    if found is None:
+        return None
+    prefix = f"{_TOWER}encoder.layers.{found[1]}.self_attn."
+    return {f"{prefix}{part}_proj.{found[2]}": third for part, third in zip("qkv", tensor.chunk(3), strict=True)}
