@@ -206,8 +206,8 @@ def skip_for_model(preset: str, config: LlavaSkipConfig) -> SkipConfig | None:
     if chosen.front_end != config.front_end or scale != int(scale):
         fitting = [name for name, other in PRESETS.items() if other.front_end == config.front_end]
         raise ValueError(
-            f"The model has the front end {config.front_end!r}, the preset {preset!r} is for another one, whose projector "
-            f"would not fit; presets of the model's: {', '.join(fitting)}."
+            f"The model has the front end {config.front_end!r}, the preset {preset!r} is for another one, whose "
+            f"projector would not fit; presets of the model's: {', '.join(fitting)}."
         )
     if resampler:
         return None if chosen.skip is None else _divide(chosen.skip, int(scale))

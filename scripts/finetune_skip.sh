@@ -9,7 +9,8 @@
 #   MODEL        saved model, or a language model together with VISION_TOWER    (a new tiny model)
 #   VISION_TOWER CLIP vision tower for a plain language model
 #   DATA IMAGES  LLaVA conversation JSON and the folder of its pictures         (the embedded digits)
-#   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256                 (sv-llava-256 for a new model)
+#   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256, llava-hd, sv-llava-hd,
+#                cos, cos-336, cos-80, sv-cos                                   (sv-llava-256 for a new model)
 #   TEMPLATE     v1, llama3 or plain                                            (the tokenizer's own)
 #   OUTPUT       folder of the run                                              (checkpoints/<preset>)
 #   NPROC        processes on this machine                                      (GPUs found, else 2)

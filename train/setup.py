@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints import build_from_parts
+from llava_skip.checkpoints import build_from_parts, detect_layout
+from llava_skip.checkpoints.files import read_json
+from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import fields_for_tower, preset_config, skip_for_model
@@ -83,6 +85,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 
 
 def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
+    assert arguments.model is not None  # a new model needs no configuration of an old one
+    _check_layout(arguments.model)
     config = AutoConfig.from_pretrained(arguments.model)
     if config.model_type != LlavaSkipConfig.model_type:
         return _joined_config(arguments, config, tokenizer)
@@ -93,6 +97,17 @@ def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     skip = skip_for_model(arguments.preset, config)
     changed = {"skip": None if skip is None else skip.to_dict(), "preset": arguments.preset}
     return LlavaSkipConfig(**{**config.to_dict(), **changed})
+
+
+def _check_layout(model: str) -> None:
+    """A checkpoint of another program is converted first: transformers would misread some of their configurations."""
+    file = Path(model) / "config.json"
+    layout = detect_layout(read_json(file)) if file.is_file() else NATIVE
+    if layout not in (NATIVE, LANGUAGE):
+        raise ValueError(
+            f"{model} is a checkpoint of the layout {layout!r}. Convert it first, then train the result: "
+            f"python -m llava_skip.convert {model} CONVERTED"
+        )
 
 
 def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llava_skip.checkpoints.names import native_name
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.vision.clip import resize_positions
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iterable[str] = ()) -> None:
@@ -39,6 +40,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
     model.load_state_dict(weights, strict=False)
 
 
+_POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
+
+
 def build_from_parts(
     config: LlavaSkipConfig, language: PreTrainedModel, tower: PreTrainedModel
 ) -> LlavaSkipForConditionalGeneration:
@@ -47,7 +51,7 @@ def build_from_parts(
     Args:
         config: of the joined model; its vocabulary may be larger than the language model's, by the image token.
         language: a causal language model of `config.text_config`'s type.
-        tower: a CLIP vision model of `config.vision_config`.
+        tower: a CLIP vision model of `config.vision_config`; its position table is resized if that has larger pictures.
 
     Raises:
         ValueError: a weight of the two is missing, unknown or of another shape.
@@ -56,5 +60,7 @@ def build_from_parts(
     model = LlavaSkipForConditionalGeneration(config)
     weights = {native_name(name): tensor for name, tensor in language.state_dict().items()}
     weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    if (table := weights[_POSITIONS]).shape[0] != config.patches + 1:
+        weights[_POSITIONS] = resize_positions(table, config.patches)
     load_weights(model, weights, may_miss=("model.multi_modal_projector.", "model.summary."))
     return model

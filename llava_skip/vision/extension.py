@@ -92,3 +92,39 @@ def _scale_of(name: str) -> tuple[int, int] | None:
     if match := _READER.match(name):
         return int(match[2]), int(match[4])
     return None
+
+
+_SOURCES = {"res224": (16, (16, 4)), "res336": (24, (24, 6))}
+"""Features a side and windows of the pretrained 80-query resamplers, by the beginning of a rule's name."""
+
+# Rule -> source of each new scale, window factors, query factors (LLaVA conventions, section 5.4).
+_RULES: dict[str, tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]] = {
+    "res224to448_80to80": ((0, 1), ("2", "2"), (1, 1)),
+    "res224to448_80to336": ((0, 0, 1), ("2", "1", "1"), (1, 4, 4)),
+    "res224to448_80to1104": ((0, 1, 1), ("2", "2", "1/2"), (1, 1, 16)),
+    "res224to448_80to1104_reverse": ((1, 0, 1), ("1/2", "2", "2"), (16, 1, 1)),
+    "res224to448_80to1296": ((0, 0, 1), ("2", "1/2", "1/2"), (1, 16, 16)),
+    "res224to448_80to1296_v2": ((0, 1, 1), ("2", "1", "1/2"), (1, 4, 16)),
+    "res224to448_80to1360": ((0, 0, 1, 1), ("2", "1", "1", "1/2"), (1, 4, 4, 16)),
+    "res224to448_80to1360_v2": ((0, 1, 1, 1), ("2", "2", "1", "1/2"), (1, 1, 4, 16)),
+    "res224to448_80to1360_v3": ((0, 1, 0, 1), ("2", "2", "1/2", "1/2"), (1, 1, 16, 16)),
+    "res224to448_80to1552_v1": ((0, 0, 1, 1), ("2", "1/2", "1", "1/2"), (1, 16, 4, 16)),
+    "res224to448_80to2320": ((0, 0, 1, 1), ("2", "1/4", "1", "1/2"), (1, 64, 4, 16)),
+    "res224to448_80to5392_v1": ((0, 0, 1, 1), ("2", "1/2", "1/2", "1/4"), (1, 16, 16, 64)),
+    "res224to448_80to5392_v2": ((0, 1, 1, 1), ("2", "1", "1/2", "1/4"), (1, 4, 16, 64)),
+    "res224to672_80to1296_v2": ((0, 1, 1), ("3", "3/2", "3/4"), (1, 4, 16)),
+    "res224to672_80to2896_v2": ((0, 1, 1), ("3", "1", "1/2"), (1, 9, 36)),
+    "res224to672_80to2960": ((0, 0, 1, 1), ("3", "3/2", "1", "1/2"), (1, 4, 9, 36)),
+    "res224to672_80to3040": ((0, 0, 1, 1), ("3", "1", "1", "1/2"), (1, 9, 9, 36)),
+    "res224to672_80to3152": ((0, 1, 1, 1), ("3", "3/2", "1", "1/2"), (1, 4, 9, 36)),
+    "res224to896_80to1296_v2": ((0, 1, 1), ("4", "2", "1"), (1, 4, 16)),
+    "res336_80to80": ((0, 1), ("2", "2"), (1, 1)),
+    "res336to448_80to80": ((0, 1), ("4/3", "4/3"), (1, 1)),
+    "res336to448_80to336": ((0, 0, 1), ("4/3", "2/3", "2/3"), (1, 4, 4)),
+    "res336to448_80to1296": ((0, 0, 1), ("4/3", "1/3", "1/3"), (1, 16, 16)),
+}
+EXTENSIONS: dict[str, Extension] = {
+    name: Extension(source, tuple(Fraction(f) for f in windows), queries, *_SOURCES[name[:6]], queries=(16, 64))
+    for name, (source, windows, queries) in _RULES.items()
+}
+"""The extensions of the paper's code whose numbers are known, by its names."""

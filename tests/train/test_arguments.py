@@ -93,6 +93,12 @@ def test_parts_that_learn_are_data(tmp_path):
     assert learning and all(("projector" in name or "summary" in name) for name in learning)
 
 
+def test_a_checkpoint_of_another_program_is_to_be_converted_first(tmp_path, tokenizer_folder):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "mm_vision_tower": "clip", "hidden_size": 64}')
+    with pytest.raises(ValueError, match="layout 'original LLaVA'. Convert it first.*llava_skip.convert"):
+        prepare(ModelArguments(model=str(tmp_path), tokenizer=tokenizer_folder, template="v1"))
+
+
 def test_a_language_model_and_a_tower_are_joined(tmp_path):
     language = LlamaForCausalLM(
         LlamaConfig(

@@ -1,0 +1,43 @@
+"""Extends a pretrained resampler: `python -m llava_skip.extend PROJECTOR RULE OUTPUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors.torch import save_file
+
+from llava_skip.checkpoints.files import read_tensors
+from llava_skip.vision.extension import EXTENSIONS, extend_resampler
+
+
+def run(
+    projector: Annotated[
+        Path, typer.Argument(help="File with the weights of an 80-query resampler (.bin, .safetensors).")
+    ],
+    rule: Annotated[str, typer.Argument(help="One of " + ", ".join(EXTENSIONS))],
+    output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Extend the resampler of the paper's code to more scales, queries and features, under its own names."""
+    try:
+        if rule not in EXTENSIONS:
+            raise ValueError(f"Unknown rule {rule!r}; known: {', '.join(EXTENSIONS)}.")
+        weights = read_tensors(projector)
+        query = next((name for name in weights if "cls_token_" in name), None)
+        if query is None:
+            raise ValueError(
+                f"{projector} holds no resampler: none of its {len(weights)} tensors is a cls_token_w*_q*."
+            )
+        prefix = query[: query.index("cls_token_")]
+        extended = extend_resampler(weights, EXTENSIONS[rule], prefix)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    save_file({name: tensor.contiguous().clone() for name, tensor in extended.items()}, output)
+    scales = ", ".join(f"windows of {w} with {q} queries" for _, w, q in EXTENSIONS[rule].scales())
+    typer.echo(f"{len(weights)} tensors -> {len(extended)}: {scales}; written to {output}")
+
+
+if __name__ == "__main__":
+    typer.run(run)
