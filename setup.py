@@ -13,6 +13,7 @@ LIBRARY = [
     "jinja2>=3.1",
     "typer>=0.15",
     "rich>=13",
+    "sentencepiece>=0.2",  # the tokenizer of LLaVA 1.5 and Vicuna, as they were released
 ]
 TRAIN = [
     "accelerate>=1.10,<2",
