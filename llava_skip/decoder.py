@@ -1,25 +1,39 @@
 """Decoder layers whose FFN runs only on the rows of a route; weights and names stay those of transformers.
 
+A language model is two classes without code of their own, `Skip<X>DecoderLayer` and `Skip<X>Model`, and a line in
+`LANGUAGE_MODELS`; what they do is in `SkippingLayer` and `SkippingModel`. docs/add-a-language-model.md says what must
+hold of the model.
+
 Shapes: B batch, T rows, D width, M rows that take the FFN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaModel, MistralModel, PreTrainedConfig, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from llava_skip.configuration import SkipConfig
 from llava_skip.routing import Route, add_rows, take_rows
 
 
-class SkipLlamaDecoderLayer(LlamaDecoderLayer):
-    """A LLaMA decoder layer: attention on all rows, the FFN on the rows of the route.
+class SkippingLayer(nn.Module):
+    """In front of a transformers decoder layer: attention on all rows, the FFN on the rows of the route.
 
     With x the rows and F those of the route (method, section 5):
     `x = x + Attention(norm1(x))`; `x[F] = x[F] + FFN(norm2(x[F]))`.
     """
+
+    self_attn: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    mlp: Any
 
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; without a route, or where it names all rows, the stock layer."""
@@ -32,29 +46,100 @@ class SkipLlamaDecoderLayer(LlamaDecoderLayer):
         return add_rows(hidden_states, rows, self.mlp(taken))
 
 
-class SkipLlamaModel(LlamaModel):
-    """transformers' LlamaModel with skipping layers; its `forward` hands `route` on to each of them."""
+class SkippingModel(nn.Module):
+    """In front of a transformers model: its layers are `layer_class`; its `forward` hands `route` on to each of them.
+
+    A plain `nn.Module`, so that whatever transformers reads from a class comes from the stock model.
+    """
+
+    layer_class: type[SkippingLayer]
+    post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         del self._modules["layers"]  # freed before the new ones exist: a large model is never held twice
-        self.layers = nn.ModuleList(SkipLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        # What places a model on several devices finds its layers by the names of their classes.
+        self._no_split_modules = {self.layer_class.__name__}
         self.post_init()
 
 
-LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {"llama": SkipLlamaModel}
+class SkipLlamaDecoderLayer(SkippingLayer, LlamaDecoderLayer):
+    """A LLaMA decoder layer that skips."""
+
+
+class SkipLlamaModel(SkippingModel, LlamaModel):
+    """transformers' LlamaModel with skipping layers."""
+
+    layer_class = SkipLlamaDecoderLayer
+
+
+class SkipMistralDecoderLayer(SkippingLayer, MistralDecoderLayer):
+    """A Mistral decoder layer that skips."""
+
+
+class SkipMistralModel(SkippingModel, MistralModel):
+    """transformers' MistralModel with skipping layers."""
+
+    layer_class = SkipMistralDecoderLayer
+
+
+class SkipQwen2DecoderLayer(SkippingLayer, Qwen2DecoderLayer):
+    """A Qwen2 decoder layer that skips."""
+
+
+class SkipQwen2Model(SkippingModel, Qwen2Model):
+    """transformers' Qwen2Model with skipping layers."""
+
+    layer_class = SkipQwen2DecoderLayer
+
+
+class SkipQwen3DecoderLayer(SkippingLayer, Qwen3DecoderLayer):
+    """A Qwen3 decoder layer that skips."""
+
+
+class SkipQwen3Model(SkippingModel, Qwen3Model):
+    """transformers' Qwen3Model with skipping layers."""
+
+    layer_class = SkipQwen3DecoderLayer
+
+
+LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
+    "llama": SkipLlamaModel,
+    "mistral": SkipMistralModel,
+    "qwen2": SkipQwen2Model,
+    "qwen3": SkipQwen3Model,
+}
 """`model_type` of a language model -> its skipping twin."""
 
 
-def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The skipping language model of a text configuration.
+def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = None) -> PreTrainedModel:
+    """The skipping language model of a text configuration, for the method `skip` (None: dense).
 
     Raises:
-        ValueError: the model type has no skipping twin.
+        ValueError: the model type has no skipping twin, or its attention does not fit the cache that forgets.
     """
     if config.model_type not in LANGUAGE_MODELS:
         raise ValueError(
             f"No skipping decoder for language models of type {config.model_type!r}; "
-            f"supported: {', '.join(LANGUAGE_MODELS)}."
+            f"supported: {', '.join(LANGUAGE_MODELS)}. Their layers are x = x + Attention(norm1(x)), then "
+            "x = x + FFN(norm2(x)), so that a row can leave out the FFN alone; layers that run both on the same x "
+            "(GPT-NeoX, Phi) or norm what they add are not. docs/add-a-language-model.md says how to add one that is."
         )
+    if skip is not None and skip.forget_cache:
+        _check_window(config)
     return LANGUAGE_MODELS[config.model_type](config)
+
+
+def _check_window(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a layer attends in a window: it would count stored rows, from which the skipped are gone."""
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if window is None and kinds <= {"full_attention"}:
+        return
+    seen = f"sliding_window is {window}" + (f", layer_types has {', '.join(sorted(kinds))}" if kinds else "")
+    cure = "use_sliding_window to false and layer_types to null" if kinds else "sliding_window to null"
+    raise ValueError(
+        f"The language model ({config.model_type}) attends in a sliding window ({seen}). It counts the rows that are "
+        f"stored, and skip.forget_cache drops some of them: in text_config set {cure}, which changes nothing for "
+        "sequences that fit the window, or set skip.forget_cache to false."
+    )

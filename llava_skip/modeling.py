@@ -44,7 +44,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         self.vision_tower = ClipTower(config.vision_config)
         self.multi_modal_projector = _build_projector(config)
         self.summary = _build_summary(config)
-        self.language_model = build_language_model(config.text_config)
+        self.language_model = build_language_model(config.text_config, config.skip_config)
         self.post_init()
 
     def get_image_features(
@@ -103,6 +103,8 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             past_key_values = ForgettingCache()
         features = self._image_rows(pixel_values, crop_counts, mm_encoder_outputs)
         inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
+        if features is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            is_image = self._as_text(is_image)
         route, real = Route(), None
         if not _is_decode_step(past_key_values, inputs_embeds, features):
             inputs_embeds = self._place(features, inputs_embeds, is_image)
@@ -145,6 +147,10 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             return table(input_ids), input_ids == self.config.image_token_id
         placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return inputs_embeds, (inputs_embeds == placeholder).all(dim=-1)
+
+    def _as_text(self, is_image: Tensor) -> Tensor:
+        """Behind a prompt, fewer placeholders than a picture has are text: decoding may propose the image token."""
+        return is_image & (is_image.sum(dim=1, keepdim=True) >= self.config.picture_rows(2))
 
     def _place(self, features: Tensor | None, embeddings: Tensor, is_image: Tensor) -> Tensor:
         """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order."""
@@ -281,6 +287,11 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Called by `generate`: the default cache is the forgetting one; a cache that was asked for stays as it is."""
+        if generation_config.prefill_chunk_size is not None and self.config.skip is not None:
+            raise ValueError(
+                "prefill_chunk_size is set, but a skipping model takes its prompt in one piece: later chunks would not "
+                "see the skipped rows that the cache has dropped. Leave prefill_chunk_size out."
+            )
         own_choice = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
