@@ -110,14 +110,9 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             inputs_embeds = self._place(features, inputs_embeds, is_image)
             real = _not_padding(attention_mask, inputs_embeds.shape[1])
             route = make_route(is_image, real, self.config.skip_config)
-        if isinstance(past_key_values, ForgettingCache):
-            stored_mask = past_key_values.begin(route, real, inputs_embeds)
-            attention_mask = stored_mask if _is_two_dimensional(attention_mask) else attention_mask
-        if route.skipped is not None and not self.config.skip_config.text_sees_skipped:
-            attention_mask = self._hide_skipped(inputs_embeds, attention_mask, past_key_values, is_image, route)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, is_image, route, real),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -166,15 +161,26 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             return embeddings + self._no_picture()
         return embeddings
 
-    def _hide_skipped(
-        self, rows: Tensor, mask: Tensor | None, cache: Cache | None, is_image: Tensor, route: Route
-    ) -> Tensor:
+    def _mask(
+        self,
+        mask: Tensor | None,
+        cache: Cache | None,
+        rows: Tensor,
+        is_image: Tensor,
+        route: Route,
+        real: Tensor | None,
+    ) -> Tensor | None:
+        """The attention mask over stored and new rows; also tells a forgetting cache which of the new ones stay."""
+        if isinstance(cache, ForgettingCache):
+            stored_mask = cache.begin(route, real, rows)
+            mask = stored_mask if _is_two_dimensional(mask) else mask
+        skip = self.config.skip_config
+        if skip is None or skip.text_sees_skipped or route.skipped is None:
+            return mask
         if not _is_two_dimensional(mask):
             raise ValueError(
                 "skip.text_sees_skipped is false: give a 2-D attention_mask, the model makes its own 4-D one."
             )
-        skip = self.config.skip_config
-        assert skip is not None and route.skipped is not None
         return mask_skipped(self.language_model.config, skip, rows, mask, cache, is_image, route.skipped)
 
     def _no_picture(self) -> Tensor:
@@ -200,6 +206,10 @@ def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
     if skip is None or not skip.spans:
         return None
     return SummaryLayer(config.text_config.hidden_size, skip.summary_start, len(skip.spans))
+
+
+def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:
+    return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
 
 
 def _is_decode_step(cache: Cache | None, rows: Tensor, features: Tensor | None) -> bool:
@@ -269,21 +279,12 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
+        hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             loss = self._supervised_loss(hidden_states, labels, num_items_in_batch)
         if labels is None or logits_to_keep is not None:
-            kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
-            logits = self.lm_head(kept)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Called by `generate`: the default cache is the forgetting one; a cache that was asked for stays as it is."""

@@ -1,8 +1,11 @@
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_skip import LlavaSkipForConditionalGeneration, SkipConfig
+from llava_skip import LlavaSkipForConditionalGeneration, SkipConfig, modeling
 from tests.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, small_model
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
@@ -238,3 +241,10 @@ def test_second_turn_with_a_new_picture_on_a_filled_cache():
             pixel_values=torch.cat([first.pixel_values, second.pixel_values]),
         )
     assert torch.allclose(continued.logits[0], whole.logits[0, len(first.input_ids) :], atol=1e-5)
+
+
+def test_no_function_of_the_model_is_long():
+    tree = ast.parse(Path(modeling.__file__).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 10
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 40] == []
