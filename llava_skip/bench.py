@@ -27,7 +27,6 @@ from llava_skip.analysis import decoder_flops
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, preset_config, preset_skip
-from llava_skip.tokens import merge_tokens
 
 SMALL = "width-1024"
 """A decoder of LLaMA3's proportions that a CPU can run: 6 layers, 4 of 16 key-value heads, FFN 3.5 times as wide."""
@@ -82,11 +81,7 @@ class Candidate:
         self.labels = torch.cat([torch.full_like(self.input_ids[:, : rows + 1], -100), text[:, 1:]], dim=1)
 
     def _features(self) -> dict[str, Any]:
-        skip, blocks = self.config.skip_config, self.tokens
-        if skip is not None:
-            retained, others = self.tokens.tensor_split([skip.retained], dim=1)
-            blocks = self.model.model.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
-        return {"image": BaseModelOutputWithPooling(pooler_output=blocks)}
+        return {"image": BaseModelOutputWithPooling(pooler_output=self.model.model.block(self.tokens))}
 
     def train_step(self) -> None:
         """Forward and backward of one batch, without an optimizer."""

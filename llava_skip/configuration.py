@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -128,6 +129,11 @@ class SkipConfig:
         return self.retained + self.skipped + len(self.spans)
 
     @property
+    def summary_rows(self) -> tuple[int, ...]:
+        """The rows of a picture's block that are summaries: each behind its span and the summaries before it."""
+        return tuple(end + number for number, (_, end) in enumerate(self.spans))
+
+    @cached_property
     def skipping(self) -> tuple[bool, ...]:
         """For each row of a picture's block, in attention order, whether it skips the FFN."""
         first, end = self.retained, self.retained + self.skipped
@@ -219,7 +225,9 @@ class LlavaSkipConfig(LlavaConfig):
         if self.front_end == "hd" and self.max_tiles < 1:
             raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1.")
         if (resampler := self.resampler_config) is not None:
-            resampler.check(self.vision_config.image_size // self.vision_config.patch_size, self._tower_layers)
+            resampler.check(
+                self.vision_config.image_size // self.vision_config.patch_size, self.vision_config.num_hidden_layers
+            )
         if (skip := self.skip_config) is not None:
             self._check_skip(skip)
         self.image_seq_length = self.picture_rows(self.most_crops)
@@ -240,8 +248,11 @@ class LlavaSkipConfig(LlavaConfig):
         skip.check_layers(self.text_config.num_hidden_layers)
 
     @property
-    def _tower_layers(self) -> int:
-        return self.vision_config.num_hidden_layers
+    def used_tower_layers(self) -> int:
+        """Layers of the tower in front of the features that are used; those behind need no weights and do not learn."""
+        if (resampler := self.resampler_config) is not None:
+            return max(resampler.hidden_states)
+        return self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)
 
     @property
     def skip_config(self) -> SkipConfig | None:

@@ -57,7 +57,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
         groups = visual_tokens(tower, projector, pixel_values, crop_counts, self.config)
-        blocks = [self._block(group.tokens) for group in groups]
+        blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
             return BaseModelOutputWithPooling(pooler_output=blocks[0])
         rows = {
@@ -65,7 +65,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         }
         return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
 
-    def _block(self, tokens: Tensor) -> Tensor:
+    def block(self, tokens: Tensor) -> Tensor:
         """Visual tokens [N, P, D], the retained first -> rows of the language model [N, rows, D]."""
         skip = self.config.skip_config
         if skip is None:
@@ -103,10 +103,10 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             past_key_values = ForgettingCache()
         features = self._image_rows(pixel_values, crop_counts, mm_encoder_outputs)
         inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
-        if features is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            is_image = self._as_text(is_image)
         route, real = Route(), None
         if not _is_decode_step(past_key_values, inputs_embeds, features):
+            if features is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+                is_image = self._as_text(is_image)
             inputs_embeds = self._place(features, inputs_embeds, is_image)
             real = _not_padding(attention_mask, inputs_embeds.shape[1])
             route = make_route(is_image, real, self.config.skip_config)
@@ -174,8 +174,10 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         if isinstance(cache, ForgettingCache):
             stored_mask = cache.begin(route, real, rows)
             mask = stored_mask if _is_two_dimensional(mask) else mask
+        if route.skipped is None:  # asked first: a decode step then reads no configuration
+            return mask
         skip = self.config.skip_config
-        if skip is None or skip.text_sees_skipped or route.skipped is None:
+        if skip is None or skip.text_sees_skipped:
             return mask
         if not _is_two_dimensional(mask):
             raise ValueError(

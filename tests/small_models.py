@@ -7,6 +7,19 @@ from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipC
 
 IMAGE_TOKEN_ID = 90
 SKIP = SkipConfig(5, 7)
+TEXT_SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 RESAMPLER = {"windows": [4, 2], "queries": [4, 8], "levels": [0, 1], "level_offset": 1, "width": 16}
@@ -40,17 +53,7 @@ def small_config(skip: SkipConfig | None = SKIP, architecture: str | None = None
         ),
         text_config=LlamaConfig(
             **{
-                "vocab_size": 100,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.2,
-                "bos_token_id": 1,
-                "eos_token_id": None,
-                "pad_token_id": 0,
+                **TEXT_SIZES,
                 **text,
             }
         ),
@@ -122,3 +125,8 @@ def batch_of(samples: list[Sample], side: str) -> dict:
         place = slice(0, size) if side == "right" else slice(length - size, length)
         input_ids[index, place], mask[index, place] = sample.input_ids, 1
     return {"input_ids": input_ids, "attention_mask": mask} | pictures_of(samples)
+
+
+def real_rows(tensor: torch.Tensor, inputs: dict, index: int) -> torch.Tensor:
+    """The rows of one sample of a batch that are not padding."""
+    return tensor[index][inputs["attention_mask"][index].bool()]

@@ -170,10 +170,7 @@ def choose_trained(model: LlavaSkipForConditionalGeneration, arguments: ModelArg
             if module is not None:
                 module.requires_grad_(True)
     tower = model.model.vision_tower
-    resampler = model.config.resampler_config
-    depth = len(tower.encoder.layers)
-    used = max(resampler.hidden_states) if resampler else model.config.vision_feature_layer % (depth + 1)
-    tower.encoder.layers[used:].requires_grad_(False)
+    tower.encoder.layers[model.config.used_tower_layers :].requires_grad_(False)
     tower.post_layernorm.requires_grad_(False)
 
 

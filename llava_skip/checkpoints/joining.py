@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CLIPVisionConfig, PreTrainedModel
 
 from llava_skip.checkpoints.names import native_name
 from llava_skip.configuration import LlavaSkipConfig
@@ -40,7 +40,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
     model.load_state_dict(weights, strict=False)
 
 
-_POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
+POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
+
+
+def fit_positions(weights: dict[str, Tensor], vision: CLIPVisionConfig) -> tuple[int, int] | None:
+    """Resize the position table among native weights to the pictures of `vision`; old and new rows if it did."""
+    table, patches = weights.get(POSITIONS), (vision.image_size // vision.patch_size) ** 2
+    if table is None or table.shape[0] == patches + 1:
+        return None
+    weights[POSITIONS] = resize_positions(table, patches)
+    return table.shape[0], patches + 1
 
 
 def build_from_parts(
@@ -60,7 +69,6 @@ def build_from_parts(
     model = LlavaSkipForConditionalGeneration(config)
     weights = {native_name(name): tensor for name, tensor in language.state_dict().items()}
     weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-    if (table := weights[_POSITIONS]).shape[0] != config.patches + 1:
-        weights[_POSITIONS] = resize_positions(table, config.patches)
+    fit_positions(weights, config.vision_config)
     load_weights(model, weights, may_miss=("model.multi_modal_projector.", "model.summary."))
     return model

@@ -16,18 +16,17 @@ from transformers.utils import logging as transformers_logging
 from llava_skip.checkpoints import layouts
 from llava_skip.checkpoints.adapters import find_projector, merge_lora, read_adapter, read_projector
 from llava_skip.checkpoints.files import find_folder, load_tokenizer, read_json, read_model_weights
+from llava_skip.checkpoints.joining import POSITIONS, fit_positions
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, fields_for_tower
 from llava_skip.processing import find_image_token
-from llava_skip.vision.clip import resize_positions
 
 logger = logging.getLogger(__name__)
 
 _TOWER, _PROJECTOR, _LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
-_POSITIONS = f"{_TOWER}embeddings.position_embedding.weight"
 _EMBEDDING, _HEAD = f"{_LANGUAGE}embed_tokens.weight", "lm_head.weight"
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 
@@ -211,11 +210,9 @@ def _express_linear(weights: dict[str, Tensor], raw: dict[str, Any], report: Loa
 
 def _fit(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadReport) -> None:
     """Resize the tower's position table, and append rows for new tokens to the vocabulary's tables."""
-    vision, rows = config.vision_config, config.text_config.vocab_size
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if (table := weights.get(_POSITIONS)) is not None and table.shape[0] != patches + 1:
-        weights[_POSITIONS] = resize_positions(table, patches)
-        report.reshaped.append(f"{_POSITIONS}: {table.shape[0]} -> {patches + 1} rows, bicubic")
+    rows = config.text_config.vocab_size
+    if (change := fit_positions(weights, config.vision_config)) is not None:
+        report.reshaped.append(f"{POSITIONS}: {change[0]} -> {change[1]} rows, bicubic")
     if report.layout not in (layouts.ORIGINAL, layouts.LANGUAGE):
         return  # their vocabulary is settled
     for name in (_EMBEDDING, _HEAD):
@@ -255,9 +252,8 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
 
 def _unused_tower(config: LlavaSkipConfig) -> list[str]:
     """Prefixes of the tower's weights behind the features that are used: files may leave them out."""
-    depth, resampler = config.vision_config.num_hidden_layers, config.resampler_config
-    used = max(resampler.hidden_states) if resampler else config.vision_feature_layer % (depth + 1)
-    return [f"{_TOWER}post_layernorm.", *(f"{_TOWER}encoder.layers.{index}." for index in range(used, depth))]
+    unused = range(config.used_tower_layers, config.vision_config.num_hidden_layers)
+    return [f"{_TOWER}post_layernorm.", *(f"{_TOWER}encoder.layers.{index}." for index in unused)]
 
 
 def _build(

@@ -161,8 +161,7 @@ def check_end_to_end(golden: Golden) -> list[Comparison]:
     with torch.no_grad():
         outputs = model(**inputs, **_pictures(golden, model))
     block = torch.as_tensor(outputs.image_hidden_states).unflatten(0, (-1, skip.rows))
-    summaries = [end + number for number, (_, end) in enumerate(skip.spans)]
-    tokens = block[:, [row for row in range(skip.rows) if row not in summaries]]
+    tokens = block[:, [row for row in range(skip.rows) if row not in skip.summary_rows]]
     expected = t["skip_argument_features"]
     results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
     order = output_order(entry | {"length": input_ids.shape[1]}, skip)
@@ -182,7 +181,7 @@ def _pictures(golden: Golden, model: LlavaSkipForConditionalGeneration) -> dict[
     t = golden.tensors
     if "pixel_values" not in t:
         features = [drop_class_token(t[f"feat.block_{level}"]) for level in model.config.resampler_config.levels]
-        block = model.model._block(model.model.multi_modal_projector(features))
+        block = model.model.block(model.model.multi_modal_projector(features))
         return {"mm_encoder_outputs": _encoded(block)}
     crop_counts = golden.entry.get("hd_num")
     return {"pixel_values": t["pixel_values"]} | ({"crop_counts": torch.tensor(crop_counts)} if crop_counts else {})

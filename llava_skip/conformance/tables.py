@@ -63,8 +63,7 @@ def _numbered_weights(entry: dict[str, Any], prefix: str, windows: list[int], qu
     weights = {
         f"{prefix}cls_token_w{w}_q{q}": torch.arange(q)[None, :, None] for w, q in zip(windows, queries, strict=True)
     }
-    scaled = [name for name in entry["copied_from"]]
-    tails = {name.rsplit(".to_", 1)[-1] for name in scaled if ".to_" in name}
+    tails = {name.rsplit(".to_", 1)[-1] for name in entry["copied_from"] if ".to_" in name}
     for w, q in zip(windows, queries, strict=True):
         weights |= {
             f"{prefix}attn_0_w{w}_{level}_q{q}.to_{tail}": torch.tensor([w]) for level in levels for tail in tails

@@ -98,7 +98,7 @@ def output_order(entry: dict[str, Any], skip: SkipConfig) -> Tensor:
     places = range(start, start + skip.rows)
     kept = [place for place, skipping in zip(places, skip.skipping, strict=True) if not skipping]
     if family in _KEPT_BEFORE_FIRST_SUMMARY:
-        summaries = [start + end + number for number, (_, end) in enumerate(skip.spans)]
+        summaries = [start + row for row in skip.summary_rows]
         kept = [place for place in kept if place not in summaries] + summaries
     zeros = [-1] * skip.skipping_rows
     return torch.tensor([*range(start), *zeros, *kept, *range(start + skip.rows, entry["length"])])

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from tests.small_models import ARCHITECTURES, batch_of, mixed_samples, small_model
+from tests.small_models import ARCHITECTURES, batch_of, mixed_samples, real_rows, small_model
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
-SKIPPING = [name for name in ARCHITECTURES if name.startswith("sv-")]
-
-
-def real(tensor, mask, index):
-    return tensor[index][mask[index].bool()]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -25,7 +20,7 @@ def test_a_row_in_a_mixed_padded_batch_equals_the_row_alone(architecture, side, 
     together = model(**batch).logits
     for index, sample in enumerate(samples):
         alone = model(**sample.alone()).logits[0]
-        torch.testing.assert_close(real(together, batch["attention_mask"], index), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(real_rows(together, batch, index), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_generation_in_a_batch_equals_generation_alone(architecture):

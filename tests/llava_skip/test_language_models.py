@@ -18,27 +18,14 @@ from transformers import (
 from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
 from llava_skip.analysis import decoder_flops
 from llava_skip.decoder import LANGUAGE_MODELS, build_language_model
-from tests.small_models import IMAGE_TOKEN_ID, SKIP, Sample, batch_of, small_config
+from tests.small_models import IMAGE_TOKEN_ID, SKIP, TEXT_SIZES, Sample, batch_of, small_config
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 TEXTS = {
-    "llama": lambda **fields: LlamaConfig(**SIZES | fields),
-    "mistral": lambda **fields: MistralConfig(**SIZES | {"head_dim": 12, "sliding_window": None} | fields),
-    "qwen2": lambda **fields: Qwen2Config(**SIZES | fields),
-    "qwen3": lambda **fields: Qwen3Config(**SIZES | {"head_dim": 12} | fields),
+    "llama": lambda **fields: LlamaConfig(**TEXT_SIZES | fields),
+    "mistral": lambda **fields: MistralConfig(**TEXT_SIZES | {"head_dim": 12, "sliding_window": None} | fields),
+    "qwen2": lambda **fields: Qwen2Config(**TEXT_SIZES | fields),
+    "qwen3": lambda **fields: Qwen3Config(**TEXT_SIZES | {"head_dim": 12} | fields),
 }
 WINDOW = 4
 WINDOWS = {

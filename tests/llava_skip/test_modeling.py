@@ -6,13 +6,9 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_skip import LlavaSkipForConditionalGeneration, SkipConfig, modeling
-from tests.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, small_model
+from tests.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, real_rows, small_model
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
-
-
-def real_rows(tensor, inputs, index):
-    return tensor[index][inputs["attention_mask"][index].bool()]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
