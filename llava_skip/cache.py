@@ -5,10 +5,12 @@ Shapes: B batch, H key-value heads, T new rows, K stored rows, E head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llava_skip.routing import Route, align_right
@@ -83,6 +85,7 @@ class ForgettingCache(Cache):
     `get_seq_length` counts every row that was seen, so position ids and `generate` go on as if nothing were dropped;
     `get_query_offset` and `get_mask_sizes` count the rows that are stored, so masks fit the keys. Samples that keep
     fewer rows than others are packed to the right, and `mask` [B, K] says which stored rows are real (None: all).
+    A prompt that is fed in several forwards is fed inside of `holding()`.
     """
 
     def __init__(self) -> None:
@@ -90,27 +93,55 @@ class ForgettingCache(Cache):
         self.seen = 0
         self.mask: Tensor | None = None
         self.selection: Tensor | None = None
+        self.is_holding = False
+        self.held = 0
+        self._staying: Tensor | None = None
 
-    def begin(self, route: Route, real: Tensor | None, rows: Tensor) -> Tensor | None:
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside, every row stays, so that the chunks of one prompt see each other's; what is skipped goes at the end.
+
+        `held` counts these rows. They are held in all layers at once, which a prompt in one piece never is.
+        """
+        self.is_holding = True
+        try:
+            yield
+            self._release()
+        finally:
+            self.is_holding, self.held, self._staying = False, 0, None
+
+    def _release(self) -> None:
+        if self._staying is None:
+            return
+        index, valid = align_right(
+            nn.functional.pad(self._staying, (self.get_query_offset() - self.held, 0), value=True)
+        )
+        self.mask = _unless_all(valid if self.mask is None else valid & self.mask.gather(1, index))
+        for layer in self.layers:
+            rows = _for_heads(index, layer.keys)
+            layer.keys, layer.values = layer.keys.gather(2, rows), layer.values.gather(2, rows)
+
+    def begin(self, route: Route, rows: Tensor) -> Tensor | None:
         """Announce a forward over new rows, before its first layer.
 
         Args:
-            route: its `kept` [B, T] says which of the new rows stay.
-            real: [B, T] bool, False on padding among the new rows; None if there is none.
+            route: its `kept` [B, T] says which of the new rows stay, its `real` which ones are no padding.
             rows: [B, T, D], the new rows, for shape and device.
 
         Returns:
             The attention mask of this forward, [B, K + T] over stored and new rows; None if all of them are real.
         """
-        before, stored = self.mask, self.get_query_offset()
-        if route.kept is None:
-            self.selection, valid, width = None, real, rows.shape[1]
+        before, stored, new, kept = self.mask, self.get_query_offset(), rows.shape[1], route.kept
+        if self.is_holding:
+            self._staying = _join(self._staying, self.held, route.real if kept is None else kept, new, rows)
+            self.held, kept = self.held + new, None
+        if kept is None:
+            self.selection, valid, width = None, route.real, new
         else:
-            self.selection, valid = align_right(route.kept)
+            self.selection, valid = align_right(kept)
             width = self.selection.shape[1]
-            valid = None if bool(valid.all()) else valid
-        self.mask = _join(before, stored, valid, width, rows)
-        return _join(before, stored, real, rows.shape[1], rows)
+        self.mask = _join(before, stored, _unless_all(valid), width, rows)
+        return _join(before, stored, route.real, new, rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -127,8 +158,7 @@ class ForgettingCache(Cache):
         if layer_idx < len(self.layers) and self.layers[layer_idx].length:
             layer = self.layers[layer_idx]
             visible = torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
-        index = self.selection.to(key_states.device)[:, None, :, None]
-        index = index.expand(-1, key_states.shape[1], -1, key_states.shape[3])
+        index = _for_heads(self.selection, key_states)
         super().update(key_states.gather(2, index), value_states.gather(2, index), layer_idx)
         return visible
 
@@ -166,6 +196,16 @@ class ForgettingCache(Cache):
         """Forget everything."""
         super().reset()
         self.seen, self.mask, self.selection = 0, None, None
+
+
+def _for_heads(index: Tensor, like: Tensor) -> Tensor:
+    """An index of rows [B, K] as one into keys or values [B, H, T, E]: [B, H, K, E]."""
+    return index.to(like.device)[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
+
+
+def _unless_all(mask: Tensor | None) -> Tensor | None:
+    """None, which stands for all real, where a mask says that."""
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _join(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:

@@ -40,6 +40,7 @@ class SkippingLayer(nn.Module):
         rows = None if route is None else route.rows_in(self.self_attn.layer_idx)
         if rows is None:
             return super().forward(hidden_states, **kwargs)
+        rows = rows.to(hidden_states.device)  # a device map may have put this layer on another one
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         taken = self.post_attention_layernorm(take_rows(hidden_states, rows))

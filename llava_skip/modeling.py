@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
@@ -22,22 +22,36 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
+from transformers.utils.generic import can_return_tuple
 
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
-from llava_skip.masking import mask_skipped
-from llava_skip.routing import Route, make_route
+from llava_skip.generation import SkippingGenerationMixin
+from llava_skip.masking import is_two_dimensional, mask_skipped
+from llava_skip.routing import Pictures, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.front_end import visual_tokens
 from llava_skip.vision.resampler import ChainOfSightResampler
 
 
-class LlavaSkipModel(LlavaPreTrainedModel):
-    """Vision tower, projector, summary layer and language model, without the language modelling head."""
+class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
+    """What the model has with and without its head."""
 
     config_class = LlavaSkipConfig
+    # A device map keeps what makes a picture's rows together, each of these on one device.
+    _no_split_modules = ["ClipTower", "LlavaMultiModalProjector", "ChainOfSightResampler", "SummaryLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name in ("query", "vectors"):  # the parameters that belong to no module of torch
+            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+                init.trunc_normal_(parameter, std=0.02)
+
+
+class LlavaSkipModel(LlavaSkipPreTrainedModel):
+    """Vision tower, projector, summary layer and language model, without the language modelling head."""
 
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
@@ -47,6 +61,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         self.language_model = build_language_model(config.text_config, config.skip_config)
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -83,6 +98,7 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             start = end
         return torch.cat([*pieces, tokens[:, start:]], dim=1)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -93,30 +109,32 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prompt_images: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]. Arguments as in transformers' LLaVA; pictures in the order of their placeholders."""
+        """Hidden states [B, T, D]. Arguments as in transformers' LLaVA; `prompt_images` as in `Pictures.among`."""
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = ForgettingCache()
         features = self._image_rows(pixel_values, crop_counts, mm_encoder_outputs)
-        inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
-        route, real = Route(), None
+        nothing = self._no_picture() if features is None and self.training and torch.is_grad_enabled() else None
+        is_image = self.find_images(input_ids, inputs_embeds)
+        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        route, pictures = Route(), None
         if not _is_decode_step(past_key_values, inputs_embeds, features):
-            if features is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
-                is_image = self._as_text(is_image)
-            inputs_embeds = self._place(features, inputs_embeds, is_image)
-            real = _not_padding(attention_mask, inputs_embeds.shape[1])
-            route = make_route(is_image, real, self.config.skip_config)
+            pictures = Pictures.among(is_image, prompt_images, _seen(past_key_values))
+            inputs_embeds = self._place(features, inputs_embeds, pictures.in_new, nothing)
+            route = make_route(pictures, _not_padding(attention_mask, pictures.new), self.config.skip_config)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, is_image, route, real),
+            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, pictures, position_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             route=route,
+            return_dict=True,
             **kwargs,
         )
         return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
@@ -128,27 +146,22 @@ class LlavaSkipModel(LlavaPreTrainedModel):
         if encoded and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
         if pixel_values is not None:
-            encoded = {"image": self.get_image_features(pixel_values, crop_counts)}
+            encoded = {"image": self.get_image_features(pixel_values, crop_counts, return_dict=True)}
         if encoded and encoded.get("image") is not None:
             return torch.cat(list(encoded["image"].pooler_output), dim=0)
         return None
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, D] and where the placeholders are [B, T]."""
+    def find_images(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where the image tokens are [B, T], in ids [B, T] or in their embeddings [B, T, D]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        table = self.get_input_embeddings()
         if inputs_embeds is None:
-            return table(input_ids), input_ids == self.config.image_token_id
-        placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
-        return inputs_embeds, (inputs_embeds == placeholder).all(dim=-1)
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _as_text(self, is_image: Tensor) -> Tensor:
-        """Behind a prompt, fewer placeholders than a picture has are text: decoding may propose the image token."""
-        return is_image & (is_image.sum(dim=1, keepdim=True) >= self.config.picture_rows(2))
-
-    def _place(self, features: Tensor | None, embeddings: Tensor, is_image: Tensor) -> Tensor:
-        """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order."""
+    def _place(self, features: Tensor | None, embeddings: Tensor, is_image: Tensor, nothing: Tensor | None) -> Tensor:
+        """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order; or add nothing."""
         rows = 0 if features is None else features.shape[0]
         if (placeholders := int(is_image.sum())) != rows:
             raise ValueError(
@@ -157,43 +170,36 @@ class LlavaSkipModel(LlavaPreTrainedModel):
             )
         if features is not None:
             return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings))
-        if self.training and torch.is_grad_enabled():
-            return embeddings + self._no_picture()
-        return embeddings
+        return embeddings if nothing is None else embeddings + nothing
 
     def _mask(
         self,
         mask: Tensor | None,
         cache: Cache | None,
         rows: Tensor,
-        is_image: Tensor,
         route: Route,
-        real: Tensor | None,
+        pictures: Pictures | None,
+        position_ids: Tensor | None,
     ) -> Tensor | None:
         """The attention mask over stored and new rows; also tells a forgetting cache which of the new ones stay."""
         if isinstance(cache, ForgettingCache):
-            stored_mask = cache.begin(route, real, rows)
-            mask = stored_mask if _is_two_dimensional(mask) else mask
-        if route.skipped is None:  # asked first: a decode step then reads no configuration
+            stored_mask = cache.begin(route, rows)
+            mask = stored_mask if is_two_dimensional(mask) else mask
+        if pictures is None:  # a decode step reads no configuration
             return mask
-        skip = self.config.skip_config
-        if skip is None or skip.text_sees_skipped:
-            return mask
-        if not _is_two_dimensional(mask):
-            raise ValueError(
-                "skip.text_sees_skipped is false: give a 2-D attention_mask, the model makes its own 4-D one."
-            )
-        return mask_skipped(self.language_model.config, skip, rows, mask, cache, is_image, route.skipped)
+        config = self.language_model.config
+        return mask_skipped(config, self.config.skip_config, rows, mask, cache, pictures, position_ids)
 
     def _no_picture(self) -> Tensor:
         """A zero that depends on every parameter of the picture path.
 
         A batch without pictures then still gives those parameters a gradient, of zero, and takes part in the
-        collective operations of ZeRO, in which every rank must use the same modules.
+        collective operations of ZeRO, in which every rank must use the same modules in the same order: this one comes
+        where pictures would, before the embedding.
         """
         side, crops = self.config.vision_config.image_size, 2 if self.config.front_end == "hd" else 1
         blank = torch.zeros(crops, 3, side, side, dtype=self.dtype, device=self.device)
-        return 0.0 * self.get_image_features(blank, torch.tensor([crops])).pooler_output.mean()
+        return 0.0 * self.get_image_features(blank, torch.tensor([crops]), return_dict=True).pooler_output.mean()
 
 
 def _build_projector(config: LlavaSkipConfig) -> nn.Module:
@@ -215,27 +221,26 @@ def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:
 
 
 def _is_decode_step(cache: Cache | None, rows: Tensor, features: Tensor | None) -> bool:
-    """One new row a sample on a filled cache, without pictures: nothing to route, and no synchronisation."""
-    return features is None and rows.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
+    """One new row a sample for a cache, without pictures: nothing to route, and no synchronisation."""
+    single = features is None and rows.shape[1] == 1 and cache is not None
+    return single and not (isinstance(cache, ForgettingCache) and cache.is_holding)
 
 
-def _is_two_dimensional(mask: Any) -> bool:
-    """Whether it says which rows are real (or nothing), not which row sees which: a 4-D mask is the caller's own."""
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+def _seen(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _not_padding(mask: Any, new: int) -> Tensor | None:
     """[B, T] bool, False on padding among the `new` rows; None if none of them is padding."""
-    if mask is None or not _is_two_dimensional(mask):
+    if mask is None or not is_two_dimensional(mask):
         return None
     real = mask[:, -new:].bool()
     return None if bool(real.all()) else real
 
 
-class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
+class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenerationMixin):
     """LLaVA whose skipped visual tokens bypass the FFN; with `config.skip=None`, the dense LLaVA."""
 
-    config_class = LlavaSkipConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: LlavaSkipConfig) -> None:
@@ -244,12 +249,14 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """See `LlavaSkipModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, crop_counts, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -267,8 +274,9 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
     ) -> LlavaCausalLMOutputWithPast:
         """Logits [B, T, V] or a loss; arguments as in transformers' LLaVA.
 
-        With `labels` [B, T] (-100 where nothing is learnt) and no `logits_to_keep`, only the rows that have a label
-        reach the head: `loss` is their mean cross entropy (or their sum over `num_items_in_batch`), `logits` is None.
+        With `labels` [B, T] (-100 where nothing is learnt), `loss` is the mean cross entropy of the rows that have a
+        label (or their sum over `num_items_in_batch`). In training only these reach the head, and `logits` is None,
+        unless `logits_to_keep` asks for it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -279,27 +287,15 @@ class LlavaSkipForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             loss = self._supervised_loss(hidden_states, labels, num_items_in_batch)
-        if labels is None or logits_to_keep is not None:
+        if labels is None or logits_to_keep is not None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        """Called by `generate`: the default cache is the forgetting one; a cache that was asked for stays as it is."""
-        if generation_config.prefill_chunk_size is not None and self.config.skip is not None:
-            raise ValueError(
-                "prefill_chunk_size is set, but a skipping model takes its prompt in one piece: later chunks would not "
-                "see the skipped rows that the cache has dropped. Leave prefill_chunk_size out."
-            )
-        own_choice = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if not own_choice and cache is not None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = ForgettingCache()
 
     def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Next-token cross entropy over the rows whose next token has a label; 0 if none has."""

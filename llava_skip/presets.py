@@ -89,6 +89,8 @@ SIZES: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": True,
         },
         "image_token": 512,
+        # Tiles then show more than the thumbnail does, as they do at 336 pixels.
+        "hd": {"image_size": 32},
         # A sixteenth of the queries, in windows that 8 x 8 features have.
         "cos": {"image_size": 64, "levels": (1, 2), "width": 128, "queries_divided_by": 16},
         "windows": {"cos": (1, 2, 4), "sv-cos": (1, 2, 4), "cos-336": (1, 2, 4), "cos-80": (1, 2)},
@@ -184,9 +186,11 @@ def fields_for_tower(preset: str, vision: CLIPVisionConfig, size: str = "vicuna-
     """
     chosen, numbers = _choose(PRESETS, preset, "preset"), _choose(SIZES, size, "size")
     fields: dict[str, Any] = {"front_end": chosen.front_end, "preset": preset}
+    own = numbers.get(chosen.front_end, {})
+    if "image_size" in own:
+        vision = CLIPVisionConfig(**vision.to_dict() | {"image_size": own["image_size"]})
     if chosen.front_end == "cos":
         cos = numbers["cos"]
-        vision = CLIPVisionConfig(**vision.to_dict() | {"image_size": cos["image_size"]})
         fields["resampler"] = _resampler(chosen, vision, numbers.get("windows", {}).get(preset), cos)
         skip = chosen.skip and _divide(chosen.skip, cos["queries_divided_by"])
     else:

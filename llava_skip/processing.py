@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.conversation import Messages, Span, learnt_tokens, load_template, render
 from llava_skip.vision.tiling import TilingImageProcessorPil
 
 IMAGE_TOKEN = "<image>"
-
-
-def template_names() -> list[str]:
-    """Names of the conversation templates that come with the library."""
-    folder = resources.files("llava_skip") / "templates"
-    return sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
-
-
-def load_template(name: str) -> str:
-    """A conversation template (Jinja, with the learnt parts in `generation` blocks) by name.
-
-    Raises:
-        ValueError: an unknown name, with the list of the known ones.
-    """
-    if name not in template_names():
-        raise ValueError(f"Unknown conversation template {name!r}; known: {', '.join(template_names())}.")
-    return (resources.files("llava_skip") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class LlavaSkipProcessor(ProcessorMixin):
@@ -69,6 +53,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         self.crop_rows = crop_rows
         self.image_token = image_token
         self.image_token_id = find_image_token(tokenizer, image_token)
+        tokenizer.padding_side = "left"  # generation goes on at the right end; training pads its batches itself
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -106,7 +91,18 @@ class LlavaSkipProcessor(ProcessorMixin):
             return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
 
-    def encode_conversation(self, messages: list[dict[str, Any]], images: list[Any]) -> dict[str, Any]:
+    def picture_rows(self, width: int, height: int) -> int:
+        """Rows that a picture of so many pixels takes in the language model."""
+        if self.crop_rows is None:
+            return self.image_seq_length
+        return self.crop_rows * self.image_processor.count_crops(width, height)
+
+    @property
+    def rows_depend_on_size(self) -> bool:
+        """Whether pictures of different sizes take different numbers of rows."""
+        return self.crop_rows is not None and not self.image_processor.do_pad
+
+    def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
         """One training sample: the conversation under the chat template, its answers labelled.
 
         Args:
@@ -118,27 +114,46 @@ class LlavaSkipProcessor(ProcessorMixin):
             [N, 3, side, side] if there are pictures.
 
         Raises:
-            ValueError: pictures and placeholders differ in number, or the template marks no learnt part.
+            ValueError: pictures and placeholders differ in number, or see `llava_skip.conversation.render`.
         """
-        encoded = self.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={
-                "images": images or None,
-                "return_offsets_mapping": True,
-                "return_text_replacement_offsets": True,
-            },
+        text, spans = self.render_conversation(messages)
+        encoded = self(
+            images=[images] if images else None,
+            text=[text],
+            add_special_tokens=self._adds_special_tokens(text),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
         )
         input_ids = encoded["input_ids"][0]
+        replaced = encoded["text_replacement_offsets"] or [[]]
+        learnt = learnt_tokens(encoded["offset_mapping"][0], spans, replaced[0])
         labels = [
-            i if learnt else IGNORE_INDEX for i, learnt in zip(input_ids, encoded["assistant_masks"][0], strict=True)
+            token if learn and token != self.image_token_id else IGNORE_INDEX
+            for token, learn in zip(input_ids, learnt, strict=True)
         ]
         sample = {"input_ids": input_ids, "labels": labels}
         if images:
             sample |= {name: encoded[name] for name in ("pixel_values", "crop_counts") if name in encoded}
         return sample
+
+    def render_conversation(self, messages: Messages) -> tuple[str, list[Span]]:
+        """A conversation under the chat template: its text, one `<image>` a picture, and the learnt characters."""
+        return render(self.chat_template, messages, self.tokenizer.special_tokens_map)
+
+    def tokenize_conversation(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [T] of a conversation, each `<image>` one token, and which of them are learnt [T] bool.
+
+        The same tokens as in `encode_conversation`, without the pictures.
+        """
+        text, spans = self.render_conversation(messages)
+        special = self._adds_special_tokens(text)
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"])
+        return ids, learnt_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """As `apply_chat_template`: a template that writes the first token itself gets no second one."""
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
 
 def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:

@@ -1,6 +1,7 @@
 """Which rows of a batch take the FFN and which ones the cache keeps: pure functions on tensors.
 
-Shapes: B batch, T new rows of a sample, D width, M rows that take the FFN, K rows that the cache keeps.
+Shapes: B batch, T new rows of a sample, W its rows so far, D width, M rows that take the FFN, K rows that the
+cache keeps.
 """
 
 from __future__ import annotations
@@ -9,9 +10,46 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_skip.configuration import SkipConfig
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where the placeholders of pictures are.
+
+    Attributes:
+        is_image: [B, W] bool, over all rows so far, the new ones last; over the new ones alone if these hold whole
+            pictures.
+        new: T.
+        prompt: rows behind so many of the W are generated.
+    """
+
+    is_image: Tensor
+    new: int
+    prompt: int
+
+    @classmethod
+    def among(cls, is_image: Tensor, prompt_images: Tensor | None = None, seen: int = 0) -> Pictures:
+        """Those of a forward.
+
+        Args:
+            is_image: [B, T] bool, the image tokens among the new rows.
+            prompt_images: [B, P] bool, the placeholders of a whole prompt from the first row of the sequence on: image
+                tokens behind it are text that was generated. None: the new rows are prompt, and hold whole pictures.
+            seen: rows in front of the new ones.
+        """
+        new = is_image.shape[1]
+        if prompt_images is None:
+            return cls(is_image, new, new)
+        total, prompt = seen + new, prompt_images.shape[1]
+        return cls(nn.functional.pad(prompt_images[:, :total], (0, max(0, total - prompt))), new, prompt)
+
+    @property
+    def in_new(self) -> Tensor:
+        """[B, T] bool, the placeholders among the new rows."""
+        return self.is_image[:, -self.new :]
 
 
 @dataclass(frozen=True)
@@ -21,13 +59,13 @@ class Route:
     Attributes:
         ffn_rows: [M] flat indices into [B * T] of the rows that take the FFN; None if all do.
         kept: [B, T] True where the cache keeps the row's keys and values; None if it keeps all.
-        skipped: [B, T] True where a row skips the FFN; None if none does.
+        real: [B, T] False on padding; None if nothing is padded.
         layers: the layers that the route is for; None: all. The others run all rows.
     """
 
     ffn_rows: Tensor | None = None
     kept: Tensor | None = None
-    skipped: Tensor | None = None
+    real: Tensor | None = None
     layers: tuple[int, ...] | None = None
 
     def rows_in(self, layer: int) -> Tensor | None:
@@ -42,11 +80,11 @@ def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
     sample modulo that number: any offset, any number of pictures a sample, adjacent pictures included.
 
     Args:
-        is_image: [B, T] bool, the placeholders of whole pictures.
+        is_image: [B, W] bool, the placeholders, from the first one of a picture on.
         skip: the sizes of a picture's block.
 
     Returns:
-        [B, T] bool.
+        [B, W] bool.
     """
     place = (is_image.cumsum(dim=1) - 1) % skip.rows
     return is_image & _skipping(skip, is_image.device)[place]
@@ -58,42 +96,41 @@ def _skipping(skip: SkipConfig, device: torch.device) -> Tensor:
     return torch.tensor(skip.skipping, device=device)
 
 
-def hidden_from(is_image: Tensor, skipped: Tensor, skip: SkipConfig) -> tuple[Tensor, Tensor]:
+def hidden_from(is_image: Tensor, skip: SkipConfig) -> tuple[Tensor, Tensor]:
     """Which rows may not see skipped rows: those behind a picture, of that picture's.
 
     Args:
-        is_image: [B, T] bool, the placeholders.
-        skipped: [B, T] bool, the rows that skip.
+        is_image: [B, W] bool, the placeholders, from the first one of a picture on.
         skip: the sizes of a picture's block.
 
     Returns:
-        viewer [B, T], the number of the picture that a row belongs to, 0 for text; and owner [B, T], the number of the
+        viewer [B, W], the number of the picture that a row belongs to, 0 for text; and owner [B, W], the number of the
         picture whose skipped row this is, 0 for every other row. Row i may see row j unless owner[j] is neither 0 nor
         viewer[i].
     """
     number = torch.where(is_image, (is_image.cumsum(dim=1) - 1) // skip.rows + 1, 0)
-    return number, torch.where(skipped, number, 0)
+    return number, torch.where(skipped_rows(is_image, skip), number, 0)
 
 
-def make_route(is_image: Tensor, real: Tensor | None, skip: SkipConfig | None) -> Route:
-    """The route of a forward over whole pictures and text (a prefill or a training step).
+def make_route(pictures: Pictures, real: Tensor | None, skip: SkipConfig | None) -> Route:
+    """The route of a forward over pictures and text (a prefill or a piece of one, or a training step).
 
     Args:
-        is_image: [B, T] bool, the placeholders.
+        pictures: where the placeholders are.
         real: [B, T] bool, False on padding; None if nothing is padded.
         skip: None for a dense model, whose padding still costs no FFN.
     """
-    ffn, skipped = real, None
+    ffn = real
     if skip is not None:
-        skipped = skipped_rows(is_image, skip)
+        skipped = skipped_rows(pictures.is_image, skip)[:, -pictures.new :]
         ffn = ~skipped if real is None else real & ~skipped
     if ffn is None:
         return Route()
     rows = ffn.flatten().nonzero().squeeze(1)
     if rows.numel() == ffn.numel():
-        return Route()
+        return Route(real=real)
     kept = ffn if skip is not None and skip.forget_cache else None
-    return Route(ffn_rows=rows, kept=kept, skipped=skipped, layers=skip.layers if skip else None)
+    return Route(ffn_rows=rows, kept=kept, real=real, layers=skip.layers if skip else None)
 
 
 def take_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:

@@ -85,6 +85,16 @@ def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
     return (kept + assignment @ merged) / (1 + assignment.sum(dim=-1, keepdim=True))
 
 
+def free_parameter(values: Tensor) -> nn.Parameter:
+    """A parameter that no module of torch initialises, with the values that it starts from.
+
+    transformers is told that it has them: it draws only what a checkpoint lacks.
+    """
+    parameter = nn.Parameter(values)
+    parameter._is_hf_initialized = not values.is_meta  # type: ignore[attr-defined]
+    return parameter
+
+
 class SummaryLayer(nn.Module):
     """One summary token for each group of tokens (paper, section 3.2).
 
@@ -97,7 +107,7 @@ class SummaryLayer(nn.Module):
         if start == "pooled":
             self.norm = nn.LayerNorm(width, eps=1e-5)
             self.score = nn.Linear(width, 1)
-        self.vectors = nn.Parameter(torch.randn(groups, width) * 0.02) if start == "learned" else None
+        self.vectors = free_parameter(torch.randn(groups, width) * 0.02) if start == "learned" else None
         self.start = start
 
     def weights(self, tokens: Tensor) -> Tensor:

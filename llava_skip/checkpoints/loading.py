@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -76,7 +76,7 @@ def load_checkpoint(
     unused = set(report.unused)
     kept = {name: tensor for name, tensor in weights.items() if name not in unused}
     report.loaded = len(kept)
-    model = _build(config, kept, dtype or weights[_EMBEDDING].dtype, report.fresh)
+    model = _build(config, kept, dtype or weights[_EMBEDDING].dtype)
     if adapter:
         merge_lora(model, adapter, factors)
         report.notes.append(f"LoRA adapter of {lora} merged into {len(factors) // 2} modules.")
@@ -257,14 +257,10 @@ def _unused_tower(config: LlavaSkipConfig) -> list[str]:
 
 
 def _build(
-    config: LlavaSkipConfig, weights: dict[str, Tensor], dtype: torch.dtype, fresh: list[str]
+    config: LlavaSkipConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> LlavaSkipForConditionalGeneration:
     with _quiet():  # transformers prints a report of its own
-        model = LlavaSkipForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    for name in fresh:
-        if name.endswith((".query", ".vectors")):  # no module of torch, so nothing has given them values
-            nn.init.trunc_normal_(model.get_parameter(name), std=0.02)
-    return model
+        return LlavaSkipForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 @contextmanager

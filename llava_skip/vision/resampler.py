@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_skip.tokens import free_parameter
+
 
 @dataclass(frozen=True)
 class ResamplerConfig:
@@ -127,7 +129,9 @@ class Scale(nn.Module):
     def __init__(self, window: int, queries: int, levels: tuple[int, ...], width: int, context: int) -> None:
         super().__init__()
         self.window = window
-        self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, queries, width), std=0.02))
+        start = torch.empty(1, queries, width)
+        nn.init.trunc_normal_(start, std=0.02)  # while a checkpoint is loaded it may do, and return, nothing
+        self.query = free_parameter(start)
         self.readers = nn.ModuleDict({f"l{level}": Reader(width, context) for level in levels})
 
     def forward(self, features: list[Tensor]) -> Tensor:

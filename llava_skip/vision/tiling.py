@@ -80,6 +80,13 @@ class TilingImageProcessorPil(LlavaImageProcessorPil):
         data = {"pixel_values": values, "crop_counts": np.array([len(cut) for cut in crops])}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
+    def count_crops(self, width: int, height: int) -> int:
+        """Crops of a picture of so many pixels: the thumbnail and its tiles."""
+        side = self.crop_size["height"]
+        width, height = (2 * side, 2 * side) if self.do_pad else (width, height)
+        columns, rows = choose_grid(width, height, self.max_tiles, side)
+        return 1 + columns * rows
+
     def _to_rgb(self, image: Any) -> Image.Image:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(to_numpy_array(image))
         return picture.convert("RGB")

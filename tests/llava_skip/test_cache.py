@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from llava_skip import ForgettingCache, SkipConfig
+from llava_skip import ForgettingCache
 from llava_skip.cache import GROWTH, GrowingLayer
 from tests.small_models import Sample, batch_of, mixed_samples, small_model
 
@@ -111,15 +111,3 @@ def test_gradients_flow_through_a_cached_forward():
     logits = model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits
     logits.sum().backward()
     assert model.model.language_model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
-
-
-@torch.no_grad()
-def test_a_cache_that_was_asked_for_keeps_every_row():
-    model = small_model(SkipConfig(5, 7))
-    sample = mixed_samples(model)[0].alone()
-    options = {"max_new_tokens": 4, "do_sample": False}
-    static = model.generate(**sample, **options, cache_implementation="static", disable_compile=True)
-    dynamic = model.generate(**sample, **options, past_key_values=DynamicCache(config=model.config.text_config))
-    keeping = small_model(SkipConfig(5, 7, forget_cache=False)).generate(**sample, **options)
-    assert torch.equal(dynamic, keeping)
-    assert torch.equal(static, keeping)

@@ -143,6 +143,36 @@ def test_generation_in_a_batch_equals_generation_alone_and_one_forward(kind):
         assert torch.allclose(torch.cat(alone.logits), rows, atol=1e-5), f"sample {index}"
 
 
+WAYS = {
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "chunks": {"prefill_chunk_size": 5},
+}
+
+
+@every_type
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("skip", [None, SKIP], ids=["dense", "skipping"])
+def test_every_way_to_generate_gives_the_same_logits(kind, skip, way):
+    model = language_model(kind, skip)
+    inputs = batch_of(two_samples(model), "left")
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    expected = torch.stack(model.generate(**inputs, **options).logits)
+    logits = torch.stack(model.generate(**inputs, **options, **way).logits)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_type
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@torch.no_grad()
+def test_half_precision_is_near_full(kind, dtype):
+    model = language_model(kind)
+    inputs = two_samples(model)[1].alone()
+    full = model(**inputs).logits.softmax(-1)
+    half = model.to(dtype)(**inputs).logits.float().softmax(-1)
+    assert (half - full).abs().mean() < 0.002
+
+
 @every_type
 @pytest.mark.parametrize("skip", [None, SKIP])
 @torch.no_grad()

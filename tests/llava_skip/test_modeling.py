@@ -141,9 +141,11 @@ def test_loss_is_that_of_the_supervised_rows():
         expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         both = model(**inputs, labels=labels, logits_to_keep=0)
         total = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(10)).loss
-    assert outputs.logits is None
+        in_training = model.train()(**inputs, labels=labels)
+    assert in_training.logits is None
     assert torch.allclose(outputs.loss, expected, atol=1e-6)
-    assert torch.equal(both.logits, logits)
+    assert torch.equal(in_training.loss, outputs.loss)
+    assert torch.equal(both.logits, logits) and torch.equal(outputs.logits, logits)
     assert torch.allclose(total * 10, expected * (labels[:, 1:] != -100).sum(), atol=1e-4)
 
 
@@ -244,3 +246,17 @@ def test_no_function_of_the_model_is_long():
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert len(functions) > 10
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 40] == []
+
+
+def test_gradients_come_in_one_order_with_and_without_pictures():
+    # ZeRO adds gradients up in the order in which they come: ranks of another order would add unlike parameters.
+    orders = []
+    for pictures in (1, 0):
+        model = small_model().train()
+        order: list[str] = []
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        inputs = Sample(model, pictures, (3, 5) if pictures else (6,), seed=1).alone()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        orders.append(order)
+    assert orders[0] == orders[1] and len(orders[0]) > 50

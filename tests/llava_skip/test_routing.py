@@ -1,7 +1,7 @@
 import torch
 
 from llava_skip import SkipConfig
-from llava_skip.routing import add_rows, align_right, make_route, skipped_rows, take_rows
+from llava_skip.routing import Pictures, add_rows, align_right, make_route, skipped_rows, take_rows
 
 SKIP = SkipConfig(2, 3)  # a picture is r r s k k k s
 
@@ -18,7 +18,7 @@ def test_skipped_rows_of_pictures_anywhere():
 
 def test_route_leaves_out_padding_and_skipped_rows():
     is_image, real = flags("#######... .........."), flags("########.. ..########")
-    route = make_route(is_image, real, SKIP)
+    route = make_route(Pictures.among(is_image), real, SKIP)
     expected = real & ~flags("...###.... ..........")
     assert route.ffn_rows.tolist() == expected.flatten().nonzero().squeeze(1).tolist()
     assert torch.equal(route.kept, expected)
@@ -26,12 +26,12 @@ def test_route_leaves_out_padding_and_skipped_rows():
 
 def test_route_is_empty_when_every_row_takes_the_ffn():
     nothing = flags("....")
-    assert make_route(nothing, None, SKIP).ffn_rows is None
-    assert make_route(nothing, None, None).ffn_rows is None
+    assert make_route(Pictures.among(nothing), None, SKIP).ffn_rows is None
+    assert make_route(Pictures.among(nothing), None, None).ffn_rows is None
 
 
 def test_dense_route_leaves_out_padding_only_and_forgets_nothing():
-    route = make_route(flags("####.."), flags("#####."), None)
+    route = make_route(Pictures.among(flags("####..")), flags("#####."), None)
     assert route.ffn_rows.tolist() == [0, 1, 2, 3, 4]
     assert route.kept is None
 

@@ -1,0 +1,127 @@
+"""Conversation templates: what a conversation is as text, and which characters of it are learnt.
+
+A template is a Jinja file of `templates/`, or the tokenizer's own. Those of the library mark what is learnt with
+`generation` blocks; where a tokenizer's template has none, the learnt parts are found by rendering the conversation up
+to each answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+
+LLAVA_VERSIONS = {
+    "v0": "v1",  # LLaVA's own default: this name chooses the padding token there and leaves the template at v1
+    "v0.5": "v1",
+    "v1": "v1",
+    "vicuna_v1": "v1",
+    "llava_v0": "v0",
+    "llava_v1": "llava_v1",
+    "llava_llama_2": "llava_llama_2",
+    "llama_2": "llama_2",
+    "mistral_instruct": "mistral",
+    "mistral_direct": "chatml",
+    "chatml_direct": "chatml",
+    "mpt": "mpt",
+    "plain": "plain",
+    "v0_plain": "plain",
+    "llama3": "llama3_double_bos",
+    "llama3-plain": "llama3_plain",
+}
+"""LLaVA's `--version` (and that of the paper's code) -> the template that renders the same text."""
+
+_INCLUDE = re.compile(r"\{%- include '(\w+)\.jinja' -%\}")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_names() -> list[str]:
+    """Names of the conversation templates that come with the library."""
+    folder = resources.files("llava_skip") / "templates"
+    return sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
+
+
+def load_template(name: str) -> str:
+    """A conversation template by name, with what it includes put in: one string, as a saved processor needs it.
+
+    Raises:
+        ValueError: an unknown name, with the list of the known ones.
+    """
+    if name not in template_names():
+        raise ValueError(f"Unknown conversation template {name!r}; known: {', '.join(template_names())}.")
+    text = (resources.files("llava_skip") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda match: load_template(match[1]), text)
+
+
+def render(template: str, messages: Messages, special_tokens: dict[str, str]) -> tuple[str, list[Span]]:
+    """A conversation as text, and the spans of characters that are learnt.
+
+    Args:
+        template: Jinja, with or without `generation` blocks.
+        messages: `{"role": ..., "content": ...}` turns.
+        special_tokens: what templates know by name (`bos_token`, `eos_token`, ...).
+
+    Raises:
+        ValueError: the template refuses the conversation, or has no `generation` blocks and renders an earlier turn
+            differently once a later one follows, so that what is learnt cannot be found.
+    """
+
+    def rendered(turns: Messages, prompt: bool = False, mark: bool = False) -> tuple[str, list[Span]]:
+        texts, spans = render_jinja_template(
+            [turns], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=mark,
+            **special_tokens,
+        )  # fmt: skip
+        return texts[0], spans[0] if mark else []
+
+    try:
+        if _GENERATION.search(template):
+            return rendered(messages, mark=True)
+        return _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, special_tokens.get("eos_token"))
+    except TemplateError as error:
+        raise ValueError(f"The conversation template refuses this conversation: {error}") from error
+
+
+def _spans_by_prefixes(
+    text_of: Callable[..., str], messages: Messages, eos_token: str | None
+) -> tuple[str, list[Span]]:
+    """An answer lies between the text that asks for it and the text that ends with it; its end token is learnt."""
+    text, spans = text_of(messages), []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = text_of(messages[:place], True), text_of(messages[: place + 1])
+        if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                "The tokenizer's chat template has no {% generation %} blocks, and renders turn "
+                f"{place} differently alone than inside the conversation, so what is learnt cannot be found: name a "
+                f"template of the library with --template ({', '.join(template_names())})."
+            )
+        end = text.rfind(eos_token, len(before), len(after)) if eos_token else -1
+        spans.append((len(before), end + len(eos_token) if eos_token and end >= 0 else len(after)))
+    return text, spans
+
+
+def learnt_tokens(offsets: list[Span], spans: list[Span], replaced: list[dict[str, Any]]) -> np.ndarray:
+    """Which tokens [T] overlap a learnt span: bool.
+
+    Args:
+        offsets: characters of each token, in the text in which placeholders were replaced.
+        spans: learnt characters of the text before that.
+        replaced: transformers' replacements, each with its `span` before and `new_span` after, in order.
+    """
+    first, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    placeholder_ends = [change["span"][1] for change in replaced]
+    gained = [0, *(change["new_span"][1] - change["span"][1] for change in replaced)]
+    learnt = np.zeros(len(offsets), dtype=bool)
+    for span in spans:
+        start, stop = (place + gained[int(np.searchsorted(placeholder_ends, place, "right"))] for place in span)
+        learnt |= (first < stop) & (end > start)
+    return learnt

@@ -1,0 +1,154 @@
+"""Generation gives the same logits whatever the cache, the size of the chunks, or who proposes tokens."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from llava_skip import ForgettingCache, SkipConfig
+from llava_skip.routing import skipped_rows
+from tests.small_models import (
+    ARCHITECTURES,
+    IMAGE_TOKEN_ID,
+    Sample,
+    batch_of,
+    mixed_samples,
+    pictures_of,
+    small_model,
+)
+
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+LOGITS = {**OPTIONS, "output_logits": True, "return_dict_in_generate": True}
+HIDDEN_FROM_TEXT = {"skip": SkipConfig(5, 7, text_sees_skipped=False)}
+MODELS = {name: {"architecture": name} for name in ARCHITECTURES} | {"hidden from text": HIDDEN_FROM_TEXT}
+WAYS = {
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "chunks of 1": {"prefill_chunk_size": 1},
+    "chunks of 5": {"prefill_chunk_size": 5},
+    "chunks of 5, static cache": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+    "one chunk": {"prefill_chunk_size": 1000},
+}
+CACHES = {
+    "forgetting": lambda model: ForgettingCache(),
+    "dynamic": lambda model: DynamicCache(config=model.config.text_config),
+    "static": lambda model: StaticCache(config=model.config.text_config, max_cache_len=200),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return small_model(**MODELS[request.param])
+
+
+def logits(model, inputs, **options) -> torch.Tensor:
+    """[B, new tokens, V]."""
+    return torch.stack(model.generate(**inputs, **LOGITS, **options).logits, dim=1)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_way_to_generate_gives_the_same_logits(model, way):
+    inputs = batch_of(mixed_samples(model), "left")
+    torch.testing.assert_close(logits(model, inputs, **way), logits(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
+def test_every_attention_masks_what_no_cache_has_forgotten(attention):
+    model = small_model()
+    inputs = batch_of(mixed_samples(model), "left")
+    expected = logits(model, inputs)
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(logits(model, inputs, use_cache=False), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_flash_attention_is_refused_where_a_mask_is_needed():
+    model = small_model()
+    inputs = mixed_samples(model)[0].alone()
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    prompt_images = inputs["input_ids"][:, :-2] == IMAGE_TOKEN_ID  # the last two rows were generated
+    with pytest.raises(ValueError, match="which needs a mask, and flash_attention_2 takes none"):
+        model(**inputs, prompt_images=prompt_images, use_cache=False)
+
+
+@pytest.mark.parametrize("cache", [CACHES["forgetting"], CACHES["dynamic"]])
+@pytest.mark.parametrize("sample", range(3))
+def test_accepted_proposals_do_not_see_skipped_rows(model, sample, cache):
+    inputs = mixed_samples(model)[sample].alone()
+    expected = model.generate(**inputs, **LOGITS)
+    # The model proposes to itself: all is accepted, and the first forward holds the prompt and what follows it.
+    proposed = model.generate(**inputs, **LOGITS, assistant_model=copy.deepcopy(model), past_key_values=cache(model))
+    assert torch.equal(proposed.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(proposed.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-5)
+
+
+def one_forward(model, input_ids: torch.Tensor, pictures: dict, phases: list[int]) -> torch.Tensor:
+    """Logits [T, V] of one forward; a row sees skipped rows of its own phase alone, of so many rows each."""
+    length = len(input_ids)
+    skipped = skipped_rows((input_ids == IMAGE_TOKEN_ID)[None], model.config.skip_config)[0]
+    phase = torch.arange(len(phases)).repeat_interleave(torch.tensor(phases))
+    seen = torch.ones(length, length).tril().bool() & (~skipped[None, :] | (phase[:, None] == phase[None, :]))
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        return model(input_ids=input_ids[None], attention_mask=mask, use_cache=False, **pictures).logits[0]
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunks"])
+@pytest.mark.parametrize("architecture", ["sv-llava", "sv-llava-hd", "sv-cos"])
+def test_a_second_turn_with_a_new_picture_goes_on_behind_a_cache(architecture, chunks, cache):
+    model = small_model(architecture=architecture)
+    first, second = Sample(model, 1, (3, 5), seed=1), Sample(model, 2, (2, 0, 4), seed=9)
+    options = {**LOGITS, "suppress_tokens": [IMAGE_TOKEN_ID], "past_key_values": cache(model)}
+    one = model.generate(**first.alone(), **options, **chunks)
+    input_ids = torch.cat([one.sequences, second.input_ids[None]], dim=1)
+    two = model.generate(input_ids, **pictures_of([second]), **options, **chunks)
+    phases = [len(first.input_ids), 5, 1 + len(second.input_ids), 6]  # the last token of an answer is not stored yet
+    expected = one_forward(model, two.sequences[0], pictures_of([first, second]), phases)
+    torch.testing.assert_close(torch.cat(one.logits), expected[phases[0] - 1 :][:6], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(two.logits), expected[-7:-1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
+    batch = batch_of(mixed_samples(model), "left")
+    images = batch["input_ids"] == IMAGE_TOKEN_ID
+    features = torch.cat(list(model.get_image_features(**pictures_of(mixed_samples(model))).pooler_output))
+    whole = ForgettingCache()
+    expected = model(**batch, past_key_values=whole).logits
+    # Features belong to placeholders in the order of the batch: those of a chunk are not next to each other.
+    places = images.flatten().cumsum(0).view_as(images) - 1
+    cache, chunks = ForgettingCache(), []
+    with cache.holding():
+        for start in range(0, images.shape[1], 7):
+            columns = slice(start, start + 7)
+            rows = features[places[:, columns][images[:, columns]]]
+            encoded = {"image": type("Output", (), {"pooler_output": rows[None]})} if len(rows) else None
+            outputs = model(
+                input_ids=batch["input_ids"][:, columns],
+                attention_mask=batch["attention_mask"][:, : start + 7],
+                mm_encoder_outputs=encoded,
+                prompt_images=images,
+                past_key_values=cache,
+            )
+            chunks.append(outputs.logits)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(chunks, dim=1)[real], expected[real], atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == whole.get_seq_length() == images.shape[1]
+    stored = torch.ones_like(real) if whole.mask is None else whole.mask
+    for ours, theirs in zip(cache.layers, whole.layers, strict=True):
+        assert ours.keys.shape[-2] == theirs.keys.shape[-2]  # the same rows are left, in the same places
+        for kept, expected_rows in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            pick = [kept.transpose(1, 2)[:, :, 0][stored], expected_rows.transpose(1, 2)[:, :, 0][stored]]
+            torch.testing.assert_close(*pick, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prompt_that_fails_leaves_the_cache_usable():
+    model = small_model()
+    inputs = mixed_samples(model)[0].alone()
+    cache = ForgettingCache()
+    with pytest.raises(ValueError, match="image placeholders"), cache.holding():
+        model(input_ids=inputs["input_ids"], past_key_values=cache)
+    expected = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, past_key_values=cache).logits, expected)
