@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eval.errors import EvalError, some
-from eval.report import write_json
+from eval.report import json_lines, write_json, write_lines
 
 
 class AnswerLog:
@@ -29,14 +29,19 @@ class AnswerLog:
             EvalError: if the folder holds another run's answers, a damaged file, or is being written to.
         """
         self.path = folder / "answers.jsonl"
-        self._claim(folder / "run.json", dict(identity))
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise EvalError(f"{folder}: another run is writing there; wait, or choose another --output.") from error
         self.records: dict[Any, dict[str, Any]] = {}
-        self._recover()
+        try:
+            self._recover()
+            self._claim(folder / "run.json", dict(identity))
+        except EvalError:
+            self._file.close()
+            raise
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add answers and hand them to the operating system at once.
@@ -44,8 +49,7 @@ class AnswerLog:
         Args:
             records: answers, each with its ``index``.
         """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self._file.write(lines.encode())
+        self._file.write(json_lines(records))
         self._file.flush()
         self.records.update({record["index"]: dict(record) for record in records})
 
@@ -59,12 +63,23 @@ class AnswerLog:
         """Close the file, which also gives up the claim to be its only writer."""
         self._file.close()
 
+    def sort(self, ids: Iterable[Any]) -> None:
+        """Bring the lines of the file into an order that does not depend on which answer came first.
+
+        Args:
+            ids: the order; answers to other questions come behind.
+        """
+        records = {id_: self.records[id_] for id_ in ids if id_ in self.records} | self.records
+        if list(records) != list(self.records):
+            write_lines(self.path, records.values())
+            self.records = {id_: self.records[id_] for id_ in records}
+
     def _claim(self, path: Path, identity: dict[str, Any]) -> None:
-        if not path.exists():
-            if self.path.exists():
-                raise EvalError(f"{self.path} exists without {path.name}; remove it or choose another --output.")
+        if not self.records:
             write_json(path, identity)
             return
+        if not path.exists():
+            raise EvalError(f"{self.path} has answers, but {path.name} is gone; remove it or choose another --output.")
         saved = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             f"{name}: {saved.get(name)} there, {identity.get(name)} now"

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,9 +16,13 @@ NOT_SCORED = 1
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL; OPENAI_BASE_URL by default.")]
 JudgeModel = Annotated[str, typer.Option(help="Model that grades.")]
 JudgeRuns = Annotated[int, typer.Option(help="How often each answer is graded.")]
+JudgeConcurrency = Annotated[int, typer.Option(help="Requests to the judge under way at once.")]
+JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one reply of the judge.")]
+JudgeBudget = Annotated[int | None, typer.Option(help="Most requests to the judge, repeated ones included.")]
+JudgeDryRun = Annotated[bool, typer.Option("--judge-dry-run", help="Print what would be asked; send nothing.")]
 
 
-def make_judge(url: str | None, model: str, runs: int, folder: Path, label: str) -> Judge | None:
+def make_judge(url: str | None, model: str, runs: int, folder: Path, label: str, **options: Any) -> Judge | None:
     """Make the judge at ``url`` or ``OPENAI_BASE_URL``, or none without either.
 
     Args:
@@ -27,9 +31,10 @@ def make_judge(url: str | None, model: str, runs: int, folder: Path, label: str)
         runs: how often each answer is graded.
         folder: where grades are kept.
         label: name of what is graded, which begins the name of the grade file.
+        options: further fields of the judge.
     """
     url = url or os.environ.get("OPENAI_BASE_URL")
-    return Judge(url, folder, label, model, runs) if url else None
+    return Judge(url, folder, label, model, runs, **options) if url else None
 
 
 def fail(error: Exception) -> NoReturn:

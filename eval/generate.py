@@ -1,61 +1,138 @@
 """Load a saved model and let it answer batches of pictures and prompts, greedily."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.errors import EvalError
 from eval.images import Picture
 from eval.models import SavedModel
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a model computes; with all of it equal, so is the rounding.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: number format of weights and activations, one of ``DTYPES``.
+        attn: attention implementation of transformers; None takes the model's default.
+    """
+
+    device: str
+    dtype: str
+    attn: str | None = None
+
+
+def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
+    """Choose bfloat16 on CUDA where there is a GPU, float32 on CPU otherwise.
+
+    Args:
+        dtype: another number format.
+        attn: another attention implementation, such as "eager" or "flash_attention_2".
+
+    Raises:
+        EvalError: if the number format is unknown.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise EvalError(f"--dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")
+    cuda = torch.cuda.is_available()
+    return Numerics("cuda" if cuda else "cpu", dtype or ("bfloat16" if cuda else "float32"), attn)
+
 
 class Generator:
-    """A model with its processor, on the device there is: bfloat16 on CUDA, float32 on CPU."""
+    """A model with its processor on one device; a bare language model answers questions without pictures."""
 
-    def __init__(self, model: SavedModel, max_new_tokens: int) -> None:
+    def __init__(self, model: SavedModel, numerics: Numerics, rank: int = 0) -> None:
         """Load processor and weights.
 
         Args:
             model: the checked folder.
-            max_new_tokens: limit of an answer's length.
+            numerics: device, number format and attention.
+            rank: number of this process; each takes the next GPU.
 
         Raises:
             EvalError: if transformers cannot load the folder.
         """
-        device, dtype = placement()
+        options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype)}
+        if numerics.attn is not None:
+            options["attn_implementation"] = numerics.attn
         try:
-            self.processor = AutoProcessor.from_pretrained(model.folder)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(model.folder, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, KeyError) as error:
+            kind = type(AutoConfig.from_pretrained(model.folder))
+            self.takes_pictures = (
+                kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+            )
+            auto = AutoModelForImageTextToText if self.takes_pictures else AutoModelForCausalLM
+            self.processor = (AutoProcessor if self.takes_pictures else AutoTokenizer).from_pretrained(model.folder)
+            loaded: Any = auto.from_pretrained(model.folder, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
             raise EvalError(f"{model.folder}: cannot be loaded as a model with pictures and text: {error}") from error
+        if not self.takes_pictures and not self.processor.chat_template:
+            raise EvalError(
+                f"{model.folder}: its tokenizer has no chat template; save it with the one it was trained on."
+            )
+        device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self.model = loaded.to(device).eval()
-        self.max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> list[str]:
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]], max_new_tokens: int) -> list[str]:
         """Answer a batch.
 
         Args:
             prompts: the questions.
             images: the pictures of each, shown before its question.
+            max_new_tokens: limit of an answer's length.
 
         Returns:
             The answers, without special tokens and surrounding spaces.
+
+        Raises:
+            EvalError: if the batch does not fit into the GPU's memory, or a language model is shown a picture.
         """
-        conversations = [_conversation(prompt, own) for prompt, own in zip(prompts, images, strict=True)]
+        if not self.takes_pictures and any(images):
+            raise EvalError("a bare language model cannot see pictures; ask it with --blind.")
+        return self.reply([conversation(*pair) for pair in zip(prompts, images, strict=True)], max_new_tokens)
+
+    @torch.inference_mode()
+    def reply(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        """Continue conversations of transformers' format, pictures included, as ``answer`` does.
+
+        Args:
+            conversations: turns with ``role`` and ``content``.
+            max_new_tokens: limit of an answer's length.
+        """
+        padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
+        if self.takes_pictures:
+            padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            **padding,
         )
         inputs = {name: self._place(value) for name, value in inputs.items()}
-        output = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
+        try:
+            output = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise EvalError(
+                f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
+            ) from error
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
@@ -65,11 +142,14 @@ class Generator:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
-def placement() -> tuple[str, str]:
-    """Return the device and the name of the number format that models run in here."""
-    return ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+def conversation(prompt: str, images: Sequence[Picture]) -> list[dict[str, Any]]:
+    """Word one user turn of pictures and a question, as chat templates take it; without pictures it is plain text.
 
-
-def _conversation(prompt: str, images: Sequence[Picture]) -> list[dict[str, Any]]:
+    Args:
+        prompt: the question.
+        images: its pictures, shown before it.
+    """
+    if not images:
+        return [{"role": "user", "content": prompt}]
     pictures = [{"type": "image", "image": picture.open()} for picture in images]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]

@@ -1,21 +1,17 @@
 """Pictures of benchmark records: base64 text, raw bytes or files, of any mode, given to the model as RGB."""
 
+import ast
 import base64
-import binascii
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from eval.errors import EvalError, some
-from eval.tables import Row
-
-# A cell this short cannot be a picture: VLMEvalKit stores there the index of the row that owns the picture.
-REFERENCE_LENGTH = 64
+from eval.tables import REFERENCE_LENGTH, Row, StoredText
 
 
 @dataclass(frozen=True)
@@ -24,14 +20,16 @@ class Picture:
 
     Attributes:
         record: the record it belongs to, for messages.
-        data: base64 text, encoded bytes, or the path of a file.
+        data: base64 text (or where it is stored), encoded bytes, or the path of a file.
     """
 
     record: str
-    data: str | bytes | Path = field(repr=False)
+    data: str | bytes | Path | StoredText = field(repr=False)
 
     def open(self) -> Image.Image:
         """Decode the picture to RGB."""
+        from llava_skip.vision.pictures import to_rgb  # brings torch, which scoring does without
+
         with self._readable():
             return to_rgb(Image.open(self._file()))
 
@@ -43,9 +41,12 @@ class Picture:
     def _file(self) -> io.BytesIO | Path:
         if isinstance(self.data, Path):
             return self.data
-        if isinstance(self.data, str):
-            return io.BytesIO(base64.b64decode("".join(self.data.split()), validate=True))
-        return io.BytesIO(self.data)
+        if isinstance(self.data, bytes):
+            return io.BytesIO(self.data)
+        text = self.data.read() if isinstance(self.data, StoredText) else self.data
+        if text.startswith("["):  # VLMEvalKit's cell of several pictures, of which LLaVA's protocols show the first
+            text = ast.literal_eval(text)[0]
+        return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -53,17 +54,8 @@ class Picture:
             yield
         except FileNotFoundError as error:
             raise EvalError(f"{self.record}: image file {error.filename} does not exist; check --images.") from error
-        except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise EvalError(f"{self.record}: its picture cannot be decoded ({error}); repair or replace it.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB; 16-bit greys are scaled, since PIL would clip them to white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if grey.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(grey / scale, 0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def row_pictures(rows: list[Row], folder: Path) -> list[Picture]:
@@ -103,7 +95,7 @@ def row_pictures(rows: list[Row], folder: Path) -> list[Picture]:
     return found
 
 
-def _picture(row: Row, folder: Path, owners: dict[str, str]) -> Picture | None:
+def _picture(row: Row, folder: Path, owners: dict[str, str | StoredText]) -> Picture | None:
     cell = row.get("image")
     if isinstance(cell, dict):
         cell = cell.get("bytes")
@@ -116,7 +108,7 @@ def _picture(row: Row, folder: Path, owners: dict[str, str]) -> Picture | None:
 
 
 def _is_base64(cell: object) -> bool:
-    return isinstance(cell, str) and len(cell) > REFERENCE_LENGTH
+    return isinstance(cell, StoredText) or (isinstance(cell, str) and len(cell) > REFERENCE_LENGTH)
 
 
 def _name(row: Row) -> str:

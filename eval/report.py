@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,35 @@ def write_json(path: Path, value: Any) -> None:
         path: the file; its folder is made.
         value: what to write.
     """
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON-lines file in one step.
+
+    Args:
+        path: the file.
+        records: one a line.
+    """
+    write_whole(path, json_lines(records))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step; what a kill leaves over, the next attempt replaces.
+
+    Args:
+        path: the file; its folder is made.
+        content: all of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Encode records as JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -56,7 +81,7 @@ def score_table(title: str, score: "Score") -> Table:
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     headline = "-" if score.score is None else f"{score.score:.1f}"
     table.add_section()
-    table.add_row(f"score (0 to 100), {score.rule}", headline, style="bold")
+    table.add_row(f"score, {score.rule}", headline, style="bold")
     return table
 
 

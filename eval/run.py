@@ -1,230 +1,215 @@
-"""Evaluate a saved model on a benchmark: ``python -m eval.run --model DIR --benchmark mmbench --data FILE``."""
+"""Evaluate saved models on benchmarks: ``python -m eval.run --model DIR --benchmarks mmbench,mmstar``."""
 
+import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from tqdm import tqdm
 
 from eval.answers import AnswerLog
-from eval.benchmarks import get_benchmark
-from eval.benchmarks.base import Benchmark, Sample, Score
-from eval.cli import JudgeModel, JudgeRuns, JudgeUrl, conclude, fail, make_judge
+from eval.benchmarks import BENCHMARKS
+from eval.benchmarks.base import Score
+from eval.cli import (
+    NOT_SCORED,
+    USAGE_ERROR,
+    JudgeBudget,
+    JudgeConcurrency,
+    JudgeDryRun,
+    JudgeModel,
+    JudgeRuns,
+    JudgeTimeout,
+    JudgeUrl,
+    fail,
+    make_judge,
+)
 from eval.errors import EvalError
 from eval.judge import DEFAULT_JUDGE, Judge
-from eval.models import SavedModel, check_model, newest_model
-from eval.report import score_table, versions, write_json
-from eval.tables import sha256
+from eval.overview import FOLDER, print_overview, write_overview
+from eval.plan import ALL, Run, chosen_benchmarks, prepare
+from eval.report import score_table, write_json
+from eval.results import Result
+from eval.workers import answer_jobs
 
-EMBEDDED = Path("playground/data/digits/eval")
+if TYPE_CHECKING:
+    from eval.generate import Numerics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@dataclass
-class Run:
-    """An evaluation whose inputs have all been checked.
-
-    Attributes:
-        benchmark: what to ask and how to score.
-        model: who answers.
-        data: the benchmark file.
-        samples: its questions.
-        output: folder of the answers and the result.
-        batch_size: questions answered at once.
-        max_new_tokens: limit of an answer's length.
-    """
-
-    benchmark: Benchmark
-    model: SavedModel
-    data: Path
-    samples: list[Sample]
-    output: Path
-    batch_size: int
-    max_new_tokens: int
-
-    @cached_property
-    def data_sha256(self) -> str:
-        """Hash of the benchmark file."""
-        return sha256([self.data])
-
-    def identity(self, dtype: str) -> dict[str, Any]:
-        """Say what the answers depend on; only with all of it unchanged may a broken-off run go on."""
-        return {
-            "benchmark": self.benchmark.name,
-            "model": self.model.name,
-            "model_sha256": self.model.sha256,
-            "data_sha256": self.data_sha256,
-            "protocol": self.benchmark.protocol(self.samples),
-            "max_new_tokens": self.max_new_tokens,
-            "dtype": dtype,
-        }
-
-
-def embedded_data(benchmark: Benchmark) -> Path:
-    """Find the benchmark's file in the embedded data set.
+def answer_all(
+    runs: Sequence[Run],
+    logs: Sequence[AnswerLog],
+    processes: int,
+    numerics: "Numerics",
+    finished: Callable[[int], None],
+) -> None:
+    """Answer what the logs do not hold yet, all runs from one queue, so that no process waits while there is work.
 
     Args:
-        benchmark: whose file.
-
-    Raises:
-        EvalError: if the data set has not been built.
+        runs: the evaluations.
+        logs: where the answers of each go.
+        processes: how many processes answer.
+        numerics: how the models compute.
+        finished: called with the number of each run whose answers are all there.
     """
-    path = EMBEDDED / benchmark.embedded
-    if not path.is_file():
-        raise EvalError(f"no --data given, and {path} does not exist; build it with 'python -m playground.data.build'.")
-    return path
-
-
-def answer_all(run: Run, log: AnswerLog) -> None:
-    """Answer what the log does not hold yet.
-
-    Batches are cut from all questions, not from the open ones: after a break each question then meets the same
-    neighbours, and so the same rounding, as in a run without one.
-
-    Args:
-        run: the evaluation.
-        log: where answers go.
-    """
-    prompts = dict(zip((s.id for s in run.samples), run.benchmark.prompts(run.samples), strict=True))
-    ordered = sorted(run.samples, key=lambda s: (len(s.images), len(prompts[s.id])), reverse=True)
-    batches = [ordered[start : start + run.batch_size] for start in range(0, len(ordered), run.batch_size)]
-    batches = [batch for batch in batches if any(s.id not in log.records for s in batch)]
-    if not batches:
-        return
-    from eval.generate import Generator
-
-    generator = Generator(run.model, run.max_new_tokens)
-    done = sum(s.id in log.records for s in ordered)
-    with tqdm(total=len(ordered), initial=done, desc=run.benchmark.name, unit="question") as progress:
-        for batch in batches:
-            texts = generator.answer([prompts[s.id] for s in batch], [s.images for s in batch])
-            records = [
-                {**s.fields, "index": s.id, "prompt": prompts[s.id], "prediction": text}
-                for s, text in zip(batch, texts, strict=True)
-                if s.id not in log.records
-            ]
+    jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
+    left = [len(own) for own in jobs]
+    total = sum(len(run.samples) for run in runs)
+    done = sum(sample.id in log.records for run, log in zip(runs, logs, strict=True) for sample in run.samples)
+    with tqdm(total=total, initial=done, unit="question", disable=done == total) as progress:
+        for number in (number for number, count in enumerate(left) if not count):
+            finished(number)
+        for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
+            run, log = runs[job.run], logs[job.run]
+            records = run.records(job, texts, log)
             log.append(records)
+            progress.set_description(f"{run.benchmark.name}: {run.name}", refresh=False)
             progress.update(len(records))
+            left[job.run] -= 1
+            if not left[job.run]:
+                finished(job.run)
 
 
-def result(run: Run, score: Score, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Put together everything that a reader of the number needs.
-
-    Args:
-        run: the evaluation.
-        score: its outcome.
-        facts: device, number format and seconds.
-    """
-    return {
-        "benchmark": run.benchmark.name,
-        **asdict(score),
-        "protocol": run.benchmark.protocol(run.samples),
-        "model": run.model.describe(),
-        "data": {"path": str(run.data), "sha256": run.data_sha256},
-        "generation": {"batch_size": run.batch_size, "max_new_tokens": run.max_new_tokens, "greedy": True, **facts},
-        "versions": versions("torch", "transformers", "llava_skip"),
-    }
-
-
-def evaluate(run: Run, judge: Judge | None, console: Console) -> Score:
-    """Answer, score, and write ``predictions.json`` (what MM-Vet's grader reads) and ``results.json``.
+def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
+    """Score a run whose answers are all there, and write its files.
 
     Args:
         run: the evaluation.
+        log: its answers.
         judge: who grades, if the benchmark needs it.
-        console: where the table goes.
+        numerics: how the model computed.
     """
-    from eval.generate import placement
-
-    start = time.monotonic()
-    device, dtype = placement()
-    with AnswerLog(run.output, run.identity(dtype)) as log:
-        resumed = sum(s.id in log.records for s in run.samples)
-        if resumed:
-            console.print(f"{resumed} of {len(run.samples)} answers were there already.")
-        answer_all(run, log)
-        console.print(f"answers saved in {log.path}", markup=False, soft_wrap=True)
-        answers = {s.id: log.records[s.id]["prediction"] for s in run.samples}
-    write_json(run.output / "predictions.json", {str(id_): text for id_, text in answers.items()})
+    log.sort(sample.id for sample in run.samples)
+    answers = {sample.id: log.records[sample.id]["prediction"] for sample in run.samples}
+    write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
     score = run.benchmark.score(run.samples, answers, judge)
-    facts = {"device": device, "dtype": dtype, "resumed": resumed, "seconds": round(time.monotonic() - start, 1)}
-    write_json(run.output / "results.json", result(run, score, facts))
-    console.print(score_table(f"{run.benchmark.name}: {run.model.name}", score))
+    write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
+    write_json(run.folder / "results.json", run.result(score, numerics))
     return score
 
 
-def prepare(
-    benchmark: Benchmark,
-    model: Path | None,
-    data: Path | None,
-    images: Path | None,
-    output: Path | None,
-    batch_size: int,
-    max_new_tokens: int | None,
-    limit: int | None,
-) -> Run:
-    """Check all inputs, the cheap ones first, before a model is loaded.
+def evaluate(
+    runs: Sequence[Run],
+    judges: Sequence[Judge | None],
+    processes: int | None,
+    numerics: "Numerics",
+    console: Console,
+) -> list[Score | EvalError]:
+    """Answer and score; a run that cannot be scored does not keep the others from it.
 
     Args:
-        benchmark: what to evaluate on.
-        model: the model folder, or None for the newest.
-        data: the benchmark file, or None for the embedded one.
-        images: folder of image files, or None.
-        output: results folder, or None for ``results/<benchmark>/<model>``.
-        batch_size: questions answered at once.
-        max_new_tokens: limit of an answer's length, or None for the protocol's.
-        limit: how many questions, or None for all.
+        runs: the evaluations.
+        judges: who grades each.
+        processes: how many processes answer; one for each GPU, or one, if None.
+        numerics: how the models compute.
+        console: where tables go.
 
-    Raises:
-        EvalError: on the first thing that is wrong.
+    Returns:
+        The outcome of each run.
     """
-    for name, value in {"--batch-size": batch_size, "--max-new-tokens": max_new_tokens, "--limit": limit}.items():
-        if value is not None and value < 1:
-            raise EvalError(f"{name} is {value}; expected 1 or more.")
-    if images is not None and not images.is_dir():
-        raise EvalError(f"{images}: no such image folder; check --images.")
-    checked = check_model(model or newest_model())
-    data = data or embedded_data(benchmark)
-    samples = benchmark.load(data, images)
-    if limit is not None:
-        samples = benchmark.limit(samples, limit)
-    output = output or Path("results") / benchmark.name / checked.name
-    if output.exists() and not output.is_dir():
-        raise EvalError(f"{output}: is a file; give a folder for the results with --output.")
-    return Run(benchmark, checked, data, samples, output, batch_size, max_new_tokens or benchmark.max_new_tokens)
+    import torch
+
+    processes = processes or max(1, torch.cuda.device_count())
+    outcomes: dict[int, Score | EvalError] = {}
+    start = time.monotonic()
+    with ExitStack() as stack:
+        logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
+        before = [sum(sample.id in log.records for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
+        if any(before):
+            console.print(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
+
+        def finish(number: int) -> None:
+            run = runs[number]
+            try:
+                score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
+            except EvalError as error:
+                outcomes[number] = error
+                return
+            facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
+            seconds = round(time.monotonic() - start, 1)
+            write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
+            console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
+
+        answer_all(runs, logs, processes, numerics, finish)
+    return [outcomes[number] for number in range(len(runs))]
+
+
+def conclude(runs: Sequence[Run], outcomes: Sequence[Score | EvalError], console: Console) -> int:
+    """Print what a reader must know about each number and where it lies.
+
+    Args:
+        runs: the evaluations.
+        outcomes: what became of each.
+        console: where to print.
+
+    Returns:
+        The exit code. Answers without a judge or gold are a finished run: they can be scored elsewhere.
+    """
+    code = 0
+    for run, outcome in zip(runs, outcomes, strict=True):
+        name = f"{run.benchmark.name}, {run.name}"
+        if isinstance(outcome, EvalError):
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {name}: {outcome}", markup=False)
+            code = USAGE_ERROR
+            continue
+        for note in outcome.notes:
+            console.print(f"note: {name}: {note}", markup=False, soft_wrap=True)
+        console.print(f"{outcome.status}; written to {run.folder / 'results.json'}", markup=False, soft_wrap=True)
+        if outcome.status == "incomplete":
+            code = code or NOT_SCORED
+    return code
 
 
 @app.command()
 def main(
-    benchmark: Annotated[str, typer.Option(help="mmbench, mmstar or mmvet.")],
-    model: Annotated[Path | None, typer.Option(help="Saved model; the newest under checkpoints/ by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Benchmark file; the embedded one by default.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Image files; images/ beside the data by default.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Results folder; results/BENCHMARK/MODEL by default.")] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Saved model, may be repeated; the newest one by default.")
+    ] = None,
+    benchmarks: Annotated[str, typer.Option(help="Names separated by commas: " + ", ".join([*BENCHMARKS, ALL]))] = ALL,
+    data: Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")] = None,
+    images: Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")] = None,
+    output: Annotated[Path, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = Path("results"),
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without pictures; results go to MODEL-blind.")] = False,
+    protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = DEFAULT_JUDGE,
     judge_runs: JudgeRuns = 1,
+    judge_concurrency: JudgeConcurrency = 4,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_budget: JudgeBudget = None,
+    judge_dry_run: JudgeDryRun = False,
 ) -> None:
-    """Answer a benchmark with a saved model and score it; run again to go on after a break."""
+    """Answer benchmarks with saved models and score them; the same command again goes on after a break."""
     console = Console()
+    limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
+    limits["dry_run"] = judge_dry_run
     try:
-        chosen = get_benchmark(benchmark)
-        run = prepare(chosen, model, data, images, output, batch_size, max_new_tokens, limit)
-        judge = make_judge(judge_url, judge_model, judge_runs, run.output, run.model.name)
-        score = evaluate(run, judge, console)
+        names = chosen_benchmarks(benchmarks, data or [])
+        sizes = output, batch_size, max_new_tokens, limit
+        runs = prepare(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
+        judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+        from eval.generate import numerics  # slow to import, so only after all checks
+
+        outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
+        finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+        if finished:
+            folder = output / FOLDER
+            print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
     except EvalError as error:
         fail(error)
-    # Answers without a judge or gold are a finished run: they can be scored elsewhere.
-    conclude(score, run.output / "results.json", console, success=("scored", "unscored"))
+    raise typer.Exit(conclude(runs, outcomes, console))
 
 
 if __name__ == "__main__":

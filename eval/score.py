@@ -3,27 +3,45 @@
 Needs neither torch nor a model. Reads what LLaVA, VLMEvalKit, the Skip-Vision code and ``eval.run`` write.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from eval.benchmarks import get_benchmark
+from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.base import Benchmark, Sample, Score, match
-from eval.cli import JudgeModel, JudgeRuns, JudgeUrl, conclude, fail, make_judge
+from eval.benchmarks.mmstar import MMStar, gain_and_leakage
+from eval.cli import (
+    JudgeBudget,
+    JudgeConcurrency,
+    JudgeDryRun,
+    JudgeModel,
+    JudgeRuns,
+    JudgeTimeout,
+    JudgeUrl,
+    conclude,
+    fail,
+    make_judge,
+)
 from eval.errors import EvalError
 from eval.judge import DEFAULT_JUDGE, Judge
 from eval.report import score_table, versions, write_json
-from eval.tables import Row, read_rows, sha256
+from eval.tables import Row, sha256
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def score_file(
-    benchmark: Benchmark, predictions: Path, data: Path | None, allow_missing: bool, judge: Judge | None
+    benchmark: Benchmark,
+    predictions: Path,
+    data: Path | None,
+    allow_missing: bool,
+    judge: Judge | None,
+    submission: Path | None = None,
 ) -> Score:
     """Score the predictions of one file.
 
@@ -33,18 +51,24 @@ def score_file(
         data: the benchmark file; not needed where the prediction file repeats its columns.
         allow_missing: count absent predictions as wrong instead of refusing.
         judge: who grades answers that have no grades yet.
+        submission: where to write the answers in the form that the benchmark's server takes.
 
     Raises:
         EvalError: if the files do not fit together.
     """
-    rows = read_rows(predictions)
+    rows = benchmark.read_predictions(predictions)
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
+        if submission:
+            raise EvalError(f"{predictions}: holds grades, of which no submission can be made; give the answers.")
         return graded
-    answers, counts, notes = match(samples, benchmark.predictions(rows, str(predictions)), allow_missing)
+    found = benchmark.predictions(rows, str(predictions), samples)
+    answers, counts, notes = match(samples, found, allow_missing)
     if not data:
         notes.append("no --data was given: rows that the prediction file lacks altogether can go unnoticed.")
+    if submission:
+        notes += benchmark.write_submission(samples, answers, submission)
     score = benchmark.score(samples, answers, judge)
     score.counts.update(counts)
     score.notes[:0] = notes
@@ -62,36 +86,116 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
     Raises:
         EvalError: if columns or rows are lacking.
     """
+    rows = benchmark.normalise(list(rows))
     benchmark.check_columns(rows, str(source))
     samples = benchmark.samples(rows)
     benchmark.check_whole(samples, str(source))
     return samples
 
 
+def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missing: bool) -> float:
+    """Read a score from a result file of this command or of ``eval.run``, or make it from predictions.
+
+    Args:
+        benchmark: whose rules to follow.
+        source: the result or prediction file.
+        data: the benchmark file.
+        allow_missing: as for ``score_file``.
+
+    Raises:
+        EvalError: if the result is of another benchmark or rule, or holds no score.
+    """
+    result = json_object(source)
+    if result is None or "rule" not in result:
+        result = asdict(score_file(benchmark, source, data, allow_missing, None))
+    if result["rule"] != benchmark.rule or result["score"] is None:
+        raise EvalError(f"{source}: holds {result['score']} by the rule {result['rule']}; needed {benchmark.rule}.")
+    return result["score"]
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that holds one object; None for any other file."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 @app.command()
 def main(
-    benchmark: Annotated[str, typer.Argument(help="mmbench, mmstar or mmvet.")],
+    benchmark: Annotated[str, typer.Argument(help=", ".join(BENCHMARKS))],
     predictions: Annotated[Path, typer.Option(help="Predictions (xlsx, tsv, csv, jsonl, json), or grades of MM-Vet.")],
-    json: Annotated[Path, typer.Option(help="Where to write the scores.")],
+    output: Annotated[Path, typer.Option("--json", help="Where to write the scores.")],
     data: Annotated[Path | None, typer.Option(help="Benchmark file, where the predictions do not repeat it.")] = None,
+    rule: Annotated[str | None, typer.Option(help="How to score; the benchmark's official rule by default.")] = None,
     allow_missing: Annotated[bool, typer.Option(help="Count absent predictions as wrong; else refuse them.")] = False,
+    submission: Annotated[Path | None, typer.Option(help="Also write what the benchmark's server takes.")] = None,
+    without_image: Annotated[
+        Path | None, typer.Option(help="MMStar: result or predictions of the same model without pictures.")
+    ] = None,
+    language_model: Annotated[
+        Path | None, typer.Option(help="MMStar: result or predictions of the language model it was built on.")
+    ] = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = DEFAULT_JUDGE,
     judge_runs: JudgeRuns = 1,
+    judge_concurrency: JudgeConcurrency = 4,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_budget: JudgeBudget = None,
+    judge_dry_run: JudgeDryRun = False,
 ) -> None:
     """Score a saved prediction file alone."""
     console = Console()
+    limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     try:
-        chosen = get_benchmark(benchmark)
-        judge = make_judge(judge_url, judge_model, judge_runs, json.parent, predictions.stem)
-        score = score_file(chosen, predictions, data, allow_missing, judge)
-    except EvalError as error:
+        chosen = get_benchmark(benchmark, rule)
+        name = output.parent, predictions.stem
+        judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
+        score = score_file(chosen, predictions, data, allow_missing, judge, submission)
+        if without_image or language_model:
+            add_gain(chosen, score, without_image, language_model, data, allow_missing)
+    except (EvalError, OSError) as error:
         fail(error)
-    files = {"predictions": predictions, "data": data}
+    files = {
+        "predictions": predictions,
+        "data": data,
+        "without_image": without_image,
+        "language_model": language_model,
+    }
     described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
-    write_json(json, {"benchmark": benchmark, **asdict(score), **described, "versions": versions("llava_skip")})
-    console.print(score_table(f"{benchmark}: {predictions.name}", score))
-    conclude(score, json, console, success=("scored",))
+    write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
+    console.print(score_table(f"{chosen.name}: {predictions.name}", score))
+    conclude(score, output, console, success=("scored",))
+
+
+def add_gain(
+    benchmark: Benchmark,
+    score: Score,
+    without_image: Path | None,
+    language_model: Path | None,
+    data: Path | None,
+    allow_missing: bool,
+) -> None:
+    """Add MMStar's multi-modal gain and leakage to a score.
+
+    Args:
+        benchmark: must be MMStar.
+        score: that of the model with pictures; extended.
+        without_image: result or predictions without pictures.
+        language_model: result or predictions of the bare language model.
+        data: the benchmark file.
+        allow_missing: as for ``score_file``.
+
+    Raises:
+        EvalError: for another benchmark, or if one of the two files is lacking.
+    """
+    if not isinstance(benchmark, MMStar) or without_image is None or language_model is None or score.score is None:
+        raise EvalError("gain and leakage are MMStar's: give --without-image and --language-model together.")
+    others = (headline(benchmark, path, data, allow_missing) for path in (without_image, language_model))
+    score.scores["gain and leakage"] = gain_and_leakage(score.score, *others)
 
 
 if __name__ == "__main__":

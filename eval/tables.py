@@ -1,23 +1,60 @@
 """Read the table formats in which benchmarks and predictions are published, with one convention for cells.
 
-A cell is a ``str`` (missing cells are ``""``), except for nested JSON values and image bytes, which stay what they are.
+A cell is a ``str`` (missing cells are ``""``), except for nested JSON values and image bytes, which stay what they are,
+and base64 pictures of tsv and csv files, which stay in the file (``StoredText``) so that gigabytes can be read.
 Nothing is guessed to be missing: an option or a prediction that reads "None" or "NA" stays that text. Column names are
 lower-cased with ``_`` for ``-``, except the one-letter option columns, so ``L2-category`` and ``l2_category`` are one.
 """
 
 import csv
 import hashlib
+import io
 import json
 import math
+import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eval.errors import EvalError, some
 
 Row = dict[str, Any]
+
+# A cell this short cannot be a picture: VLMEvalKit stores there the index of the row that owns the picture.
+REFERENCE_LENGTH = 64
+CELL_LIMIT = 32_767  # characters that Excel keeps in one cell
+# What decides the answers: the parts of a folder that are hashed, pictures left out.
+HASHED_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """A long cell of a tsv or csv file, left where it is until it is needed.
+
+    Attributes:
+        path: the file.
+        start: first byte of the cell's record.
+        size: bytes of the record.
+        column: place of the cell in the record.
+        delimiter: what separates the cells.
+    """
+
+    path: Path
+    start: int
+    size: int
+    column: int
+    delimiter: str
+
+    def read(self) -> str:
+        """Read the cell's text."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            record = file.read(self.size).decode()
+        return next(csv.reader(io.StringIO(record, newline=""), delimiter=self.delimiter))[self.column]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -33,6 +70,8 @@ def read_rows(path: Path) -> list[Row]:
         EvalError: if the file is missing, empty, malformed or of another format.
     """
     path = Path(path)
+    if path.is_dir():
+        raise EvalError(f"{path}: is a folder; give one of its files.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise EvalError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
@@ -51,17 +90,61 @@ def sha256(paths: Iterable[Path]) -> str:
     """Hash files (name and content, in the order given), so that results say what they were made from.
 
     Args:
-        paths: the files to hash as one.
+        paths: the files to hash as one; of a folder its tables and texts count, not its pictures.
     """
-    paths = list(paths)
+    files = [file for path in paths for file in _hashed_files(Path(path))]
     digest = hashlib.sha256()
-    for path in paths:
-        if len(paths) > 1:  # one file alone keeps the hash that sha256sum prints
+    for path in files:
+        if len(files) > 1:  # one file alone keeps the hash that sha256sum prints
             digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _hashed_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in HASHED_SUFFIXES)
+
+
+def write_xlsx(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> dict[str, int]:
+    """Write rows as text cells, so that no answer is taken for a formula.
+
+    Args:
+        path: the file; its folder is made.
+        columns: what to write, in order; a cell that a row lacks or that is "" stays empty.
+        rows: the rows.
+
+    Returns:
+        How many cells had to lose something that a workbook cannot hold: ``control_characters`` and ``cut`` (text
+        beyond 32767 characters).
+    """
+    import openpyxl
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    sheet.append(list(columns))
+    lost = {"control_characters": 0, "cut": 0}
+    for row in rows:
+        cells: list[Any] = []
+        for value in (row.get(column, "") for column in columns):
+            if isinstance(value, str) and value:
+                text = ILLEGAL_CHARACTERS_RE.sub("", value)
+                lost["control_characters"] += text != value
+                lost["cut"] += len(text) > CELL_LIMIT
+                value = WriteOnlyCell(sheet, text[:CELL_LIMIT])
+                value.data_type = "s"  # openpyxl takes text that starts with "=" for a formula
+            cells.append(None if value == "" else value)
+        sheet.append(cells)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    book.save(partial)
+    os.replace(partial, path)
+    return lost
 
 
 def cell_text(value: Any) -> Any:
@@ -81,36 +164,61 @@ def column_name(name: str) -> str:
     return name if len(name) == 1 else name.lower().replace("-", "_")
 
 
-def _rows(path: Path, header: list[str], lines: Iterable[list[Any]]) -> Iterator[Row]:
-    """Pair each line of a sheet with the header; unnamed columns (a saved data-frame index) are left out."""
+def _column_names(path: Path, header: Iterable[str]) -> list[str]:
+    """Bring a header to canonical names, "" for an unnamed column (a saved data-frame index)."""
     names = [column_name(name) for name in header]
     doubled = sorted({name for name in names if name and names.count(name) > 1})
     if doubled:
         raise EvalError(f"{path}: column names occur twice: {some(doubled)}; rename or drop one.")
-    for line in lines:
-        yield {name: cell_text(value) for name, value in zip(names, line, strict=True) if name}
+    return names
+
+
+class _Lines:
+    """The lines of an open UTF-8 file, counting the bytes that have been read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.read = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline()
+        if not line:
+            raise StopIteration
+        encoding = "utf-8" if self.read else "utf-8-sig"
+        self.read += len(line)
+        return line.decode(encoding)
 
 
 def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # a base64 image is far beyond the default of 128 kB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            header = next(reader, [])
-            yield from _rows(path, header, _checked(path, reader, len(header)))
+            names = _column_names(path, next(reader, []))
+            start = lines.read
+            for record in reader:
+                if record:
+                    _check_width(path, reader.line_num, record, names)
+                    cells: list[Any] = list(record)
+                    for column in (number for number, name in enumerate(names) if name == "image"):
+                        if len(record[column]) > REFERENCE_LENGTH:
+                            cells[column] = StoredText(path, start, lines.read - start, column, delimiter)
+                    yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
+                start = lines.read
         except csv.Error as error:
             raise EvalError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
 
 
-def _checked(path: Path, reader: Any, width: int) -> Iterator[list[str]]:
-    for line in reader:
-        if line and len(line) != width:
-            raise EvalError(
-                f"{path}, line {reader.line_num}: {len(line)} fields, but the header has {width}; "
-                "is the file cut, or are its fields not quoted?"
-            )
-        if line:
-            yield line
+def _check_width(path: Path, line: int, record: list[str], names: list[str]) -> None:
+    if len(record) != len(names):
+        raise EvalError(
+            f"{path}, line {line}: {len(record)} fields, but the header has {len(names)}; "
+            "is the file cut, or are its fields not quoted?"
+        )
 
 
 def _read_xlsx(path: Path) -> Iterator[Row]:
@@ -123,10 +231,11 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
     except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
         raise EvalError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
     lines = book.active.iter_rows(values_only=True)
-    header = ["" if name is None else str(name) for name in next(lines, ())]
-    width = len(header)
-    filled = ([*line, *[None] * (width - len(line))] for line in lines if any(value is not None for value in line))
-    yield from _rows(path, header, filled)
+    names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
+    for line in lines:
+        if any(value is not None for value in line):
+            cells = [*line, *[None] * (len(names) - len(line))]
+            yield {name: cell_text(cell) for name, cell in zip(names, cells, strict=False) if name}
     book.close()
 
 
@@ -148,10 +257,23 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield _record(path, f"line {number}", value)
 
 
+class _DoubledKeys(ValueError):
+    """A JSON object names a key twice, of which the json module would silently keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _DoubledKeys(some([key for key, count in Counter(key for key, _ in pairs).items() if count > 1]))
+    return found
+
+
 def _read_json(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+    except _DoubledKeys as error:
+        raise EvalError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # some tools name JSON lines ".json"
             yield from _read_jsonl(path)

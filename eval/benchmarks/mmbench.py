@@ -4,9 +4,9 @@ Index g < 1e6 is a question, index k*1e6 + g its k-th copy with rotated options.
 its copies are answered right. Copies are never made here, because some groups of the public files have fewer.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.base import (
@@ -19,10 +19,11 @@ from eval.benchmarks.base import (
     listed_options,
     options,
 )
-from eval.errors import EvalError, some
-from eval.extraction import NO_CHOICE, RULE, extract_choice
+from eval.errors import EvalError, JudgeUnavailable, some
+from eval.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.judge import Judge
-from eval.tables import Row
+from eval.matching import CHINESE, Matches, match_choices
+from eval.tables import Row, write_xlsx
 
 PASS_STEP = 1_000_000
 CHINESE_INSTRUCTION = "请直接回答选项字母。"
@@ -34,7 +35,15 @@ ABBREVIATIONS = {
     "logic_reasoning": "LR",
     "relation_reasoning": "RR",
 }
-_CHINESE = re.compile("[\u4e00-\u9fff]")
+# Questions and rows of the public files; v1.1 is known by its higher indices.
+EDITIONS = {
+    (1164, 4329): "v1.0 dev of 2023-10-03",
+    (1176, 4377): "v1.0 dev of 2023-07-12",
+    (1784, 6666): "v1.0 test",
+    (510, 2040): "CCBench",
+}
+FIRST_V11_INDEX = 3000
+REQUIRED = ("index", "question", "A", "B", "C", "D", "prediction")  # by the server
 
 Groups = dict[int, list[Sample]]
 
@@ -43,10 +52,12 @@ class MMBench(Benchmark):
     """MMBench dev and test, English and Chinese, v1.0 and v1.1, and CCBench."""
 
     name = "mmbench"
-    rule = f"mmbench-circular/{RULE}"
+    rules = {name: f"mmbench-circular/{version}" for name, version in VERSIONS.items()}
+    protocols = ("llava", "vlmevalkit", "vlmevalkit-llava", "lmms-eval")
     max_new_tokens = 1024
     embedded = "mmbench.tsv"
     columns = ("question", "A", "B")  # test files have no answers
+    submission = "submission.xlsx"
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """Turn rows into samples; every copy needs its question and all earlier copies."""
@@ -66,6 +77,10 @@ class MMBench(Benchmark):
             )
         return samples
 
+    def question(self, id_: Id) -> Id:
+        """Return the index of the main row."""
+        return int(id_) % PASS_STEP
+
     def limit(self, samples: list[Sample], count: int) -> list[Sample]:
         """Keep the first ``count`` questions with all their copies."""
         kept = set(list(group(samples))[:count])
@@ -81,37 +96,128 @@ class MMBench(Benchmark):
             )
 
     def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name LLaVA's prompt, in the file's language."""
-        return "llava-cn" if _is_chinese(samples) else "llava-en"
+        """Name the prompt protocol, in the file's language."""
+        return f"{self.chosen_protocol}-{'cn' if _is_chinese(samples) else 'en'}"
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word LLaVA's MMBench prompts; the instruction follows the language of the file, not of single rows."""
-        instruction = CHINESE_INSTRUCTION if _is_chinese(samples) else LETTER_INSTRUCTION
-        return [f"{question_text(sample.fields)}\n{instruction}" for sample in samples]
+        """Word the prompts, in the language of the file or, where the protocol does so, of each row."""
+        chinese = _is_chinese(samples)
+        word = {
+            "llava": lambda fields: llava_prompt(fields, chinese),
+            "vlmevalkit": vlmevalkit_prompt,
+            "vlmevalkit-llava": vlmevalkit_llava_prompt,
+            "lmms-eval": lambda fields: lmms_eval_prompt(fields, chinese),
+        }[self.chosen_protocol]
+        return [word(sample.fields) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score circularly (official) and plainly (for comparison), overall and by ability of the main row."""
-        letters = {s.id: extract_choice(answers[s.id], options(s.fields)) for s in samples}
+        extract = EXTRACTORS[self.chosen_rule]
+        letters = {s.id: extract(answers[s.id], self.choices(s.fields)) for s in samples}
         groups = group(samples)
         graded = {first: passes for first, passes in groups.items() if all(_gold(sample) for sample in passes)}
-        counts = _counts(groups, graded, letters)
-        notes = _notes(groups, graded)
+        counts = _counts(groups, graded, letters, answers)
+        notes = _notes(groups, graded, counts)
         if not graded:
             return Score("unscored", self.rule, counts=counts, notes=notes)
+        matches = Matches()
+        if judge:
+            try:
+                matches = match_choices(_undecided(graded, letters), answers, judge, EXTRACTORS["vlmevalkit"])
+            except JudgeUnavailable as error:
+                notes.insert(0, f"matching answers to options is incomplete: {error} Run again to go on.")
+                return Score("incomplete", self.rule, counts=counts, notes=notes, judge=judge.describe())
+            counts["judge"] = {"asked": len(matches.letters), "drawn_at_random": len(matches.drawn)}
+            notes += _judge_notes(judge, matches)
         scores = {
-            split: _split_scores({first: groups[first] for first in firsts}, letters)
+            split: _split_scores({first: groups[first] for first in firsts}, letters, matches)
             for split, firsts in _by(graded, "split", default="none").items()
         }
         headline = "dev" if "dev" in scores else next(iter(scores))
         if len(scores) > 1:
             notes.append(f"the splits {', '.join(scores)} are not mixed; the score is that of {headline}.")
-        return Score("scored", self.rule, 100 * scores[headline]["Overall"], scores, counts, notes)
+        judged = judge.describe() if judge and not judge.dry_run else None
+        rule = f"{self.rule}+judge" if judged else self.rule
+        final = {**letters, **matches.letters}
+        per_sample: dict[Id, bool | float] = {
+            first: all(final[s.id] == _gold(s) for s in passes) for first, passes in graded.items()
+        }
+        score = 100 * scores[headline]["Overall"]
+        return Score("scored", rule, score, scores, counts, notes, judged, per_sample)
+
+    def choices(self, fields: Row) -> dict[str, str]:
+        """Collect the options as the scoring rule sees them; lmms-eval takes "nan" for a text."""
+        if self.chosen_rule == "lmms-eval":
+            return {letter: fields[letter] for letter in "ABCD" if fields.get(letter, "")}
+        return options(fields)
+
+    def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
+        """Write the workbook that the MMBench server takes (LLaVA's form), after checking that every pass is there."""
+        self.check_whole(samples, "the submission")
+        columns = [*REQUIRED, *(name for name in ("answer", "split") if any(_cell(s, name) for s in samples))]
+        rows = ({**{name: _cell(s, name) for name in columns}, "prediction": answers[s.id]} for s in samples)
+        lost = write_xlsx(path, columns, rows)
+        notes = [f"{path}: {len(samples)} rows of {len(group(samples))} questions, all passes, for the MMBench server."]
+        if lost["control_characters"]:
+            notes.append(f"{lost['control_characters']} cells had control characters, which a workbook cannot hold.")
+        if lost["cut"]:
+            notes.append(f"{lost['cut']} cells were cut to the length that a workbook can hold.")
+        return notes
 
 
 def question_text(fields: Row) -> str:
-    """Word hint, question and options, without the instruction."""
+    """Word hint, question and options as LLaVA does, without the instruction."""
     hint = fields.get("hint", "")
     return ("" if is_missing(hint) else f"{hint}\n") + fields["question"] + listed_options(fields)
+
+
+def llava_prompt(fields: Row, chinese: bool) -> str:
+    """Word LLaVA's prompt (``model_vqa_mmbench.py`` with ``--single-pred-prompt``)."""
+    return f"{question_text(fields)}\n{CHINESE_INSTRUCTION if chinese else LETTER_INSTRUCTION}"
+
+
+def vlmevalkit_prompt(fields: Row) -> str:
+    """Word VLMEvalKit's prompt for models without one of their own (``image_mcq.py``)."""
+    hint, choices = fields.get("hint", ""), options(fields)
+    text = ("" if is_missing(hint) else f"Hint: {hint}\n") + f"Question: {fields['question']}\n"
+    if choices:
+        text += "Options:\n" + "".join(f"{letter}. {option}\n" for letter, option in choices.items())
+        text += "Please select the correct answer from the options above. \n"
+    return text
+
+
+def vlmevalkit_llava_prompt(fields: Row) -> str:
+    """Word VLMEvalKit's prompt for LLaVA models, which looks for Chinese row by row."""
+    hint, choices = fields.get("hint", ""), options(fields)
+    text = ("" if is_missing(hint) else f"{hint}\n") + fields["question"]
+    text += "".join(f"\n{letter}. {option}" for letter, option in choices.items())
+    if CHINESE.search(text):
+        return text + ("\n请直接回答选项字母。" if choices else "\n请直接回答问题。")
+    return text + (f"\n{LETTER_INSTRUCTION}" if choices else "\nAnswer the question directly.")
+
+
+def lmms_eval_prompt(fields: Row, chinese: bool) -> str:
+    """Word lmms-eval's prompt (``en_utils.py``, ``cn_utils.py``); the Chinese one prints a hint that reads "nan"."""
+    hint = fields.get("hint", "")
+    shown = hint if chinese or hint != "nan" else ""
+    lead = "有如下几个选项：" if chinese else "There are several options:"
+    instruction = "请直接使用所提供的选项字母作为答案回答。" if chinese else LETTER_INSTRUCTION
+    choices = [f"\n{letter}. {fields[letter]}" for letter in "ABCDE" if fields.get(letter, "") not in ("", "nan")]
+    text = f"{shown} " if shown else ""
+    return f"{text}{fields['question']} {lead}{''.join(choices)}\n\n{instruction}"
+
+
+def edition(samples: Sequence[Sample]) -> str:
+    """Name the public file that has so many questions and rows, with its language.
+
+    Args:
+        samples: all rows.
+    """
+    groups = group(samples)
+    name = EDITIONS.get((len(groups), len(samples)), "other")
+    if max(groups) >= FIRST_V11_INDEX:
+        name = "v1.1"
+    return name if name in ("other", "CCBench") else f"{name}, {'CN' if _is_chinese(samples) else 'EN'}"
 
 
 def group(samples: Sequence[Sample]) -> Groups:
@@ -144,12 +250,20 @@ def _question(sample: Sample) -> int:
 
 
 def _is_chinese(samples: Sequence[Sample]) -> bool:
-    return 2 * sum(bool(_CHINESE.search(sample.fields["question"])) for sample in samples) > len(samples)
+    return 2 * sum(bool(CHINESE.search(sample.fields["question"])) for sample in samples) > len(samples)
 
 
 def _gold(sample: Sample) -> str:
     answer = sample.fields.get("answer", "").strip()
     return "" if is_missing(answer) else answer
+
+
+def _cell(sample: Sample, column: str) -> Any:
+    if column == "index":
+        return sample.id
+    if len(column) == 1:
+        return options(sample.fields).get(column, "")
+    return _gold(sample) if column == "answer" else sample.fields.get(column, "")
 
 
 def _by(groups: Groups, column: str, default: str = "") -> dict[str, list[int]]:
@@ -162,15 +276,26 @@ def _by(groups: Groups, column: str, default: str = "") -> dict[str, list[int]]:
     return dict(parts)
 
 
-def _split_scores(groups: Groups, letters: Mapping[Id, str | None]) -> dict[str, Any]:
-    right = {s.id: letters[s.id] == _gold(s) for passes in groups.values() for s in passes}
+def _undecided(groups: Groups, letters: Mapping[Id, str | None]) -> list[Sample]:
+    """List the rows that a judge must read: no letter was found, and no other pass of the question is wrong already."""
+    rows = []
+    for passes in groups.values():
+        unread = [s for s in passes if letters[s.id] is None]
+        if all(letters[s.id] == _gold(s) for s in passes if letters[s.id] is not None):
+            rows += unread
+    return rows
+
+
+def _split_scores(groups: Groups, letters: Mapping[Id, str | None], matches: Matches) -> dict[str, Any]:
+    final = {**letters, **matches.letters}
+    right = {s.id: final[s.id] == _gold(s) for passes in groups.values() for s in passes}
     hit = {first: all(right[s.id] for s in passes) for first, passes in groups.items()}
 
     def mean(firsts: Sequence[int]) -> float:
         return sum(hit[first] for first in firsts) / len(firsts)
 
     l2, l3 = _by(groups, "l2_category"), _by(groups, "category")
-    return {
+    scores: dict[str, Any] = {
         "Overall": mean(list(groups)),
         "L2": {ABBREVIATIONS.get(name, name): mean(l2[name]) for name in sorted(l2)},
         "L3": {name: mean(l3[name]) for name in sorted(l3)},
@@ -181,22 +306,35 @@ def _split_scores(groups: Groups, letters: Mapping[Id, str | None]) -> dict[str,
             "all_rows": sum(right.values()) / len(right),
         },
     }
+    if matches.letters:
+        settled = [f for f, passes in groups.items() if hit[f] and not matches.drawn & {s.id for s in passes}]
+        exact = [f for f, passes in groups.items() if all(letters[s.id] == _gold(s) for s in passes)]
+        scores["without_random_letters"] = len(settled) / len(groups)
+        scores["without_judge"] = len(exact) / len(groups)
+    return scores
 
 
-def _counts(groups: Groups, graded: Groups, letters: Mapping[Id, str | None]) -> dict[str, Any]:
+def _counts(
+    groups: Groups, graded: Groups, letters: Mapping[Id, str | None], answers: Mapping[Id, str]
+) -> dict[str, Any]:
+    every = [sample for passes in groups.values() for sample in passes]
     rows = [sample for passes in graded.values() for sample in passes]
     return {
+        "edition": edition(every),
         "questions": len(groups),
         "rows": len(letters),
         "passes": dict(sorted(Counter(str(len(passes)) for passes in groups.values()).items())),
         "without_gold": len(groups) - len(graded),
         "gold_not_an_option": sum(_gold(sample) not in options(sample.fields) for sample in rows),
+        "options_that_read_nan": sum(any(map(is_missing, options(sample.fields).values())) for sample in every),
+        "empty": sum(not answers[sample.id].strip() for sample in every),
         "unresolved": sum(letter is None for letter in letters.values()),
         "no_choice": sum(letter == NO_CHOICE for letter in letters.values()),
+        "lookalike_letters": sum(is_lookalike(answers[sample.id]) for sample in every),
     }
 
 
-def _notes(groups: Groups, graded: Groups) -> list[str]:
+def _notes(groups: Groups, graded: Groups, counts: Mapping[str, Any]) -> list[str]:
     notes = []
     if len(graded) < len(groups):
         lacking = len(groups) - len(graded)
@@ -207,4 +345,26 @@ def _notes(groups: Groups, graded: Groups) -> list[str]:
     barred = [s.id for passes in graded.values() for s in passes if _gold(s) not in options(s.fields)]
     if barred:
         notes.append(f"the gold letter of {some(barred)} rows is not among their options, so they cannot be right.")
+    if counts["options_that_read_nan"]:
+        notes.append(
+            f"{counts['options_that_read_nan']} rows have an option that reads nan or none; it counts as an option, "
+            "but LLaVA's prompt leaves it and those behind it out."
+        )
+    if counts["lookalike_letters"]:
+        notes.append(
+            f"{counts['lookalike_letters']} answers are a letter of another alphabet that looks like an option letter; "
+            "no published rule accepts it."
+        )
+    return notes
+
+
+def _judge_notes(judge: Judge, matches: Matches) -> list[str]:
+    if judge.dry_run:
+        return [f"dry run: {judge.sent} answers would be put to the judge; nothing was sent."]
+    notes = ["plain scores count answers that the judge was not asked about as wrong."]
+    if matches.drawn:
+        notes.append(
+            f"the judge settled nothing for {len(matches.drawn)} answers; their letters were drawn at random from a "
+            "fixed seed, and 'without_random_letters' counts them as wrong."
+        )
     return notes

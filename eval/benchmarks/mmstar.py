@@ -1,11 +1,17 @@
-"""MMStar (Lin-Chen/MMStar): multiple choice without copies, scored by the first characters of the answer."""
+"""MMStar (Lin-Chen/MMStar): multiple choice without copies, scored by the first characters of the answer.
 
+VLMEvalKit and lmms-eval score it by rules of their own, whose numbers are not comparable with the official ones.
+"""
+
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from eval.benchmarks.base import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options
+from eval.benchmarks.base import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
 from eval.errors import EvalError, some
+from eval.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
 from eval.judge import Judge
+from eval.tables import Row
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
 OFFICIAL = {
@@ -25,13 +31,20 @@ OFFICIAL = {
     "math": {"geometry": 116, "numeric commonsense and calculation": 48, "statistical reasoning": 86},
 }
 _LEADS = ("", "(", "option ", "the answer is ")
+_LETTERED = re.compile(r"(?:^|,) *([A-D]): ")
+_BRACKETED = re.compile(r"^\(([A-D])\) (.*)$", re.MULTILINE)
 
 
 class MMStar(Benchmark):
     """MMStar in its published form (options inside the question) or with option columns."""
 
     name = "mmstar"
-    rule = "mmstar-official"
+    rules = {
+        "official": "mmstar-official",
+        "vlmevalkit": f"mmstar/{VERSIONS['vlmevalkit']}",
+        "lmms-eval": f"mmstar/{VERSIONS['lmms-eval-static']}",
+    }
+    protocols = ("skip-vision", "official", "vlmevalkit", "lmms-eval")
     max_new_tokens = 1024
     embedded = "mmstar.tsv"
     columns = ("question", "answer", "category", "l2_category")
@@ -44,31 +57,117 @@ class MMStar(Benchmark):
                 f"{source}: lacks {lacking} of MMStar's 1500 rows; complete it, or give the benchmark file with --data."
             )
 
-    def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name the prompt of the Skip-Vision evaluation, which asks for the letter."""
-        return "skip-vision"
-
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word question, option columns if there are any, and the instruction."""
-        return [
-            s.fields["question"].replace("<image 1>", "image") + listed_options(s.fields) + f"\n{LETTER_INSTRUCTION}"
-            for s in samples
-        ]
+        """Word question, option columns if there are any, and the instruction of the protocol."""
+        word = {
+            "skip-vision": skip_vision_prompt,
+            "official": official_prompt,
+            "vlmevalkit": vlmevalkit_prompt,
+            "lmms-eval": lmms_eval_prompt,
+        }[self.chosen_protocol]
+        return [word(sample.fields) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
-        """Score by the official rule: fractions of all questions, of each category and of each sub-category."""
+        """Score by the chosen rule: fractions of all questions, of each category and of each sub-category."""
         lacking = [sample.id for sample in samples if is_missing(sample.fields["answer"])]
         if lacking:
             raise EvalError(f"{some(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
+        right = {s.id: self._is_right(answers[s.id], s.fields) for s in samples}
         hits: Counter[tuple[str, ...]] = Counter()
         totals = _totals(samples)
         for sample in samples:
-            if is_right(answers[sample.id], sample.fields["answer"]):
+            if right[sample.id]:
                 category, sub = sample.fields["category"], sample.fields["l2_category"]
                 hits.update([(), (category,), (category, sub)])
-        scores = {_key(part): hits[part] / total for part, total in totals.items()}
-        counts = {"questions": len(samples), "hits": hits[()], "empty": sum(not answers[s.id].strip() for s in samples)}
-        return Score("scored", self.rule, 100 * scores["final score"], scores, counts)
+        shares = {part: hits[part] / total for part, total in totals.items()}
+        if self.chosen_rule == "lmms-eval":
+            shares = _unweighted(shares)
+        scores = {_key(part): share for part, share in shares.items()}
+        texts = [answers[s.id] for s in samples]
+        counts = {
+            "questions": len(samples),
+            "hits": hits[()],
+            "empty": sum(not text.strip() for text in texts),
+            "lookalike_letters": sum(map(is_lookalike, texts)),
+        }
+        notes = []
+        if self.chosen_rule != "official":
+            notes.append(
+                f"the rule {self.rule} is not MMStar's own: its numbers are not comparable with published ones."
+            )
+        score = 100 * scores["final score"]
+        return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+    def _is_right(self, prediction: str, fields: Row) -> bool:
+        if self.chosen_rule == "official":
+            return is_right(prediction, fields["answer"])
+        if self.chosen_rule == "lmms-eval":
+            letter = lmms_eval_static(prediction, dict.fromkeys("ABCD", ""))
+        else:
+            letter = vlmevalkit(prediction, question_options(fields))
+        return letter == fields["answer"].strip()
+
+
+def skip_vision_prompt(fields: Row) -> str:
+    """Word the paper's prompt: the question in words for its picture, and the letter instruction."""
+    return fields["question"].replace("<image 1>", "image") + listed_options(fields) + f"\n{LETTER_INSTRUCTION}"
+
+
+def official_prompt(fields: Row) -> str:
+    """Word the prompt of MMStar's own code for LLaVA: a letter is asked for only where there are option columns."""
+    lines = listed_options(fields)
+    return fields["question"] + lines + (f"\n{LETTER_INSTRUCTION}" if lines else "\nAnswer the question directly.")
+
+
+def vlmevalkit_prompt(fields: Row) -> str:
+    """Word VLMEvalKit's prompt for LLaVA models."""
+    lines = "".join(f"\n{letter}. {text}" for letter, text in options(fields).items())
+    return fields["question"] + lines + (f"\n{LETTER_INSTRUCTION}" if lines else "\nAnswer the question directly.")
+
+
+def lmms_eval_prompt(fields: Row) -> str:
+    """Word lmms-eval's prompt, whose instruction has no full stop."""
+    return fields["question"].strip() + f"\n{LETTER_INSTRUCTION.removesuffix('.')}"
+
+
+def question_options(fields: Row) -> dict[str, str]:
+    """Collect the options, from columns or from the question (``Options: A: x, B: y`` or lines ``(A) x``).
+
+    Args:
+        fields: the record.
+
+    Returns:
+        Text by letter; letters with empty texts where the question has another form.
+    """
+    columns = options(fields)
+    if columns:
+        return columns
+    lead, _, listed = fields["question"].rpartition("Options:")
+    if not lead:
+        return dict(_BRACKETED.findall(fields["question"])) or dict.fromkeys("ABCD", "")
+    parts = _LETTERED.split(listed.strip())
+    return dict(zip(parts[1::2], (text.strip() for text in parts[2::2]), strict=True))
+
+
+def gain_and_leakage(with_image: float, without_image: float, language_model: float) -> dict[str, float]:
+    """Compute MMStar's two measures of what a score owes to the pictures.
+
+    Args:
+        with_image: the model's score with pictures, 0 to 100.
+        without_image: its score on the questions alone.
+        language_model: the score of the language model that it was built on.
+
+    Returns:
+        The three scores, ``multi-modal gain`` (what pictures add) and ``multi-modal leakage`` (what the training on
+        pictures added to answers without them), in points.
+    """
+    return {
+        "with image": with_image,
+        "without image": without_image,
+        "language model": language_model,
+        "multi-modal gain": with_image - without_image,
+        "multi-modal leakage": max(0.0, without_image - language_model),
+    }
 
 
 def is_right(prediction: str, gold: str) -> bool:
@@ -103,6 +202,15 @@ def _key(part: tuple[str, ...]) -> str:
     if not part:
         return "final score"
     return part[0] if len(part) == 1 else f"{part[0]}({part[1]})"
+
+
+def _unweighted(shares: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    """Average sub-categories without weights, as lmms-eval does."""
+    averaged: dict[tuple[str, ...], float] = dict(shares)
+    for part in shares:
+        subs = [share for sub, share in shares.items() if len(sub) == 2 and sub[: len(part)] == part]
+        averaged[part] = sum(subs) / len(subs)
+    return averaged
 
 
 def _totals(samples: Sequence[Sample]) -> dict[tuple[str, ...], int]:

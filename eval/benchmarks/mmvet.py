@@ -1,85 +1,37 @@
-"""MM-Vet (mm-vet.json): open questions, graded 0 to 1 by a language model and averaged by capability.
+"""MM-Vet (mm-vet.json): open questions, graded 0 to 1 by a language model and averaged by capability."""
 
-Structure, scale, worked cases, retries and averages follow the official grader; the wording of its prompt is our own.
-"""
-
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.benchmarks.base import Benchmark, Id, Sample, Score
 from eval.errors import EvalError, JudgeUnavailable, some
-from eval.judge import Judge
-from eval.report import write_json
+from eval.grading import Grades, grade, parse_grade
+from eval.judge import Judge, read_replies
 from eval.tables import Row
 
-INSTRUCTION = (
-    "Below are questions, each with its ground truth and the prediction of a model. Compare the prediction with the "
-    "ground truth and say how correct it is. Where the ground truth holds <AND>, the prediction is totally right only "
-    "if it has all of the parts; where it holds <OR>, one part is enough to be totally right. The correctness is "
-    "one of 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0 (totally right). Only fill in the "
-    "last blank."
-)
-HEADER = ("Question", "Ground truth", "Prediction", "Correctness")
-_EQUATION = ("What is x in the equation?", "-1 <AND> -5")
-_MEME = (
-    "Can you explain this meme?",
-    "The meme is about two countries whose names mislead: Iceland, whose name promises ice, is mild and green, while "
-    "Greenland, whose name promises green, lies almost wholly under ice. The two countries are shown side by side, and "
-    "the caption says that this mix-up is where its author's trust issues began. It is funny because an ordinary fact "
-    "of geography is blamed for a lasting personal distrust.",
-)
-WORKED_CASES = (
-    (*_EQUATION, "x = 3", "0.0"),
-    (*_EQUATION, "x = -1", "0.5"),
-    (*_EQUATION, "x = -5", "0.5"),
-    (*_EQUATION, "x = -5 or 5", "0.5"),
-    (*_EQUATION, "x = -1 or x = -5", "1.0"),
-    (
-        *_MEME,
-        "The meme plays on the names of Iceland and Greenland: Iceland is in fact green, and Greenland is in fact icy.",
-        "0.4",
-    ),
-    (
-        *_MEME,
-        "The meme jokes that the names of Iceland and Greenland are the wrong way round: Iceland is lush and Greenland "
-        "is a sheet of ice. Its author claims that finding this out gave them trust issues, and the humour lies in "
-        "blaming a deep suspicion of everything on two badly chosen names.",
-        "1.0",
-    ),
-)
-REASK = "\nPredict the correctness of the answer (digit): "
-# The official grader asks once more after these, but never reads that reply.
-TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)
-MAX_TOKENS = 3
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
-
-Grades = dict[str, dict[str, Any]]
 
 
 class MMVet(Benchmark):
     """MM-Vet v1: ids v1_0 to v1_217, or any file of its form."""
 
     name = "mmvet"
-    rule = "mmvet-official-grader"
+    rules = {"official": "mmvet-official-grader", "vlmevalkit": "mmvet-official-grader/vlmevalkit-averages"}
     max_new_tokens = 1024
     embedded = "mm-vet/mm-vet.json"
     columns = ("question", "answer", "capability")
 
+    def normalise(self, rows: list[Row]) -> list[Row]:
+        """Take VLMEvalKit's ``category`` for the capabilities."""
+        return [row if "capability" in row or "category" not in row else _renamed(row) for row in rows]
+
     def row_id(self, row: Row) -> Id:
-        """Return the id as ``v1_n``, also where a file says only n (LLaVA's question_id)."""
+        """Return the id as ``v1_n``, also where a file says only n (LLaVA's question_id, VLMEvalKit's index)."""
         id_ = super().row_id(row)
         return f"v1_{id_}" if isinstance(id_, int) else id_
-
-    def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name LLaVA's prompt: the bare question."""
-        return "llava"
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
         """Return the questions as they are."""
@@ -87,33 +39,46 @@ class MMVet(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Let the judge grade every answer, then average; without a judge there is no score."""
+        counts: dict[str, Any] = {
+            "questions": len(samples),
+            "empty": sum(not answers[sample.id].strip() for sample in samples),
+        }
         if judge is None:
             note = (
                 "no score was computed: MM-Vet answers are graded by a language model; give --judge-url (or "
                 "OPENAI_BASE_URL) and --judge-model."
             )
-            return Score("unscored", self.rule, counts={"questions": len(samples)}, notes=[note])
-        path = grade_file(judge)
-        grades = read_grades(path, samples, answers)
+            return Score("unscored", self.rule, counts=counts, notes=[note])
+        path = judge.file(f"grade-{judge.runs}runs")
         try:
-            grade(samples, answers, judge, grades, path)
+            grades = grade(samples, answers, judge, path)
         except JudgeUnavailable as error:
-            done = sum(len(grades.get(str(s.id), {}).get("score", [])) for s in samples)
-            counts = {"questions": len(samples), "grades": done, "grades_wanted": len(samples) * judge.runs}
-            note = f"grading is incomplete, {done} of {counts['grades_wanted']} grades: {error} Run again to go on."
-            return Score("incomplete", self.rule, counts=counts, notes=[note], judge=judge.describe())
+            counts |= _progress(samples, read_replies(path, {}), judge)
+            note = f"grading is incomplete, {counts['grades']} of {counts['grades_wanted']} grades: {error}"
+            notes = [f"{note} Run again to go on."]
+            return Score("incomplete", self.rule, counts=counts, notes=notes, judge=judge.describe())
+        if judge.dry_run:
+            note = f"dry run: {judge.sent} answers would be put to the judge, and nothing was sent."
+            return Score("unscored", self.rule, counts=counts, notes=[note])
         score = self.score_grades(samples, grades)
+        score.counts |= counts
         score.judge = judge.describe()
         return score
 
     def score_graded(self, samples: Sequence[Sample], rows: Sequence[Row]) -> Score | None:
-        """Average the rows of a grade file; None if they are predictions."""
-        if not isinstance(rows[0].get("score"), list):
+        """Average the rows of a grade file, or of VLMEvalKit's graded table; None if they are predictions."""
+        if "score" not in rows[0]:
             return None
-        return self.score_grades(samples, {str(self.row_id(row)): row for row in rows})
+        grades = {}
+        for row in rows:
+            scores = row.get("score", [])
+            grades[str(self.row_id(row))] = {**row, "score": scores if isinstance(scores, list) else [scores]}
+        if len(grades) < len(rows):
+            raise EvalError(f"{len(rows) - len(grades)} graded ids occur more than once; remove the repeated rows.")
+        return self.score_grades(samples, grades)
 
     def score_grades(self, samples: Sequence[Sample], grades: Mapping[str, Any]) -> Score:
-        """Average grades as the official report does.
+        """Average grades as the official report does, or unrounded by the rule "vlmevalkit".
 
         Args:
             samples: the questions.
@@ -122,37 +87,43 @@ class MMVet(Benchmark):
         Raises:
             EvalError: if a question has fewer grades than another, or a grade is not in [0, 1].
         """
+        by_id = {str(sample.id): sample for sample in samples}
         runs = max((len(entry.get("score", [])) for entry in grades.values()), default=0)
-        short = [s.id for s in samples if len(grades.get(str(s.id), {}).get("score", [])) != runs]
+        short = [id_ for id_ in by_id if len(grades.get(id_, {}).get("score", [])) != runs]
         if short or not runs:
             raise EvalError(f"{some(short)} of {len(samples)} questions lack grades of {runs} runs; finish grading.")
-        table = np.array([grades[str(s.id)]["score"] for s in samples], dtype=float)
-        bad = [s.id for s, row in zip(samples, table, strict=True) if not ((row >= 0) & (row <= 1)).all()]
-        if bad:
-            raise EvalError(f"{some(bad)} questions have grades outside [0, 1]; is this a grade file?")
-        capabilities = [capability_set(s.fields) for s in samples]
-        single = Counter(name for names in capabilities for name in names)
-        combined = Counter("_".join(names) for names in capabilities)
-        totals = _percent(table, [True] * len(samples))
-        summary = {"total": _round(totals.mean()), "std": _round(totals.std()), "runs": np.round(totals, 1).tolist()}
+        # In the order of the grade file, like the official script, so that the last bit before rounding is the same.
+        order = [id_ for id_ in grades if id_ in by_id]
+        table = np.array([[_grade(id_, value) for value in grades[id_]["score"]] for id_ in order])
+        sets = [capability_set(by_id[id_].fields) for id_ in order]
+        in_order = [capability_set(sample.fields) for sample in samples]
+        single = Counter(name for names in in_order for name in names)
+        combined = Counter("_".join(names) for names in in_order)
+        totals = _percent(table, [True] * len(order))
         scores: dict[str, Any] = {
-            name: _round(_percent(table, [name in names for names in capabilities]).mean())
-            for name, _ in single.most_common()
+            name: self._mean(_percent(table, [name in names for names in sets])) for name, _ in single.most_common()
         }
-        combinations = {
-            name: _round(_percent(table, ["_".join(names) == name for names in capabilities]).mean())
+        if self.chosen_rule == "official":
+            scores |= {"total": self._mean(totals), "std": _round(totals.std()), "runs": np.round(totals, 1).tolist()}
+        else:
+            scores["Overall"] = self._mean(totals)
+        scores["combinations"] = {
+            name: self._mean(_percent(table, ["_".join(names) == name for names in sets]))
             for name, _ in combined.most_common()
         }
         counts = {
             "questions": len(samples),
             "runs": runs,
-            "unknown": len(grades.keys() - {str(s.id) for s in samples}),
-            "replies_without_grade": sum(_unreadable(grades[str(s.id)]) for s in samples),
+            "unknown": len(grades.keys() - by_id.keys()),
+            "replies_without_grade": sum(_unreadable(grades[id_]) for id_ in order),
             "capabilities": dict(single.most_common()),
             "combinations": dict(combined.most_common()),
         }
-        scores |= {**summary, "combinations": combinations}
-        return Score("scored", self.rule, summary["total"], scores, counts, _notes(counts))
+        per_sample = dict(zip((by_id[id_].id for id_ in order), table.mean(axis=1).tolist(), strict=True))
+        return Score("scored", self.rule, self._mean(totals), scores, counts, _notes(counts), per_sample=per_sample)
+
+    def _mean(self, values: np.ndarray) -> float:
+        return _round(values.mean()) if self.chosen_rule == "official" else float(values.mean())
 
 
 def capability_set(fields: Row) -> tuple[str, ...]:
@@ -164,103 +135,26 @@ def capability_set(fields: Row) -> tuple[str, ...]:
     return (*known, *sorted(names - set(known)))
 
 
-def grading_prompt(sample: Sample, prediction: str) -> str:
-    """Word the question to the judge: instruction, table with worked cases, and the open row.
-
-    Args:
-        sample: the question with its ground truth.
-        prediction: the answer to grade, put in as it is.
-    """
-    rows = [HEADER, ("---",) * len(HEADER), *WORKED_CASES]
-    table = "\n".join(" | ".join(row) for row in rows)
-    truth = sample.fields["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{INSTRUCTION}\n\n{table}\n\n" + " | ".join([sample.fields["question"], truth, prediction, ""])
+def _renamed(row: Row) -> Row:
+    return {"capability" if name == "category" else name: cell for name, cell in row.items()}
 
 
-def parse_grade(reply: str) -> float | None:
-    """Read a grade: the text before the first space as a number in [0, 1], or None."""
+def _grade(id_: str, value: Any) -> float:
     try:
-        grade = float(reply.split(" ")[0].strip())
-    except ValueError:
-        return None
-    return grade if 0.0 <= grade <= 1.0 else None
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise EvalError(f"question {id_} has the grade {value!r}; expected a number from 0 to 1. Is this a grade file?")
+    return number
 
 
-def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, str]:
-    """Ask for one grade, again with more temperature while the reply is none, and give 0.0 in the end.
-
-    Args:
-        sample: the question.
-        prediction: the answer.
-        judge: whom to ask.
-
-    Returns:
-        The grade and the reply it was read from.
-
-    Raises:
-        JudgeUnavailable: if the endpoint fails; that is no grade.
-    """
-    prompt, reply = grading_prompt(sample, prediction), ""
-    for number, temperature in enumerate(TEMPERATURES):
-        reply = judge.ask(prompt + (REASK if number else ""), temperature, MAX_TOKENS)
-        value = parse_grade(reply)
-        if value is not None:
-            return value, reply
-    return 0.0, reply
-
-
-def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, grades: Grades, path: Path) -> None:
-    """Fill in the grades that are not there yet, saving after each.
-
-    Args:
-        samples: the questions.
-        answers: text by id.
-        judge: whom to ask.
-        grades: what has been graded; extended in place.
-        path: the grade file.
-    """
-    for sample in samples:
-        new = {"asked": _asked(sample, answers[sample.id]), "model": [], "content": [], "score": []}
-        entry = grades.setdefault(str(sample.id), new)
-        while len(entry["score"]) < judge.runs:
-            value, reply = grade_once(sample, answers[sample.id], judge)
-            entry["model"].append(judge.model)
-            entry["content"].append(reply)
-            entry["score"].append(value)
-            write_json(path, grades)
-
-
-def grade_file(judge: Judge) -> Path:
-    """Name the grade file as the official grader does."""
-    judge_name = re.sub(r"[^\w.-]+", "-", judge.model)
-    return judge.folder / f"{judge.label}_{judge_name}-grade-{judge.runs}runs.json"
-
-
-def read_grades(path: Path, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Grades:
-    """Read what an earlier grading left, after checking that it graded these questions and answers.
-
-    Args:
-        path: the grade file, which need not exist.
-        samples: the questions.
-        answers: text by id.
-
-    Raises:
-        EvalError: if it holds grades of other answers.
-    """
-    grades: Grades = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    graded = [sample for sample in samples if str(sample.id) in grades]
-    stale = [s.id for s in graded if grades[str(s.id)].get("asked") != _asked(s, answers[s.id])]
-    if stale:
-        raise EvalError(f"{path}: its grades of {some(stale)} questions are of other answers; move it away.")
-    return grades
-
-
-def _asked(sample: Sample, prediction: str) -> str:
-    return hashlib.sha256(grading_prompt(sample, prediction).encode()).hexdigest()
+def _progress(samples: Sequence[Sample], grades: Grades, judge: Judge) -> dict[str, int]:
+    done = sum(len(grades.get(str(s.id), {}).get("score", [])) for s in samples)
+    return {"grades": done, "grades_wanted": len(samples) * judge.runs}
 
 
 def _percent(table: np.ndarray, members: Sequence[bool]) -> np.ndarray:
-    # Summed in file order, like the official script, so that the last bit before rounding is the same.
     chosen = table[np.array(members)]
     return np.cumsum(chosen, axis=0)[-1] / len(chosen) * 100
 
@@ -270,7 +164,8 @@ def _round(value: float) -> float:
 
 
 def _unreadable(entry: Mapping[str, Any]) -> int:
-    return sum(parse_grade(str(reply)) is None for reply in entry.get("content", []))
+    replies = entry.get("content", [])
+    return sum(parse_grade(str(reply)) is None for reply in replies) if isinstance(replies, list) else 0
 
 
 def _notes(counts: Mapping[str, Any]) -> list[str]:

@@ -18,12 +18,13 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
-from .formats import training_records, write_json, write_mmbench, write_mmstar, write_mmvet
+from .formats import caption_record, training_records, write_json, write_mmbench, write_mmstar, write_mmvet
 from .scenes import digit_pools
+from .short_answers import write_gqa, write_mathvista, write_mme, write_ocrbench, write_pope, write_textvqa
 from .tokenizer import load_chat_template, train_tokenizer
 
 # Raise it whenever the builder would write other bytes for the same arguments.
-BUILDER_VERSION = 4
+BUILDER_VERSION = 5
 DEFAULT_OUTPUT = Path(__file__).parent / "digits"
 DEFAULT_TRAIN_IMAGES = 30_000
 MANIFEST = "manifest.json"
@@ -74,27 +75,35 @@ def _build(output: Path, request: dict[str, Any]) -> None:
 
 
 def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
-    """Write train.json, its pictures and the tokenizer trained on its text."""
+    """Write train.json, its pictures, captions of them and the tokenizer trained on its text."""
     (output / "images" / "train").mkdir(parents=True)
-    records = []
+    records, captions = [], []
     for record, scene in training_records(digit_pools()[0], images, Random(f"{seed}/train")):
         records.append(record)
         if scene:
             (output / "images" / record["image"]).write_bytes(scene.png())
+            captions.append(caption_record(record, scene))
     write_json(output / "train.json", records)
+    write_json(output / "captions.json", captions)
     tokenizer = train_tokenizer(turn["value"] for record in records for turn in record["conversations"])
     tokenizer.save_pretrained(output / "tokenizer")
     return {"train records": len(records), "train pictures": images, "tokenizer entries": len(tokenizer)}
 
 
 def _write_evaluation(folder: Path, seed: int) -> dict[str, int]:
-    """Write the three benchmarks; each draws from a generator of its own, so they do not depend on one another."""
+    """Write the benchmarks; each draws from a generator of its own, so they do not depend on one another."""
     folder.mkdir()
     pool = digit_pools()[1]
     return {
         "MMBench rows": write_mmbench(folder / "mmbench.tsv", pool, Random(f"{seed}/mmbench")),
         "MMStar rows": write_mmstar(folder / "mmstar.tsv", pool, Random(f"{seed}/mmstar")),
         "MM-Vet questions": write_mmvet(folder / "mm-vet", pool, Random(f"{seed}/mm-vet")),
+        "POPE questions": write_pope(folder / "pope.tsv", pool, Random(f"{seed}/pope")),
+        "MME questions": write_mme(folder / "mme.tsv", pool, Random(f"{seed}/mme")),
+        "GQA questions": write_gqa(folder / "gqa.json", pool, Random(f"{seed}/gqa")),
+        "TextVQA questions": write_textvqa(folder / "textvqa.json", pool, Random(f"{seed}/textvqa")),
+        "OCRBench questions": write_ocrbench(folder / "ocrbench.json", pool, Random(f"{seed}/ocrbench")),
+        "MathVista questions": write_mathvista(folder / "mathvista", pool, Random(f"{seed}/mathvista")),
     }
 
 

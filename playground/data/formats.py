@@ -80,6 +80,13 @@ def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dic
         yield record, scene
 
 
+def caption_record(record: dict[str, Any], scene: Scene) -> dict[str, Any]:
+    """The record of the same picture for stage 1: one turn, and a caption that lists its digits."""
+    listed = next(question for question in scene_questions(scene) if question.kind == "list")
+    turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": listed.answer}]
+    return {"id": record["id"], "image": record["image"], "conversations": turns}
+
+
 def write_mmbench(path: Path, pool: Pool, rng: Random) -> int:
     """Write an MMBench TSV in the legacy column order, every circular pass as a row; return the number of rows."""
     groups = _draw_choices(MMBENCH_COUNTS, pool, rng)
@@ -88,7 +95,7 @@ def write_mmbench(path: Path, pool: Pool, rng: Random) -> int:
         for index, (scene, choice) in enumerate(groups):
             if circular_pass < len(choice.options):
                 rows.append(_mmbench_row(index, scene, choice, circular_pass))
-    _write_tsv(path, MMBENCH_COLUMNS, rows)
+    write_tsv(path, MMBENCH_COLUMNS, rows)
     return len(rows)
 
 
@@ -97,9 +104,14 @@ def write_mmstar(path: Path, pool: Pool, rng: Random) -> int:
     rows = []
     for index, (scene, choice) in enumerate(_draw_choices(MMSTAR_COUNTS, pool, rng)):
         category, l2_category = MMSTAR_CATEGORIES[choice.question.kind]
-        row = {"index": index, "question": choice.mmstar_question(), "image": _base64(scene), "answer": choice.letter}
+        row = {
+            "index": index,
+            "question": choice.mmstar_question(),
+            "image": base64_png(scene),
+            "answer": choice.letter,
+        }
         rows.append(row | {"category": category, "l2_category": l2_category, "bench": "digits"})
-    _write_tsv(path, MMSTAR_COLUMNS, rows)
+    write_tsv(path, MMSTAR_COLUMNS, rows)
     return len(rows)
 
 
@@ -107,7 +119,7 @@ def write_mmvet(folder: Path, pool: Pool, rng: Random) -> int:
     """Write mm-vet.json and its images; return the number of questions."""
     (folder / "images").mkdir(parents=True)
     samples = {}
-    for number, (scene, question) in enumerate(_draw_questions(MMVET_COUNTS, pool, rng)):
+    for number, (scene, question) in enumerate(draw_questions(MMVET_COUNTS, pool, rng)):
         name = f"v1_{number}"
         (folder / "images" / f"{name}.png").write_bytes(scene.png())
         samples[name] = {
@@ -156,7 +168,7 @@ def _turns(questions: list[Question], rng: Random) -> list[dict[str, str]]:
     return turns
 
 
-def _draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[tuple[Scene, Question]]:
+def draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[tuple[Scene, Question]]:
     """As many questions of each kind as `counts` says, in random order, each about a scene of its own."""
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     rng.shuffle(kinds)
@@ -172,7 +184,7 @@ def _draw_choices(counts: dict[str, int], pool: Pool, rng: Random) -> list[tuple
     """Multiple choices whose right letters are dealt in turn within each kind, so that no letter is favoured."""
     dealt: Counter[str] = Counter()
     choices = []
-    for scene, question in _draw_questions(counts, pool, rng):
+    for scene, question in draw_questions(counts, pool, rng):
         choices.append((scene, make_choice(question, rng, position=dealt[question.kind] % question.size)))
         dealt[question.kind] += 1
     return choices
@@ -186,7 +198,7 @@ def _mmbench_row(index: int, scene: Scene, choice: Choice, circular_pass: int) -
         "question": choice.question.text,
         "answer": turned.letter,
         "category": category,
-        "image": _base64(scene),
+        "image": base64_png(scene),
         "source": "digits",
         "l2-category": l2_category,
         "split": "dev",
@@ -200,11 +212,13 @@ def _mmvet_answer(question: Question) -> str:
     return question.answer.replace(", ", "<AND>")
 
 
-def _base64(scene: Scene) -> str:
+def base64_png(scene: Scene) -> str:
+    """The picture as a TSV's cell holds it."""
     return base64.b64encode(scene.png()).decode("ascii")
 
 
-def _write_tsv(path: Path, columns: list[str], rows: Iterable[dict[str, object]]) -> None:
+def write_tsv(path: Path, columns: list[str], rows: Iterable[dict[str, object]]) -> None:
+    """Write a TSV; cells that a row lacks stay empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
         writer.writeheader()

@@ -60,7 +60,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
 def test_answers_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / "run.json").unlink()
-    with pytest.raises(EvalError, match=r"exists without run\.json"):
+    with pytest.raises(EvalError, match=r"run\.json is gone"):
         AnswerLog(tmp_path, RUN)
 
 

@@ -7,32 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.errors import EvalError
-from eval.generate import Generator
+from eval.generate import Generator, numerics
 from eval.images import Picture
 from eval.models import check_model
-from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, preset_config
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights with a tokenizer of single bytes."""
-    folder = tmp_path_factory.mktemp("models") / "random"
-    backend = Tokenizer(models.BPE({byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token) for token in ("<pad>", "</s>", "<image>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
-    torch.manual_seed(0)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = preset_config("sv-llava-64", vocab_size=len(tokenizer), **ids)
-    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
-    LlavaSkipForConditionalGeneration(config).save_pretrained(folder)
-    LlavaSkipProcessor.for_config(config, tokenizer, "v1").save_pretrained(folder)
-    return folder
 
 
 def noise(seed: int) -> Picture:
@@ -57,22 +37,22 @@ def spy(generator: Generator) -> dict[str, Any]:
 
 
 def test_mixed_batch_answers_as_each_alone(saved: Path) -> None:
-    generator = Generator(check_model(saved), max_new_tokens=6)
+    generator = Generator(check_model(saved), numerics())
     seen = spy(generator)
     prompts = ["Which?", "A much longer question than the others, about two pictures.", "No picture."]
     images = [(noise(1),), (noise(2), noise(3)), ()]
-    together = generator.answer(prompts, images)
+    together = generator.answer(prompts, images, 6)
     assert (seen["attention_mask"][:, 0] == 0).sum() == 2  # the two shorter rows are padded, on the left
     assert seen["attention_mask"][:, -1].all()
-    alone = [generator.answer([prompt], [own])[0] for prompt, own in zip(prompts, images, strict=True)]
+    alone = [generator.answer([prompt], [own], 6)[0] for prompt, own in zip(prompts, images, strict=True)]
     assert together == alone
     assert len(set(together)) > 1
 
 
 def test_answer_is_the_new_text_only(saved: Path) -> None:
-    generator = Generator(check_model(saved), max_new_tokens=3)
+    generator = Generator(check_model(saved), numerics())
     seen = spy(generator)
-    (answer,) = generator.answer(["What is this?"], [(noise(1),)])
+    (answer,) = generator.answer(["What is this?"], [(noise(1),)], 3)
     prompt = generator.processor.batch_decode(seen["input_ids"])[0]
     assert prompt.endswith("<image>\nWhat is this? ASSISTANT:")
     new = seen["output"][:, seen["input_ids"].shape[1] :]
@@ -86,4 +66,31 @@ def test_folder_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "unheard of"}')
     with pytest.raises(EvalError, match="cannot be loaded as a model"):
-        Generator(check_model(tmp_path), 3)
+        Generator(check_model(tmp_path), numerics())
+
+
+def test_attention_and_number_format_can_be_chosen(saved: Path) -> None:
+    generator = Generator(check_model(saved), numerics("bfloat16", "eager"))
+    assert (generator.model.dtype, generator.model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert len(generator.answer(["What?"], [(noise(1),)], 2)) == 1
+    with pytest.raises(EvalError, match="--dtype is 'int8'; choose one of float32"):
+        numerics("int8")
+    with pytest.raises(EvalError, match="cannot be loaded"):
+        Generator(check_model(saved), numerics(attn="unheard of"))
+
+
+def test_language_model_answers_without_pictures(saved: Path, tmp_path: Path) -> None:
+    whole = Generator(check_model(saved), numerics())
+    whole.model.model.language_model.save_pretrained(tmp_path)
+    language_model = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path))
+    language_model.save_pretrained(tmp_path)
+    whole.processor.tokenizer.chat_template = whole.processor.chat_template
+    whole.processor.tokenizer.save_pretrained(tmp_path)
+    bare = Generator(check_model(tmp_path), numerics())
+    together = bare.answer(["Which?", "A longer question?"], [(), ()], 4)
+    assert together == [bare.answer([prompt], [()], 4)[0] for prompt in ("Which?", "A longer question?")]
+    with pytest.raises(EvalError, match="cannot see pictures; ask it with --blind"):
+        bare.answer(["Which?"], [(noise(1),)], 4)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(EvalError, match="has no chat template"):
+        Generator(check_model(tmp_path), numerics())

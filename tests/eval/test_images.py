@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from eval.errors import EvalError
-from eval.images import Picture, row_pictures, to_rgb
+from eval.images import Picture, row_pictures
+from llava_skip.vision.pictures import to_rgb
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.base import match
-from eval.benchmarks.mmbench import MMBench, question_text, short_groups
+from eval.benchmarks.mmbench import MMBench, edition, question_text, short_groups
 from eval.errors import EvalError
+from eval.judge import Judge
+from eval.tables import read_rows
 
 Rows = list[dict[str, Any]]
 PERFECT = {7: "A", 9: "C", 1000007: "B", 1000009: "A", 2000009: "B"}
 
 
 def test_registry_names_the_choices() -> None:
-    assert set(BENCHMARKS) == {"mmbench", "mmstar", "mmvet"}
-    with pytest.raises(EvalError, match="unknown benchmark 'MMBench'; choose one of mmbench, mmstar, mmvet"):
-        get_benchmark("MMBench")
+    names = "mmbench mmvet mmstar mme textvqa mmmu mathvista ocrbench gqa pope"
+    assert set(BENCHMARKS) == set(names.split())
+    assert isinstance(get_benchmark("MM-Bench"), MMBench)
+    with pytest.raises(EvalError, match="unknown benchmark 'seed'; choose one of mmbench, mmvet, mmstar, mme"):
+        get_benchmark("seed")
+    with pytest.raises(EvalError, match="mmbench has no rule 'best'; choose one of vlmevalkit, vlmevalkit-2024"):
+        get_benchmark("mmbench", rule="best")
+    with pytest.raises(EvalError, match="mmvet has no protocol 'cot'; choose one of llava"):
+        get_benchmark("mmvet", protocol="cot")
 
 
 def test_circular_and_vanilla_by_hand(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
@@ -73,7 +82,7 @@ def test_options_na_and_null_are_options(write_tsv: Callable[..., Path], mmbench
 
 
 def test_gold_that_is_no_option_is_counted(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
-    mmbench_rows[1]["C"] = "nan"
+    mmbench_rows[1]["C"] = ""
     score = MMBench().score(MMBench().load(write_tsv(mmbench_rows)), PERFECT)
     assert score.counts["gold_not_an_option"] == 1
     assert any("cannot be right" in note for note in score.notes)
@@ -151,3 +160,124 @@ def test_match_counts_unknown_and_missing(mmbench_rows: Rows) -> None:
     assert MMBench().score(samples, answers).score == 50.0
     with pytest.raises(EvalError, match="none of the 1 prediction ids"):
         match(samples, {1: "A"}, allow_missing=True)
+
+
+def test_prompts_of_the_other_protocols(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    letter = "Answer with the option's letter from the given choices directly."
+    expected = {
+        "vlmevalkit": (
+            "Hint: Look at\nthe middle.\nQuestion: Which animal?\nOptions:\nA. cat\nB. dog\n"
+            "Please select the correct answer from the options above. \n"
+        ),
+        "vlmevalkit-llava": f"Look at\nthe middle.\nWhich animal?\nA. cat\nB. dog\n{letter}",
+        "lmms-eval": f"Look at\nthe middle. Which animal? There are several options:\nA. cat\nB. dog\n\n{letter}",
+    }
+    for name, prompt in expected.items():
+        benchmark = MMBench(protocol=name)
+        assert benchmark.prompts(samples)[0] == prompt
+        assert benchmark.protocol(samples) == f"{name}-en"
+
+
+def test_prompts_of_the_other_protocols_in_chinese(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    for row in mmbench_rows:
+        row |= {"question": "这是什么?", "hint": "nan"}
+    mmbench_rows[4] |= {"question": "What?", "A": "", "B": "", "C": ""}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    assert MMBench(protocol="lmms-eval").prompts(samples)[0] == (
+        "nan 这是什么? 有如下几个选项：\nA. cat\nB. dog\n\n请直接使用所提供的选项字母作为答案回答。"
+    )
+    prompts = MMBench(protocol="vlmevalkit-llava").prompts(samples)
+    assert prompts[0] == "这是什么?\nA. cat\nB. dog\n请直接回答选项字母。"
+    assert prompts[4] == "What?\nAnswer the question directly."  # decided row by row
+    assert MMBench(protocol="vlmevalkit").prompts(samples)[4] == "Question: What?\n"
+
+
+@pytest.mark.parametrize(("rule", "right"), [("vlmevalkit", 0), ("vlmevalkit-2024", 1), ("lmms-eval", 1)])
+def test_the_rule_decides(write_tsv: Callable[..., Path], mmbench_rows: Rows, rule: str, right: int) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    score = MMBench(rule).score(samples, PERFECT | {1000007: "B since dogs have ears like these"})
+    assert score.counts["unresolved"] == 1 - right
+    assert score.rule.startswith(f"mmbench-circular/{rule}")
+    assert len(score.per_sample) == 2
+
+
+def test_edition_is_told() -> None:
+    def rows(groups: int, passes: int, question: str, first: int = 0) -> list[Any]:
+        base = {"question": question, "A": "x", "B": "y", "answer": "A"}
+        indices = [k * 1000000 + first + g for g in range(groups) for k in range(passes)]
+        return MMBench().samples([{"index": str(index), **base} for index in indices])
+
+    assert edition(rows(510, 4, "这是什么")) == "CCBench"
+    assert edition(rows(3, 2, "?", first=3000)) == "v1.1, EN"
+    assert edition(rows(3, 2, "?")) == "other"
+    dev = [*rows(837, 4, "?"), *rows(327, 3, "?", first=837)]
+    assert (len(dev), edition(dev)) == (4329, "v1.0 dev of 2023-10-03, EN")
+
+
+@pytest.fixture
+def unread(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> tuple[list[Any], dict[Any, str]]:
+    """Question 7: one pass read, one not. Question 9: one pass wrong, so the unread one does not matter."""
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    return samples, PERFECT | {1000007: "the feline", 9: "A", 2000009: "something"}
+
+
+def test_judge_reads_only_what_matters(unread: Any, judge_server: Any, tmp_path: Path) -> None:
+    samples, answers = unread
+    server = judge_server(["B"])
+    judge = Judge(server.url, tmp_path, "tiny", "j")
+    score = MMBench().score(samples, answers, judge)
+    assert len(server.requests) == 1
+    prompt = server.requests[0]["messages"][0]["content"]
+    assert prompt.endswith(
+        "Question: Which animal??\nOptions: There are several options: \nA. dog\nB. cat\n\nAnswer: the feline\nReply: "
+    )
+    assert prompt.count("Reply: ") == 3
+    assert (score.scores["dev"]["hits"], score.scores["dev"]["without_judge"]) == (1, 0.0)
+    assert score.per_sample == {7: True, 9: False}
+    assert score.rule.endswith("+judge")
+    assert score.judge == judge.describe()
+    assert MMBench().score(samples, answers, judge).score == 50.0
+    assert len(server.requests) == 1  # what it said is kept
+
+
+def test_judge_that_settles_nothing(unread: Any, judge_server: Any, tmp_path: Path) -> None:
+    samples, answers = unread
+    server = judge_server(["hard to say"])
+    scores = [MMBench().score(samples, answers, Judge(server.url, tmp_path / str(n), "tiny", "j")) for n in range(2)]
+    assert len(server.requests) == 6  # three attempts each
+    assert scores[0].scores == scores[1].scores
+    assert scores[0].counts["judge"] == {"asked": 1, "drawn_at_random": 1}
+    assert scores[0].scores["dev"]["without_random_letters"] == 0.0
+    assert any("drawn at random from a fixed seed" in note for note in scores[0].notes)
+
+
+def test_judge_outage_and_dry_run(unread: Any, judge_server: Any, tmp_path: Path) -> None:
+    samples, answers = unread
+    server = judge_server([500])
+    score = MMBench().score(samples, answers, Judge(server.url, tmp_path, "tiny", "j", retries=0))
+    assert (score.status, score.score) == ("incomplete", None)
+    score = MMBench().score(samples, answers, Judge(server.url, tmp_path, "tiny", "j", dry_run=True))
+    assert (score.status, score.score, len(server.requests)) == ("scored", 0.0, 1)
+    assert any("1 answers would be put to the judge" in note for note in score.notes)
+    assert score.judge is None
+
+
+def test_submission_is_what_the_server_takes(
+    write_tsv: Callable[..., Path], mmbench_rows: Rows, tmp_path: Path
+) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    notes = MMBench().write_submission(samples, PERFECT, tmp_path / "sent.xlsx")
+    assert "5 rows of 2 questions, all passes" in notes[0]
+    sheet = openpyxl.load_workbook(tmp_path / "sent.xlsx").active
+    rows = list(sheet.iter_rows(values_only=True))
+    assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[1] == (7, "Which animal?", "cat", "dog", None, None, "A", "A", "dev")
+    for row in mmbench_rows:
+        del row["answer"]
+    tests = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    MMBench().write_submission(tests, PERFECT, tmp_path / "test.xlsx")
+    assert "answer" not in read_rows(tmp_path / "test.xlsx")[0]
+    with pytest.raises(EvalError, match=r"the submission: 1 \(9\) questions have fewer passes than options"):
+        MMBench().write_submission(samples[:-1], PERFECT, tmp_path / "short.xlsx")
+    assert not (tmp_path / "short.xlsx").exists()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.mmstar import OFFICIAL, MMStar, lacks_official_rows
+from eval.benchmarks.mmstar import OFFICIAL, MMStar, gain_and_leakage, lacks_official_rows, question_options
 from eval.errors import EvalError
 
 Rows = list[dict[str, Any]]
@@ -64,7 +64,7 @@ def test_scores_by_hand(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> No
         "coarse perception(image emotion)",
     ]
     assert score.score == pytest.approx(60.0)
-    assert score.counts == {"questions": 5, "hits": 3, "empty": 0}
+    assert score.counts == {"questions": 5, "hits": 3, "empty": 0, "lookalike_letters": 0}
 
 
 def test_official_file_has_the_25_values_in_order() -> None:
@@ -105,3 +105,52 @@ def test_missing_gold_is_refused(write_tsv: Callable[..., Path], mmstar_rows: Ro
     samples = MMStar().load(write_tsv(mmstar_rows))
     with pytest.raises(EvalError, match=r"1 \(2\) of 5 rows have no gold answer"):
         MMStar().score(samples, dict.fromkeys(range(5), "A"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "right"), [("official", {2, 4}), ("vlmevalkit", {0, 1, 2, 4}), ("lmms-eval", {0, 2, 4})]
+)
+def test_the_rules_differ(write_tsv: Callable[..., Path], mmstar_rows: Rows, rule: str, right: set[int]) -> None:
+    mmstar_rows[1]["question"] = "Hint: choose.\nQuestion: which?\nChoices:\n(A) one\n(B) two\n(C) three"
+    samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
+    answers = {0: "**A**", 1: "it is two", 2: "cC: C", 3: "", 4: "answer is A"}
+    score = MMStar(rule).score(samples, answers)
+    assert {id_ for id_, hit in score.per_sample.items() if hit} == right
+    assert bool(score.notes) is (rule != "official")
+
+
+def test_lmms_evals_averages_have_no_weights(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
+    score = MMStar("lmms-eval").score(samples, {0: "A", 1: "B", 2: "A", 3: "A", 4: "A"})
+    assert score.scores["math(geometry)"] == 1 / 2
+    assert score.scores["math"] == (1 / 2 + 1) / 2
+    assert score.scores["final score"] == (1 + 0 + 1 / 2 + 1) / 4
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Q?\nOptions: A: x, B: nan, C: a, b: c, D: 3", {"A": "x", "B": "nan", "C": "a, b: c", "D": "3"}),
+        ("Hint\nQuestion: Q?\nChoices:\n(A) 1.5\n(B) (C) 2", {"A": "1.5", "B": "(C) 2"}),
+        ("Q?", dict.fromkeys("ABCD", "")),
+    ],
+)
+def test_options_inside_the_question(question: str, options: dict[str, str]) -> None:
+    assert question_options({"question": question}) == options
+
+
+def test_prompts_of_the_other_protocols(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    mmstar_rows[1] |= {"question": "What in <image 1>?", "A": "x", "B": "y"}
+    samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
+    embedded = "Question 0?\nOptions: A: one, B: two, C: three, D: four"
+    letter = "Answer with the option's letter from the given choices directly"
+    assert MMStar(protocol="official").prompts(samples)[0] == embedded + "\nAnswer the question directly."
+    assert MMStar(protocol="vlmevalkit").prompts(samples)[1] == f"What in <image 1>?\nA. x\nB. y\n{letter}."
+    assert MMStar(protocol="lmms-eval").prompts(samples)[0] == f"{embedded}\n{letter}"
+
+
+def test_gain_and_leakage_of_the_published_example() -> None:
+    measured = gain_and_leakage(52.1, 22.7, 20.3)
+    assert round(measured["multi-modal gain"], 1) == 29.4
+    assert round(measured["multi-modal leakage"], 1) == 2.4
+    assert gain_and_leakage(50.0, 20.0, 25.0)["multi-modal leakage"] == 0.0

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +26,12 @@ class Echo:
 
     batches: list[list[str]] = []
 
-    def __init__(self, model: Any, max_new_tokens: int) -> None:
-        self.max_new_tokens = max_new_tokens
+    loaded: list[str] = []
 
-    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[str]:
+    def __init__(self, model: Any, numerics: Any, rank: int) -> None:
+        Echo.loaded.append(model.name)
+
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
         assert all(picture.open().mode == "RGB" for pictures in images for picture in pictures)
         Echo.batches.append(list(prompts))
         return ["A"] * len(prompts)
@@ -38,6 +41,7 @@ class Echo:
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(eval.generate, "Generator", Echo)
     monkeypatch.setattr(Echo, "batches", [])
+    monkeypatch.setattr(Echo, "loaded", [])
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -47,7 +51,7 @@ def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def evaluate(model_folder: Path) -> Callable[..., Result]:
     def run(benchmark: str, *options: object, model: Path | None = model_folder) -> Result:
         chosen = ["--model", model] if model else []
-        return CliRunner().invoke(app, [str(word) for word in ["--benchmark", benchmark, *chosen, *options]])
+        return CliRunner().invoke(app, [str(word) for word in ["--benchmarks", benchmark, *chosen, *options]])
 
     return run
 
@@ -78,6 +82,73 @@ def test_mmbench_from_end_to_end(
     assert {json.loads(line)["index"] for line in lines} == {7, 9, 1000007, 1000009, 2000009}
 
 
+def test_many_benchmarks_and_models_load_each_model_once(
+    evaluate: Callable[..., Result],
+    write_tsv: Callable[..., Path],
+    mmbench_rows: Rows,
+    mmstar_rows: Rows,
+    model_folder: Path,
+) -> None:
+    other = shutil.copytree(model_folder, model_folder.parent / "other")
+    (other / "model.safetensors").write_bytes(b"others")
+    data = ["--data", f"mmbench={write_tsv(mmbench_rows)}", "--data", f"mmstar={write_tsv(mmstar_rows, 'star.tsv')}"]
+    done = evaluate("all", "--model", other, *data, "--output", "out")
+    assert done.exit_code == 0, done.output
+    assert Echo.loaded == ["tiny", "other"]
+    found = {str(path) for path in Path("out").rglob("results.json")}
+    assert found == {f"out/{b}/{m}/results.json" for b in ("mmbench", "mmstar") for m in ("tiny", "other")}
+    page = Path("out/overview/mmstar.html").read_text()
+    assert page.count("<article") == 5 and page.count('class="answer ') == 10
+    shown = load("out/overview/overview.json")
+    assert {fact["model_sha256"] for fact in shown} == {check_model(model_folder).sha256, check_model(other).sha256}
+    assert "mmbench: other" in done.output and "index.html" in done.output
+
+
+def test_results_do_not_tell_when_or_where(
+    evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows
+) -> None:
+    data = write_tsv(mmstar_rows)
+    for output in ("one", "two"):
+        evaluate("mmstar", "--data", data, "--output", output)
+    files = {path.relative_to("one") for path in Path("one").rglob("*") if path.is_file()}
+    same = {name for name in files if Path("one", name).read_bytes() == Path("two", name).read_bytes()}
+    assert {str(name) for name in files - same} <= {"mmstar/tiny/run_info.json"}
+    assert load("one/mmstar/tiny/run_info.json").keys() == {"host", "processes", "resumed", "seconds_since_start"}
+    assert load("one/mmstar/tiny/per_sample.json") == {"0": True, "1": False, "2": False, "3": False, "4": True}
+
+
+def test_blind_questions_have_no_picture_and_a_folder_of_their_own(
+    evaluate: Callable[..., Result],
+    write_tsv: Callable[..., Path],
+    mmstar_rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[Any] = []
+    answer = Echo.answer
+    monkeypatch.setattr(Echo, "answer", lambda *words: shown.extend(words[2]) or answer(*words))
+    data = write_tsv(mmstar_rows)
+    assert evaluate("mmstar", "--data", data, "--blind").exit_code == 0
+    assert shown == [()] * 5
+    result = load("results/mmstar/tiny-blind/results.json")
+    assert (result["model"]["name"], result["generation"]["blind"]) == ("tiny-blind", True)
+    evaluate("mmstar", "--data", data)
+    assert [len(pictures) for pictures in shown[5:]] == [1] * 5
+
+
+def test_run_that_cannot_be_scored_does_not_stop_the_others(
+    evaluate: Callable[..., Result],
+    write_tsv: Callable[..., Path],
+    mmbench_rows: Rows,
+    mmstar_rows: Rows,
+) -> None:
+    star = write_tsv([{**mmstar_rows[0], "answer": ""}], "star.tsv")
+    done = evaluate("mmstar,mmbench", "--data", f"mmbench={write_tsv(mmbench_rows)}", "--data", f"mmstar={star}")
+    assert done.exit_code == 2
+    assert "error: mmstar, tiny: 1 (0) of 1 rows have no gold answer" in done.stderr
+    assert load("results/mmbench/tiny/results.json")["status"] == "scored"
+    assert not Path("results/mmstar/tiny/results.json").exists()
+
+
 def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
     data = write_tsv(mmstar_rows)
     assert evaluate("mmstar", "--data", data, "--limit", 2).exit_code == 0
@@ -86,7 +157,7 @@ def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[...
     assert "2 of 5 answers were there already" in done.output
     result = load("results/mmstar/tiny/results.json")
     assert result["score"] == pytest.approx(40.0)
-    assert result["generation"]["resumed"] == 2
+    assert load("results/mmstar/tiny/run_info.json")["resumed"] == 2
     assert len(Path("results/mmstar/tiny/answers.jsonl").read_text().splitlines()) == 5
 
 
@@ -183,6 +254,12 @@ def test_errors_come_before_a_model_loads(
         return done.stderr
 
     assert "unknown benchmark 'mmstars'; choose one of" in message("mmstars")
+    assert "--benchmarks is 'mmstar,mmstar'" in message("mmstar,mmstar")
+    assert "with 2 benchmarks say whose: --data mmbench=" in message("mmbench,mmstar", "--data", data)
+    assert "mmvet is not evaluated here" in message("mmstar", "--data", f"mmvet={data}")
+    assert "--data is given twice for mmstar" in message("mmstar", "--data", data, "--data", data)
+    assert "several models are called 1 (tiny)" in message("mmstar", "--data", data, "--model", model_folder)
+    assert "--dtype is 'int4'" in message("mmstar", "--data", data, "--dtype", "int4")
     assert "gone.tsv: no such file" in message("mmstar", "--data", "gone.tsv")
     assert "no --data given, and playground/data/digits/eval/mmstar.tsv does not exist" in message("mmstar")
     assert "lacks the columns A, B, which mmbench needs" in message("mmbench", "--data", data)
@@ -231,10 +308,10 @@ SLOW_RUN = textwrap.dedent("""
     from eval.run import app
 
     class Slow:
-        def __init__(self, model, max_new_tokens):
+        def __init__(self, model, numerics, rank):
             pass
 
-        def answer(self, prompts, images):
+        def answer(self, prompts, images, max_new_tokens):
             time.sleep(0.2)
             return [prompt[9] + ". " + "x" * 2000 for prompt in prompts]
 
@@ -247,7 +324,7 @@ def test_real_kill_loses_and_doubles_nothing(
     write_tsv: Callable[..., Path], mmstar_rows: Rows, model_folder: Path
 ) -> None:
     data = write_tsv(mmstar_rows)
-    command = [sys.executable, "-c", SLOW_RUN, "--benchmark", "mmstar", "--model", model_folder, "--data", data]
+    command = [sys.executable, "-c", SLOW_RUN, "--benchmarks", "mmstar", "--model", model_folder, "--data", data]
     command = [*map(str, command), "--batch-size", "1", "--output"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "calm"], env=environment, check=True, capture_output=True)
@@ -255,17 +332,17 @@ def test_real_kill_loses_and_doubles_nothing(
     victim = subprocess.Popen(
         [*command, "killed"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    log, deadline = Path("killed/answers.jsonl"), time.monotonic() + 60
+    log, deadline = Path("killed/mmstar/tiny/answers.jsonl"), time.monotonic() + 60
     while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert not Path("killed/results.json").exists()
+    assert not Path("killed/mmstar/tiny/results.json").exists()
     assert log.read_bytes().count(b"\n") < 5
 
     subprocess.run([*command, "killed"], env=environment, check=True, capture_output=True)
-    assert log.read_bytes() == Path("calm/answers.jsonl").read_bytes()
-    calm, killed = load("calm/results.json"), load("killed/results.json")
-    assert killed["generation"]["resumed"] >= 2
-    assert {**calm, "generation": 0} == {**killed, "generation": 0}
+    assert log.read_bytes() == Path("calm/mmstar/tiny/answers.jsonl").read_bytes()
+    calm, killed = Path("calm/mmstar/tiny/results.json"), Path("killed/mmstar/tiny/results.json")
+    assert killed.read_bytes() == calm.read_bytes()
+    assert load(killed.with_name("run_info.json"))["resumed"] >= 2

@@ -178,3 +178,66 @@ def test_scoring_loads_no_torch(tmp_path: Path, mmstar_rows: Rows) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["scores"]["final score"] == 0.4
+
+
+def test_gain_and_leakage_from_results_and_predictions(
+    score: Callable[..., Any], tmp_path: Path, mmstar_rows: Rows
+) -> None:
+    def predictions(name: str, letters: str) -> Path:
+        rows = [{**row, "image": "", "prediction": letter} for row, letter in zip(mmstar_rows, letters, strict=True)]
+        return write(tmp_path / name, rows)
+
+    done, blind = score("mmstar", "--predictions", predictions("blind.jsonl", "AAAAA"))
+    (tmp_path / "blind.json").write_text(json.dumps(blind))
+    given = ("--without-image", tmp_path / "blind.json", "--language-model", predictions("language.xlsx", "AXXXX"))
+    done, result = score("mmstar", "--predictions", predictions("whole.jsonl", "ABCDX"), *given)
+    assert done.exit_code == 0, done.output
+    assert result["scores"]["gain and leakage"] == pytest.approx(
+        {
+            **{"with image": 80, "without image": 40, "language model": 20},
+            "multi-modal gain": 40,
+            "multi-modal leakage": 20,
+        }
+    )
+    assert result["scores"]["final score"] == 0.8
+    done, _ = score("mmstar", "--rule", "lmms-eval", "--predictions", predictions("whole.jsonl", "ABCDX"), *given)
+    assert done.exit_code == 2
+    assert "holds 40.0 by the rule mmstar-official" in done.stderr
+    done, _ = score("mmstar", "--predictions", predictions("whole.jsonl", "ABCDX"), *given[:2])
+    assert "give --without-image and --language-model together" in done.stderr
+
+
+def test_rule_and_submission(score: Callable[..., Any], tmp_path: Path, mmbench_rows: Rows) -> None:
+    rows = [{**row, "image": "", "prediction": PERFECT[row["index"]]} for row in mmbench_rows]
+    predictions = write(tmp_path / "p.jsonl", rows)
+    options = ("--rule", "lmms-eval", "--submission", tmp_path / "sent.xlsx")
+    done, result = score("MMBench", "--predictions", predictions, *options)
+    assert (done.exit_code, result["rule"]) == (0, "mmbench-circular/lmms-eval-2026-08")
+    assert result["per_sample"] == {"7": True, "9": True}
+    _, again = score("mmbench", "--predictions", tmp_path / "sent.xlsx")
+    assert again["score"] == 100.0
+    done, _ = score("mmbench", "--predictions", predictions, "--rule", "none")
+    assert done.exit_code == 2
+    done, _ = score("mmstar", "--predictions", predictions, "--submission", tmp_path / "x.json")
+    assert done.exit_code == 2
+
+
+def test_vlmevalkits_graded_mmvet(score: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [
+        {
+            "index": n,
+            "question": "?",
+            "answer": "!",
+            "category": kind,
+            "prediction": "x",
+            "score": value,
+            "log": "Succeed",
+        }
+        for n, (kind, value) in enumerate([("ocr,math", 0.5), ("rec", 0.3), ("rec", 0)])
+    ]
+    predictions = write(tmp_path / "p.xlsx", rows)
+    _, result = score("mmvet", "--predictions", predictions, "--rule", "vlmevalkit")
+    assert result["scores"]["Overall"] == pytest.approx(80 / 3)
+    assert result["scores"]["combinations"] == {"rec": 15.0, "ocr_math": 50.0}
+    _, result = score("mmvet", "--predictions", predictions)
+    assert (result["scores"]["total"], result["scores"]["runs"]) == (26.7, [26.7])

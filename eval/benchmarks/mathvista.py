@@ -1,0 +1,271 @@
+"""MathVista (testmini): mathematical questions about pictures; an answer is extracted, normalised, and compared.
+
+Source: lupantech/MathVista ``extract_answer.py`` and ``calculate_score.py``; the wording of the extraction prompt is
+our own, with worked cases of the same five kinds.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.base import Benchmark, Id, Sample, Score, as_list
+from eval.errors import EvalError, JudgeUnavailable, some
+from eval.judge import Judge, digest, read_replies
+from eval.report import write_json
+from eval.tables import Row, read_rows
+
+HINTS = {
+    "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
+    "integer": "answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the "
+    "end.",
+    "float1": "answer the question requiring a floating-point number with one decimal place and provide the final "
+    "value, e.g., 1.2, 1.3, 1.4, at the end.",
+    "float2": "answer the question requiring a floating-point number with two decimal places and provide the final "
+    "value, e.g., 1.23, 1.34, 1.45, at the end.",
+    "list": "answer the question requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], "
+    "[1.2, 1.3, 1.4], at the end.",
+}
+INSTRUCTION = "Read the examples. Then take the answer out of the model's response, and write nothing but the answer."
+WORKED_CASES = (
+    ("integer", "How many birds sit on the wire?", "There are 6 birds on the wire.", "6"),
+    ("float1", "Which share of the cups is red?", "Of the ten cups four are red, so the share is 0.4.", "0.4"),
+    ("float2", "What do the two books cost together? (Unit: $)", "They cost $3.20 and $4.15, in all $7.35.", "7.35"),
+    ("list", "In which two years are the lines equal?", "The lines meet in 1998 and in 2003.", "[1998, 2003]"),
+    (
+        "text",
+        "Which part of the disc is shaded?\nChoices:\n(A) 1/4\n(B) 1/2\n(C) 3/4",
+        "Two of four sectors are shaded, so the answer is (B) 1/2.",
+        "B",
+    ),
+)
+MAX_TOKENS = 128
+REPORTED = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
+_QUOTED = re.compile(r'The answer is "(.*)"\.')
+_LETTER = re.compile(r"\(([a-zA-Z])\)")
+
+
+class MathVista(Benchmark):
+    """MathVista testmini as testmini.json (with query.json), VLMEvalKit's TSV or the Hugging Face parquet."""
+
+    name = "mathvista"
+    rules = {"official": "mathvista-official"}
+    protocols = ("official",)
+    max_new_tokens = 512
+    embedded = "mathvista/testmini.json"
+    columns = ("question", "question_type", "answer_type")
+    id_columns = ("pid", "index", "question_id", "id")
+    answer_columns = ("response", "prediction", "text")
+
+    def read(self, data: Path) -> list[Row]:
+        """Read a file, or testmini.json in a folder, with the prompts of a query.json beside it."""
+        path = data / "testmini.json" if data.is_dir() else data
+        rows = read_rows(path)
+        queries = path.with_name("query.json")
+        if path == queries or path.suffix != ".json" or not queries.is_file():
+            return rows
+        worded = {str(row["id"]): row["prediction"] for row in read_rows(queries)}
+        return [{**row, "query": worded.get(str(self.row_id(row)), row.get("query", ""))} for row in rows]
+
+    def normalise(self, rows: list[Row]) -> list[Row]:
+        """Lift the metadata to columns and read the choices."""
+        return [_normal(row) for row in rows]
+
+    def image_folder(self, data: Path) -> Path:
+        """Find the folder in which the picture names begin (``images/1.jpg``)."""
+        return data if data.is_dir() else data.parent
+
+    def prompts(self, samples: Sequence[Sample]) -> list[str]:
+        """Take the released query, or word it in the same form."""
+        return [sample.fields.get("query") or query(sample.fields) for sample in samples]
+
+    def score_graded(self, samples: Sequence[Sample], rows: Sequence[Row]) -> Score | None:
+        """Score rows whose answers have been extracted; None if they have not."""
+        if not any("extraction" in row for row in rows):
+            return None
+        extracted = {self.row_id(row): str(row.get("extraction", "")) for row in rows}
+        known = [sample for sample in samples if sample.id in extracted]
+        if len(known) < len(samples):
+            raise EvalError(
+                f"{len(samples) - len(known)} of {len(samples)} questions have no extracted answer; finish it."
+            )
+        return self._report(samples, extracted, {"unknown": len(extracted) - len(known)}, [])
+
+    def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
+        """Extract an answer from each response, by rule or by the judge, and compare it with the gold one."""
+        extracted = {s.id: extract(answers[s.id], s.fields) for s in samples}
+        unread = [s for s in samples if extracted[s.id] is None]
+        counts = {"empty": sum(not answers[s.id].strip() for s in samples), "not_extracted_by_rule": len(unread)}
+        notes = []
+        if judge and unread:
+            try:
+                extracted |= ask_for_answers(unread, answers, judge)
+            except JudgeUnavailable as error:
+                notes.append(f"extraction is incomplete: {error} Run again to go on.")
+                counts["questions"] = len(samples)
+                return Score("incomplete", self.rule, counts=counts, notes=notes, judge=judge.describe())
+            if judge.dry_run:
+                notes.append(f"dry run: {judge.sent} answers would be put to the judge; nothing was sent.")
+        elif unread:
+            notes.append(
+                f"{len(unread)} responses need a judge to extract their answer (--judge-url); without one they count "
+                "as empty, for which the official rule still picks the shortest choice."
+            )
+        score = self._report(samples, {id_: text or "" for id_, text in extracted.items()}, counts, notes)
+        if judge and not judge.dry_run:
+            score.judge = judge.describe()
+        return score
+
+    def _report(
+        self, samples: Sequence[Sample], extracted: Mapping[Id, str], counts: dict[str, Any], notes: list[str]
+    ) -> Score:
+        lacking = [s.id for s in samples if not s.fields.get("answer")]
+        if lacking:
+            raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
+        right = {s.id: is_right(extracted[s.id], s.fields) for s in samples}
+        correct = sum(right.values())
+        accuracy = str(round(100 * correct / len(samples), 2))
+        scores: dict[str, Any] = {"average": {"accuracy": accuracy, "correct": correct, "total": len(samples)}}
+        for name in REPORTED:
+            parts: dict[str, list[bool]] = {}
+            for sample in samples:
+                for value in as_list(sample.fields.get(name, "")):
+                    parts.setdefault(str(value), []).append(right[sample.id])
+            shares = {value: 100 * sum(hits) / len(hits) for value, hits in parts.items()}
+            scores[name] = {
+                value: {"accuracy": f"{shares[value]:.2f}", "correct": sum(parts[value]), "total": len(parts[value])}
+                for value in sorted(parts, key=lambda value: -float(f"{shares[value]:.2f}"))
+            }
+        counts = {"questions": len(samples), **counts, "extractions_empty": sum(not extracted[s.id] for s in samples)}
+        score = 100 * correct / len(samples)
+        return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+
+def query(fields: Row) -> str:
+    """Word a question as the released query file does.
+
+    Args:
+        fields: the record.
+    """
+    kind = "text" if fields["question_type"] == "multi_choice" else fields["answer_type"]
+    kind += fields.get("precision", "") if kind == "float" else ""
+    unit = f" (Unit: {fields['unit']})" if fields.get("unit") else ""
+    choices = "".join(f"\n({chr(ord('A') + n)}) {choice}" for n, choice in enumerate(fields["choices"]))
+    listed = f"\nChoices:{choices}" if choices else ""
+    return f"Hint: Please {HINTS[kind]}\nQuestion: {fields['question']}{unit}{listed}"
+
+
+def extract(response: str, fields: Row) -> str | None:
+    """Take the answer out of a response where no judge is needed; None where one is.
+
+    Args:
+        response: what the model wrote.
+        fields: the record.
+    """
+    if not response or (fields["question_type"] == "multi_choice" and response in fields["choices"]):
+        return response
+    number = {"integer": int, "float": float}.get(fields["answer_type"])
+    try:
+        if number:
+            return str(number(response))
+    except ValueError:
+        pass
+    quoted = _QUOTED.search(response)
+    return quoted[1] if quoted else None
+
+
+def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge) -> dict[Id, str]:
+    """Let the judge take the answers out of responses, keeping what it said in a file beside the result.
+
+    Args:
+        samples: the questions whose responses no rule could read.
+        answers: responses by sample id.
+        judge: whom to ask.
+
+    Raises:
+        JudgeUnavailable: if the endpoint fails; what it said is kept.
+    """
+    prompts = {s.id: extraction_prompt(s.fields, answers[s.id]) for s in samples}
+    path = judge.file("extractions")
+    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()})
+    unasked = [s for s in samples if str(s.id) not in replies]
+    for sample, reply in judge.map(lambda sample: judge.ask(prompts[sample.id], 0.0, MAX_TOKENS), unasked):
+        replies[str(sample.id)] = {"asked": digest(prompts[sample.id]), "extraction": reply.strip()}
+        write_json(path, replies)
+    return {s.id: replies[str(s.id)]["extraction"] for s in samples if str(s.id) in replies}
+
+
+def extraction_prompt(fields: Row, response: str) -> str:
+    """Word the question to the judge: instruction, five worked cases, and the open one.
+
+    Args:
+        fields: the record.
+        response: what the model wrote.
+    """
+    cases = [
+        f"Hint: Please {HINTS[kind]}\nQuestion: {question}\n\nModel response: {said}\n\nExtracted answer: {answer}"
+        for kind, question, said, answer in WORKED_CASES
+    ]
+    asked = fields.get("query") or query(fields)
+    return "\n\n".join([INSTRUCTION, *cases, f"{asked}\n\nModel response: {response}\n\nExtracted answer: "])
+
+
+def is_right(extraction: str, fields: Row) -> bool:
+    """Normalise an extracted answer to the kind of answer that is wanted and compare it with the gold one.
+
+    Args:
+        extraction: the extracted answer; an empty one still picks the most similar choice, like the official rule.
+        fields: the record.
+    """
+    return normalise_extraction(extraction, fields) == fields["answer"]
+
+
+def normalise_extraction(extraction: str, fields: Row) -> str | None:
+    """Bring an extracted answer to the form of the gold one; None if it cannot be.
+
+    Args:
+        extraction: the extracted answer.
+        fields: the record.
+    """
+    choices = [str(choice) for choice in fields["choices"]]
+    if fields["question_type"] == "multi_choice":
+        text = extraction.strip()
+        letter = _LETTER.search(text)
+        place = ord(letter[1].upper() if letter else text) - ord("A") if letter or len(text) == 1 else -1
+        if 0 <= place < len(choices):
+            return choices[place]
+        return min(choices, key=lambda choice: edit_distance(letter[1].upper() if letter else text, choice))
+    try:
+        if fields["answer_type"] == "integer":
+            return str(int(float(extraction)))
+        if fields["answer_type"] == "float":
+            return str(round(float(extraction), int(float(fields.get("precision", "")))))
+    except (ValueError, OverflowError):
+        return None
+    return extraction
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Count the insertions, deletions and replacements that turn one text into another (Levenshtein).
+
+    Args:
+        first: a text.
+        second: another.
+    """
+    above = list(range(len(second) + 1))
+    for row, letter in enumerate(first, start=1):
+        left = [row]
+        for column, other in enumerate(second):
+            left.append(min(left[-1] + 1, above[column + 1] + 1, above[column] + (letter != other)))
+        above = left
+    return above[-1]
+
+
+def _normal(row: Row) -> Row:
+    metadata = row.get("metadata")
+    lifted = {name: cell for name, cell in metadata.items() if name != "split"} if isinstance(metadata, dict) else {}
+    picture = row.get("image")
+    named = isinstance(picture, str) and Path(picture).suffix.lower() in (".jpg", ".jpeg", ".png")
+    place = {"image_path": picture} if named else {}
+    kept = {name: cell for name, cell in row.items() if name not in ("metadata", "decoded_image")}
+    return {**kept, **lifted, **place, "choices": as_list(row.get("choices", ""))}

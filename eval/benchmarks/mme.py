@@ -1,0 +1,192 @@
+"""MME (MME_Benchmark_release_version): two yes/no questions a picture, in 14 categories."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.errors import EvalError, some
+from eval.judge import Judge
+from eval.tables import Row, read_rows
+from eval.vqa import yes_or_no
+
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+YES_NO_INSTRUCTION = "Please answer yes or no."
+RELEASE = "MME_Benchmark_release_version"
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
+
+
+class MME(Benchmark):
+    """MME as its release folder, a folder of result files, VLMEvalKit's TSV or the Hugging Face parquet."""
+
+    name = "mme"
+    rules = {"official": "mme-official", "vlmevalkit": "mme/vlmevalkit-2026-08"}
+    max_new_tokens = 128
+    embedded = "mme.tsv"
+    columns = ("category", "picture", "question", "gold")
+    public_names = {"picture": "image_path (or question_id)", "gold": "answer"}
+    full_score = 2000.0
+
+    def read(self, data: Path) -> list[Row]:
+        """Read a file, or a folder with the release or with one txt file a category."""
+        return read_folder(data) if data.is_dir() else read_rows(data)
+
+    def read_predictions(self, path: Path) -> list[Row]:
+        """Read a file, or the folder of txt files that the official scorer takes."""
+        return self.read(path)
+
+    def normalise(self, rows: list[Row]) -> list[Row]:
+        """Name category, picture, question and gold alike, and give each question an id."""
+        return [_normal(row) for row in rows]
+
+    def image_folder(self, data: Path) -> Path:
+        """Find the folder that holds the categories' folders."""
+        if data.is_dir():
+            return data / RELEASE if (data / RELEASE).is_dir() else data
+        return super().image_folder(data)
+
+    def prompts(self, samples: Sequence[Sample]) -> list[str]:
+        """Word LLaVA's prompts: the short-answer instruction in place of the file's own."""
+        return [f"{_bare(sample.fields['question'])}\n{SHORT_INSTRUCTION}" for sample in samples]
+
+    def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
+        """Read the answers; two rows share LLaVA's question_id, so the question is part of the id."""
+        known = {sample.id for sample in samples}
+        named = [row if row.get("id") in known else _normal(row) for row in rows]
+        return super().predictions(named, source, samples)
+
+    def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
+        """Add accuracy and accuracy over both questions of a picture, in percent, over the categories."""
+        read = official_answer if self.chosen_rule == "official" else yes_or_no
+        pairs: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        said = {s.id: read(answers[s.id]) for s in samples}
+        right = {s.id: said[s.id] == s.fields["gold"].lower() for s in samples}
+        other = sum(answer is None for answer in said.values())
+        for sample in samples:
+            pairs[sample.fields["category"]][sample.fields["picture"]].append(right[sample.id])
+        odd = [f"{name}/{picture}" for name, own in pairs.items() for picture, two in own.items() if len(two) != 2]
+        if odd:
+            raise EvalError(
+                f"{some(odd)} pictures do not have two questions; MME asks two about each. Give the whole file."
+            )
+        order = [name for name in (*PERCEPTION, *COGNITION) if name in pairs]
+        order += [name for name in pairs if name not in order]
+        parts = {name: _accuracies(list(pairs[name].values())) for name in order}
+        sums = {name: part["acc"] + part["acc_plus"] for name, part in parts.items()}
+        scores: dict[str, Any] = {
+            "perception": sum(sums[name] for name in PERCEPTION if name in sums),
+            "cognition": sum(sums[name] for name in COGNITION if name in sums),
+            "categories": sums,
+            "accuracies": parts,
+        }
+        counts = {"questions": len(samples), "pictures": sum(map(len, pairs.values())), "other": other}
+        counts["empty"] = sum(not answers[s.id].strip() for s in samples)
+        notes = ["the score is the sum over the perception categories, 2000 at most; cognition has 800."]
+        lacking = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
+        if lacking:
+            notes.append(f"no questions of {some(lacking)} categories: the sums are over the others.")
+        if other:
+            notes.append(f"{other} answers are neither yes nor no by the rule and count as wrong.")
+        return Score("scored", self.rule, scores["perception"], scores, counts, notes, per_sample=dict(right))
+
+
+def official_answer(text: str) -> str | None:
+    """Read "yes" or "no" as the official scorer does: among the first four characters; else None.
+
+    Args:
+        text: the answer.
+    """
+    start = text.lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), None)
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """Read the release (a folder a category, a txt file a picture) or result files (a txt file a category).
+
+    Args:
+        folder: the release, a folder that holds it, or the folder of result files.
+
+    Raises:
+        EvalError: if it is neither, or a line has another number of fields.
+    """
+    if (folder / RELEASE).is_dir():
+        folder = folder / RELEASE
+    names = (*PERCEPTION, *COGNITION)
+    rows: list[Row] = []
+    for name in names:
+        if (folder / f"{name}.txt").is_file():
+            rows += _result_rows(folder / f"{name}.txt", name)
+        elif (folder / name).is_dir():
+            rows += _release_rows(folder / name, name)
+    if not rows:
+        raise EvalError(
+            f"{folder}: holds neither a folder nor a txt file of any MME category ({', '.join(names[:3])}...)."
+        )
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+
+
+def _result_rows(path: Path, category: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        fields = line.split("\t")
+        if line.strip() and len(fields) not in (3, 4):
+            raise EvalError(
+                f"{path}, line {number}: {len(fields)} fields; expected picture, question, gold and answer, by tabs."
+            )
+        if line.strip():
+            named = dict(zip(("image_path", "question", "answer", "prediction"), fields, strict=False))
+            rows.append({"category": category, **named})
+    return rows
+
+
+def _release_rows(folder: Path, category: str) -> list[Row]:
+    nested = (folder / "images").is_dir()
+    pictures = folder / "images" if nested else folder
+    rows = []
+    for path in sorted((folder / "questions_answers_YN" if nested else folder).glob("*.txt")):
+        named = [pictures / (path.stem + suffix) for suffix in IMAGE_SUFFIXES]
+        image = next((name for name in named if name.is_file()), named[0])
+        for number, line in enumerate(_text(path).strip().split("\n"), start=1):
+            question, tab, answer = line.strip().partition("\t")
+            if not tab:
+                raise EvalError(f"{path}, line {number}: expected a question, a tab and yes or no.")
+            place = str(image.relative_to(folder.parent))
+            rows.append({"category": category, "image_path": place, "question": question, "answer": answer})
+    return rows
+
+
+def _accuracies(pairs: list[list[bool]]) -> dict[str, float]:
+    right = [answer for two in pairs for answer in two]
+    return {"acc": 100 * sum(right) / len(right), "acc_plus": 100 * sum(map(all, pairs)) / len(pairs)}
+
+
+def _bare(question: str) -> str:
+    """Strip the instructions that the file or LLaVA add to a question."""
+    for instruction in (SHORT_INSTRUCTION, YES_NO_INSTRUCTION):
+        question = question.replace(instruction, "")
+    return " ".join(question.split())
+
+
+def _normal(row: Row) -> Row:
+    place = str(next((row[name] for name in ("image_path", "question_id", "image_name") if row.get(name)), ""))
+    question = row.get("question") or row.get("prompt") or ""
+    category = row.get("category") or place.partition("/")[0]
+    picture = row.get("picture") or Path(place).name.split(".")[0]
+    named = {"category": category, "picture": picture, "question": question}
+    if row.get("answer"):
+        named["gold"] = str(row["answer"]).strip()
+    kept = {name: cell for name, cell in row.items() if name not in ("answer", "question_id", "prompt")}
+    return {
+        **kept,
+        **{name: cell for name, cell in named.items() if cell},
+        "index": f"{category}/{picture}: {_bare(question)}",
+    }

@@ -1,0 +1,193 @@
+"""POPE (AoiDragon/POPE on COCO): is an object in the picture, yes or no, asked in three splits.
+
+LLaVA's scorer pairs answers and labels by line number, which goes wrong without a word when the label file is another
+release than the question file. Here they are paired by split, picture and question.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
+from eval.errors import EvalError, some
+from eval.judge import Judge
+from eval.tables import Row, read_rows
+from eval.vqa import yes_or_no
+
+SPLITS = ("adversarial", "popular", "random")
+LABEL_FILE = "coco_pope_"
+QUESTION_FILE = "llava_pope_test.jsonl"
+
+
+class POPE(Benchmark):
+    """POPE as label files, LLaVA's question file with them, VLMEvalKit's TSV or the Hugging Face parquet."""
+
+    name = "pope"
+    rules = {"official": "pope-llava", "vlmevalkit": "pope/vlmevalkit-2026-08"}
+    max_new_tokens = 128
+    embedded = "pope.tsv"
+    columns = ("question", "label", "category")
+    public_names = {"label": "label (or answer)"}
+    answer_columns = ("prediction", "text", "answer")
+
+    def read(self, data: Path) -> list[Row]:
+        """Read a file with labels, or LLaVA's question file and label files from a folder or beside one another."""
+        if data.is_dir():
+            return _read_folder(data)
+        if data.name == QUESTION_FILE:
+            return _read_folder(data.parent)
+        return _labelled(read_rows(data), data)
+
+    def normalise(self, rows: list[Row]) -> list[Row]:
+        """Name picture, question, label and split alike, and give each question an id."""
+        rows = [_normal(row) for row in rows]
+        ids = [row.get("index") or row.get("question_id") for row in rows]
+        if all(ids) and len(set(ids)) == len(ids):
+            return [{**row, "index": id_} for row, id_ in zip(rows, ids, strict=True)]
+        return [{**row, "index": _key(row)} for row in rows]
+
+    def image_folder(self, data: Path) -> Path:
+        """Find val2014, LLaVA's folder of pictures."""
+        folder = (data if data.is_dir() else data.parent) / "val2014"
+        return folder if folder.is_dir() else super().image_folder(data)
+
+    def prompts(self, samples: Sequence[Sample]) -> list[str]:
+        """Word LLaVA's prompts."""
+        return [f"{sample.fields['question']}\n{SHORT_INSTRUCTION}" for sample in samples]
+
+    def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
+        """Read the answers: by id, else by split, picture and question, else line by line if every question agrees."""
+        column = self.answer_column(rows, source)
+        answered = [row for row in rows if column in row]
+        known = {sample.id for sample in samples}
+        asked = [_asked(row) for row in answered]
+        if all(any(row.get(name) for name in self.id_columns) for row in answered):
+            ids = [self.row_id(row) for row in answered]
+            if known & set(ids):
+                _refuse_others(samples, ids, asked, source)
+                refuse_doubles(ids, source)
+                return {id_: str(row[column]) for id_, row in zip(ids, answered, strict=True)}
+        keys = [_key(_normal(row)) for row in answered]
+        by_key = {_key(s.fields): s.id for s in samples}
+        if set(keys) & by_key.keys():
+            refuse_doubles(keys, source)
+            return {by_key.get(key, key): str(row[column]) for key, row in zip(keys, answered, strict=True)}
+        if asked == [s.fields["question"] for s in samples]:
+            return {s.id: str(row[column]) for s, row in zip(samples, answered, strict=True)}
+        raise EvalError(
+            f"{source}: its rows have neither the ids nor the pictures of the questions, and its {len(rows)} questions "
+            f"are not those of the {len(samples)} labels line by line; give LLaVA's {QUESTION_FILE} beside the labels."
+        )
+
+    def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
+        """Score each split with "yes" as the positive class; the headline is the mean F1, or VLMEvalKit's pooled F1."""
+        official = self.chosen_rule == "official"
+        said = {s.id: official_answer(answers[s.id]) if official else yes_or_no(answers[s.id]) for s in samples}
+        splits: dict[str, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            for split in sample.fields["category"].split(","):
+                splits[split.strip()].append(sample)
+        scores: dict[str, Any] = {name: _measures(own, said) for name, own in sorted(splits.items())}
+        pooled = [sample for own in splits.values() for sample in own]
+        scores["pooled"] = _measures(pooled, said)
+        scores["mean f1"] = sum(scores[name]["f1"] for name in splits) / len(splits)
+        counts = {
+            "questions": len(samples),
+            "splits": {name: len(own) for name, own in sorted(splits.items())},
+            "neither": sum(answer is None for answer in said.values()),
+            "empty": sum(not answers[s.id].strip() for s in samples),
+        }
+        notes = [] if set(splits) == set(SPLITS) else [f"splits in the file: {', '.join(sorted(splits))}."]
+        if counts["neither"]:
+            notes.append(f"{counts['neither']} answers are neither yes nor no by the rule; F1 takes them for no.")
+        headline = scores["mean f1"] if official else scores["pooled"]["f1"]
+        right: dict[Id, bool | float] = {s.id: said[s.id] == s.fields["label"] for s in samples}
+        return Score("scored", self.rule, 100 * headline, scores, counts, notes, per_sample=right)
+
+
+def official_answer(text: str) -> str:
+    """Read "no" from the first sentence as LLaVA's scorer does; everything else is "yes".
+
+    Args:
+        text: the answer.
+    """
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def _measures(samples: Sequence[Sample], said: Mapping[Id, str | None]) -> dict[str, float]:
+    pairs = [(said[s.id], s.fields["label"]) for s in samples]
+    positive = sum(answer == label == "yes" for answer, label in pairs)
+    claimed = sum(answer == "yes" for answer, _ in pairs)
+    true = sum(label == "yes" for _, label in pairs)
+    precision = positive / claimed if claimed else 0.0
+    recall = positive / true if true else 0.0
+    return {
+        "f1": 2 * precision * recall / (precision + recall) if positive else 0.0,
+        "accuracy": sum(answer == label for answer, label in pairs) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "yes_ratio": claimed / len(pairs),
+    }
+
+
+def _read_folder(folder: Path) -> list[Row]:
+    """Read all label files of a folder and, if it is there, LLaVA's question file, whose questions then count."""
+    files = sorted(path for path in folder.rglob(f"{LABEL_FILE}*.json*"))
+    if not files:
+        raise EvalError(f"{folder}: holds no label files ({LABEL_FILE}{SPLITS[0]}.json and so on), nor below it.")
+    labels = [_normal(row) for path in files for row in _labelled(read_rows(path), path)]
+    questions = next((path for path in (folder / QUESTION_FILE, folder.parent / QUESTION_FILE) if path.is_file()), None)
+    if questions is None:
+        return labels
+    gold = {_key(row): row["label"] for row in labels}
+    asked = [_normal(row) for row in read_rows(questions)]
+    lacking = [row.get("question_id", "?") for row in asked if _key(row) not in gold]
+    if lacking:
+        raise EvalError(
+            f"{questions}: {some(lacking)} of {len(asked)} questions have no label in {some([f.name for f in files])}; "
+            "give the label files of the same release."
+        )
+    return [{**row, "label": gold[_key(row)]} for row in asked]
+
+
+def _labelled(rows: list[Row], path: Path) -> list[Row]:
+    """Name the split of a label file, which only its file name tells."""
+    if path.stem.startswith(LABEL_FILE) and "category" not in rows[0]:
+        return [{**row, "category": path.stem.removeprefix(LABEL_FILE), "question_id": ""} for row in rows]
+    return rows
+
+
+def _refuse_others(samples: Sequence[Sample], ids: Sequence[Id], asked: Sequence[str], source: str) -> None:
+    """Refuse predictions whose ids are those of the questions but whose questions are others."""
+    questions = {sample.id: sample.fields["question"] for sample in samples}
+    others = [
+        id_ for id_, question in zip(ids, asked, strict=True) if question and questions.get(id_, question) != question
+    ]
+    if others:
+        raise EvalError(f"{source}: {some(others)} rows have the id of another question; give the data that was asked.")
+
+
+def _asked(row: Row) -> str:
+    """Take the question out of a prediction row, without LLaVA's instruction."""
+    text = row.get("question") or row.get("prompt") or ""
+    return text.removesuffix(SHORT_INSTRUCTION).strip()
+
+
+def _normal(row: Row) -> Row:
+    asked = _asked(row) or row.get("text", "").removesuffix(SHORT_INSTRUCTION).strip()
+    picture = next((row[name] for name in ("image_source", "image_path", "image") if _is_name(row.get(name))), "")
+    label = row.get("label") or (row.get("answer") if "label" not in row else "")
+    named = {"question": asked, "category": row.get("category", ""), "label": str(label or "").strip().lower()}
+    kept = {name: cell for name, cell in row.items() if name not in ("text", "answer", "label")}
+    path = {"image_path": picture if Path(picture).suffix else f"{picture}.jpg"} if picture else {}
+    return {**kept, **path, **{name: cell for name, cell in named.items() if cell}}
+
+
+def _is_name(cell: object) -> bool:
+    return isinstance(cell, str) and 0 < len(cell) <= 64
+
+
+def _key(row: Row) -> str:
+    return f"{row.get('category', '')}/{Path(row.get('image_path', '')).stem}: {row.get('question', '')}"

@@ -1,0 +1,224 @@
+"""All results side by side: ``python -m eval.overview results``.
+
+A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, and pages with every question and answer.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eval.benchmarks import BENCHMARKS
+from eval.charts import FEWEST_AXES, bars, radar
+from eval.cli import fail
+from eval.errors import EvalError
+from eval.pages import write_pages
+from eval.report import write_json, write_whole
+from eval.results import Result, find_results
+
+MOST_AXES = 24
+FOLDER = "overview"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Overview:
+    """Results as a table: a row for each benchmark, a column for each model.
+
+    Attributes:
+        results: what is shown.
+        models: the models' names.
+        benchmarks: the benchmarks' names, in the order of the command line's list.
+    """
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.results = results
+        self.models = sorted({result.model for result in results})
+        known = {name: number for number, name in enumerate(BENCHMARKS)}
+        names = {result.benchmark for result in results}
+        self.benchmarks = sorted(names, key=lambda name: (known.get(name, len(known)), name))
+        self._by = {(result.benchmark, result.model): result for result in results}
+
+    def of(self, benchmark: str) -> list[Result]:
+        """Return the results of a benchmark, in the order of the models."""
+        return [self._by[benchmark, model] for model in self.models if (benchmark, model) in self._by]
+
+    def cells(self) -> list[list[str]]:
+        """Write the table as text, its header first."""
+        rows = [["benchmark", *self.models]]
+        for benchmark in self.benchmarks:
+            scores = {result.model: result.facts["score"] for result in self.of(benchmark)}
+            shown = [scores.get(model) for model in self.models]
+            rows.append([benchmark, *("-" if score is None else f"{score:.1f}" for score in shown)])
+        return rows
+
+    def percents(self) -> dict[str, list[float | None]]:
+        """Return each benchmark's score of each model as a chart can show it, from 0 to 100."""
+        percents = {}
+        for benchmark in self.benchmarks:
+            found = {result.model: percent(result) for result in self.of(benchmark)}
+            percents[benchmark] = [found.get(model) for model in self.models]
+        return percents
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Say of each result where its number comes from."""
+        return [
+            {
+                "benchmark": result.benchmark,
+                "model": result.model,
+                "preset": result.facts["model"].get("preset"),
+                "model_sha256": result.facts["model"].get("sha256"),
+                "score": result.facts["score"],
+                "status": result.facts["status"],
+                "questions": len(result.values),
+                "protocol": result.facts["protocol"],
+                "rule": result.facts["rule"],
+                "data": result.facts["data"],
+                "generation": result.facts.get("generation"),
+                "judge": result.facts.get("judge"),
+                "versions": result.facts.get("versions"),
+            }
+            for result in self.results
+        ]
+
+
+def percent(result: Result) -> float | None:
+    """Return a headline score of 0 to 100; where it is a sum of another size (MME), the share of right answers.
+
+    Args:
+        result: what was scored.
+    """
+    score = result.facts["score"]
+    if score is None or result.facts.get("full_score", 100.0) == 100.0:
+        return score
+    return 100 * sum(result.values.values()) / len(result.values) if result.values else None
+
+
+def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
+    """Average the questions of each category of a benchmark file, for models that answered the same file.
+
+    Args:
+        results: results of one benchmark.
+
+    Returns:
+        Category -> percent of each result; empty where there are no categories, or too many or too few for a radar.
+    """
+    if any(not result.values for result in results) or len({r.facts["data"]["sha256"] for r in results}) > 1:
+        return {}
+    means: dict[str, list[float | None]] = defaultdict(list)
+    for result in results:
+        parts: dict[str, list[float]] = defaultdict(list)
+        for row in result.answers():
+            if str(row["index"]) in result.values and isinstance(row.get("category"), str):
+                parts[row["category"]].append(float(result.values[str(row["index"])]))
+        for name, values in parts.items():
+            means[name].append(100 * sum(values) / len(values))
+    whole = all(len(values) == len(results) for values in means.values())
+    return dict(sorted(means.items())) if whole and FEWEST_AXES <= len(means) <= MOST_AXES else {}
+
+
+def write_charts(folder: Path, overview: Overview) -> list[str]:
+    """Draw the charts that the results allow.
+
+    Args:
+        folder: where to.
+        overview: the results.
+
+    Returns:
+        The names of the files.
+    """
+    scores = overview.percents()
+    bars(folder / "bars.png", overview.models, scores)
+    names = ["bars.png"]
+    complete = {name: values for name, values in scores.items() if None not in values}
+    if len(complete) >= FEWEST_AXES:
+        radar(folder / "radar.png", overview.models, complete)
+        names.append("radar.png")
+    for benchmark in overview.benchmarks:
+        results = overview.of(benchmark)
+        parts = by_category(results)
+        if parts:
+            names.append(f"radar-{benchmark}.png")
+            radar(folder / names[-1], [result.model for result in results], parts)
+    return names
+
+
+def markdown(overview: Overview, charts: Sequence[str]) -> str:
+    """Write the overview as Markdown: scores, charts, and where each number comes from.
+
+    Args:
+        overview: the results.
+        charts: the chart files beside it.
+    """
+    lines = ["# Results", "", *_markdown_table(overview.cells()), ""]
+    lines += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
+    header = ["benchmark", "model", "preset", "status", "questions", "protocol", "rule", "data"]
+    rows = [[*(str(fact[name]) for name in header[:-1]), fact["data"]["sha256"][:12]] for fact in overview.facts()]
+    lines += ["", "## Where the numbers come from", "", *_markdown_table([header, *rows]), ""]
+    lines.append("`data` is the start of the file's SHA-256; `overview.json` has all of it, with the versions.")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def write_overview(results: Sequence[Result], folder: Path) -> Overview:
+    """Write Markdown, JSON, charts and pages.
+
+    Args:
+        results: what to show.
+        folder: where to.
+
+    Returns:
+        The overview, to be printed.
+    """
+    overview = Overview(results)
+    charts = write_charts(folder, overview)
+    write_whole(folder / "overview.md", markdown(overview, charts).encode())
+    write_json(folder / "overview.json", overview.facts())
+    benchmarks = {name: overview.of(name) for name in overview.benchmarks}
+    write_pages(folder, benchmarks, overview.cells(), overview.facts(), charts)
+    return overview
+
+
+def print_overview(overview: Overview, folder: Path, console: Console) -> None:
+    """Show the table of scores and where the rest lies.
+
+    Args:
+        overview: the results.
+        folder: where they were written.
+        console: where to print.
+    """
+    header, *rows = overview.cells()
+    table = Table(header[0], title="scores")
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"questions, answers and charts in {folder / 'index.html'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def main(
+    places: Annotated[list[Path] | None, typer.Argument(help="Folders that hold results; results by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to; the first folder's overview/ by default.")] = None,
+) -> None:
+    """Show all results below some folders side by side."""
+    places = places or [Path("results")]
+    folder = output or places[0] / FOLDER
+    try:
+        overview = write_overview(find_results(places), folder)
+    except EvalError as error:
+        fail(error)
+    print_overview(overview, folder, Console())
+
+
+if __name__ == "__main__":
+    app()

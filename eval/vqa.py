@@ -1,0 +1,77 @@
+"""How answers of one or few words are compared: the VQA normalisation, and yes/no questions.
+
+Source: facebookresearch/mmf ``EvalAIAnswerProcessor``, which LLaVA uses for TextVQA (``m4c_evaluator.py``); its
+punctuation rule is also that of VLMEvalKit.
+"""
+
+import re
+
+_PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
+_COMMA = re.compile(r"(?<=\d),+(?=\d)")
+_PERIOD = re.compile(r"\.(?!\d)")
+# The original passes a flag where the number of replacements belongs, so it stops after so many periods.
+_PERIODS = int(re.UNICODE)
+_NUMBERS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+# Words that get an apostrophe, as "word:with apostrophe"; only what differs from a regular negation is spelt out.
+_NEGATIONS = "ai are ca could did does do had has have is might must need ought sha should was were wo would".split()
+_CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
+    pair.split(":")
+    for pair in """
+    couldve:could've couldn'tve:couldn't've couldnt've:couldn't've hadnt've:hadn't've hadn'tve:hadn't've hed:he'd
+    hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've I'dve:I'd've Im:I'm Ive:I've
+    itd:it'd itd've:it'd've it'dve:it'd've itll:it'll let's:let's maam:ma'am
+    mightnt've:mightn't've mightn'tve:mightn't've
+    mightve:might've mustve:must've notve:not've oclock:o'clock ow's'at:'ow's'at 'ows'at:'ow's'at 'ow'sat:'ow's'at
+    shed've:she'd've she'dve:she'd've she's:she's shouldve:should've shouldnt've:shouldn't've shouldn'tve:shouldn't've
+    somebody'd:somebodyd somebodyd've:somebody'd've somebody'dve:somebody'd've somebodyll:somebody'll
+    somebodys:somebody's someoned:someone'd someoned've:someone'd've someone'dve:someone'd've someonell:someone'll
+    someones:someone's somethingd:something'd somethingd've:something'd've something'dve:something'd've
+    somethingll:something'll thats:that's thered:there'd thered've:there'd've there'dve:there'd've therere:there're
+    theres:there's theyd:they'd theyd've:they'd've they'dve:they'd've theyll:they'll theyre:they're theyve:they've
+    twas:'twas wed've:we'd've we'dve:we'd've weve:we've whatll:what'll whatre:what're whats:what's whatve:what've
+    whens:when's whered:where'd wheres:where's whereve:where've whod:who'd whod've:who'd've who'dve:who'd've
+    wholl:who'll whos:who's whove:who've whyll:why'll whyre:why're whys:why's wouldve:would've wouldnt've:wouldn't've
+    wouldn'tve:wouldn't've yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'all'd've
+    y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
+    """.split()
+)
+
+
+def normalise_answer(text: str) -> str:
+    """Bring an answer to the form in which VQA answers are compared.
+
+    Args:
+        text: what a model or an annotator wrote.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def strip_punctuation(text: str) -> str:
+    """Remove punctuation beside a space, replace other punctuation by a space, and remove most periods.
+
+    Args:
+        text: any text.
+    """
+    stripped = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if beside_space or _COMMA.search(text) else " ")
+    return _PERIOD.sub("", stripped, count=_PERIODS)
+
+
+def yes_or_no(text: str) -> str | None:
+    """Read "yes" or "no" as VLMEvalKit does: one of them as a word and not the other; else None.
+
+    Args:
+        text: the answer.
+    """
+    words = strip_punctuation(text.lower()).split()
+    if ("yes" in words) == ("no" in words):
+        return None
+    return "yes" if "yes" in words else "no"

@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.benchmarks import BENCHMARKS
+from eval.score import score_file
+
+YES_NO = {"question": "Is it?", "answer": "Yes", "prediction": "Yes"}
+CHOICE = {"question": "Which?", "A": "cat", "B": "dog", "answer": "B", "prediction": "B"}
+# For each benchmark rows of one public form, with an answer each, of which the first alone is right.
+FORMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "mmbench": (
+        "mmbench",
+        [{"index": 1, **CHOICE}, {"index": 1000001, **CHOICE}, {"index": 2, **CHOICE, "answer": "A", "B": ""}],
+    ),
+    "mmstar": (
+        "mmstar",
+        [{"index": n, **CHOICE, "answer": "BA"[n], "category": "x", "l2_category": "y"} for n in (0, 1)],
+    ),
+    "mme of VLMEvalKit": (
+        "mme",
+        [
+            {"index": 0, **YES_NO, "category": "color", "image_path": "color/1.png"},
+            {"index": 1, **YES_NO, "question": "Or?", "answer": "No", "category": "color", "image_path": "color/1.png"},
+        ],
+    ),
+    "mme of Hugging Face": (
+        "mme",
+        [
+            {"question_id": "color/1.png", **YES_NO, "category": "color"},
+            {"question_id": "color/1.png", **YES_NO, "question": "Or?", "answer": "No", "category": "color"},
+        ],
+    ),
+    "pope of VLMEvalKit": (
+        "pope",
+        [{"index": n, **YES_NO, "answer": ["Yes", "No"][n], "category": "x"} for n in (0, 1)],
+    ),
+    "pope of Hugging Face": (
+        "pope",
+        [
+            {"question_id": 1, **YES_NO, "image_source": f"C_{n}", "answer": ["yes", "no"][n], "category": "x"}
+            for n in (0, 1)
+        ],
+    ),
+    "gqa": ("gqa", [{"id": f"0{n}", "question": "?", "answer": "ab"[n], "prediction": "A."} for n in (0, 1)]),
+    "textvqa of VLMEvalKit": (
+        "textvqa",
+        [{"index": n, "question": "?", "answer": ["['a'] * 2", "['b', 'b']"][n], "prediction": "b"} for n in (1, 0)],
+    ),
+    "textvqa": (
+        "textvqa",
+        [{"question_id": n, "question": "?", "answers": ["cd"[n]] * 10, "prediction": "C"} for n in (0, 1)],
+    ),
+    "mmmu": (
+        "mmmu",
+        [
+            {"id": "validation_Art_1", "options": "['x', 'y']", "answer": "B", "question": "?", "prediction": "B"},
+            {"id": "validation_Art_2", "options": "[]", "answer": "7", "question": "?", "prediction": "8"},
+        ],
+    ),
+    "mmmu of VLMEvalKit": ("mmmu", [{"index": n, **CHOICE, "answer": "BA"[n], "category": "Art"} for n in (0, 1)]),
+    "mathvista": (
+        "mathvista",
+        [
+            {
+                **{"pid": str(n), "question": "?", "question_type": "free_form", "answer_type": "integer"},
+                **{"answer": str(n), "prediction": "1", "metadata": {"task": "vqa", "skills": ["logic"]}},
+            }
+            for n in (1, 2)
+        ],
+    ),
+    "ocrbench": (
+        "ocrbench",
+        [
+            {
+                "dataset_name": f"d{n}",
+                "id": 0,
+                "type": "Doc-oriented VQA",
+                "question": "?",
+                "answers": "ab"[n],
+                "predict": "A",
+            }
+            for n in (0, 1)
+        ],
+    ),
+    "ocrbench of VLMEvalKit": (
+        "ocrbench",
+        [
+            {"index": n, "category": "Doc-oriented VQA", "question": "?", "answer": f"['{'ab'[n]}']", "prediction": "A"}
+            for n in (0, 1)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_of_a_form_scores_like_the_form(tmp_path: Path, form: str) -> None:
+    name, rows = FORMS[form]
+    benchmark = BENCHMARKS[name]()
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(rows))
+    score = score_file(benchmark, path, None, False, None)
+    assert list(score.per_sample.values()) == [True, False] or score.per_sample == {1: 1 / 3, 0: 0.0}
+    samples = benchmark.samples(benchmark.normalise(benchmark.read_predictions(path)))
+    answers = benchmark.predictions(benchmark.read_predictions(path), "", samples)
+    records = [{**s.fields, "index": s.id, "prompt": "?", "prediction": answers[s.id]} for s in samples]
+    own = tmp_path / "answers.jsonl"
+    own.write_text("".join(json.dumps(record) + "\n" for record in records))
+    again = score_file(benchmark, own, None, False, None)
+    assert (again.scores, again.per_sample) == (score.scores, score.per_sample)
+    assert len(benchmark.prompts(samples)) == len(samples)
+    # The same answers, by id alone, against the published file.
+    (tmp_path / "predictions.json").write_text(json.dumps({str(id_): text for id_, text in answers.items()}))
+    whole = score_file(benchmark, tmp_path / "predictions.json", path, False, None)
+    assert whole.per_sample == score.per_sample
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_refuses_a_foreign_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([{"title": "x", "prediction": "y"}]))
+    with pytest.raises(ValueError, match="lacks the columns|has no id|OCRBench"):
+        score_file(BENCHMARKS[name](), path, None, False, None)

@@ -1,0 +1,147 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements
+from eval.errors import EvalError
+from eval.score import score_file
+
+CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        *[(text, "B") for text in ("B", "B.", "(B)", "The answer is B", "A is wrong, so B", "(A) or rather (B)")],
+        ("A B C", "C"),
+        ("I think that it shows two dogs here", "C"),
+        ("two dogs", None),  # text counts only in answers of more than five words
+        ("not two dogs but a blue boat", "B"),
+        *[(text, None) for text in ("", "b", "B: boat", "Banana")],
+        ("**B**", None),
+    ],
+)
+def test_multiple_choice_parse(response: str, letter: str | None) -> None:
+    assert choose(response, CHOICES) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "right"),
+    [
+        ("3.14", ["3.14"], True),
+        ("The value is 3.141", ["3.14"], True),
+        ("x = 1,000", ["1000"], True),
+        ("It is 5 or 6", ["6"], True),
+        ("It is 16", ["6"], False),
+        ("the Eiffel Tower.", ["eiffel tower"], True),
+        ("B", ["b"], True),
+        ("cab", ["b"], False),
+        ("So the answer is a cab b", ["b"], True),
+        ("first it is 4\nthen nothing", ["4"], True),
+        ("", ["4"], False),
+        ("nan", ["nan"], False),
+    ],
+)
+def test_open_questions(response: str, gold: list[str], right: bool) -> None:
+    assert is_right_open(response, gold) is right
+
+
+def test_key_statements_take_the_shortest_tail() -> None:
+    assert key_statements("We see it.\nThus the final answer is 5.") == ["5"]
+    assert key_statements("Nothing to say") == ["nothing to say"]
+    assert key_statements("x = 3\ny = 4") == ["4"]  # an equation counts in the last line only
+
+
+def output_rows() -> list[dict[str, Any]]:
+    kinds = [("Math_1", "B", "B"), ("Math_2", "A", "no idea"), ("Art_1", "C", "(C)"), ("Art_2", "A", "?")]
+    rows = [
+        {
+            **{"id": f"validation_{name}", "question_type": "multiple-choice", "answer": gold, "response": said},
+            **{"all_choices": list(CHOICES), "index2ans": CHOICES},
+        }
+        for name, gold, said in kinds
+    ]
+    return [
+        *rows,
+        {"id": "validation_Math_3", "question_type": "open", "answer": ["7", "seven"], "response": "It is 7"},
+    ]
+
+
+def test_output_json_alone_with_the_official_draws(tmp_path: Path) -> None:
+    path = tmp_path / "output.json"
+    path.write_text(json.dumps(output_rows()))
+    score = score_file(MMMU(), path, None, False, None)
+    rng = Random(42)  # subjects in alphabetical order: Art_2 draws before Math_2
+    hits = 3 + (rng.choice("ABC") == "A") + (rng.choice("ABC") == "A")
+    assert score.counts["drawn_at_random"] == 2
+    assert score.score == pytest.approx(100 * hits / 5)
+    assert score.scores["Overall"] == {"num": 5, "acc": round(hits / 5, 3)}
+    assert score.scores["Overall-Science"]["num"] == score.scores["Math"]["num"] == 3
+    assert list(score.scores) == ["Overall-Art and Design", "Art", "Overall-Science", "Math", "Overall"]
+
+
+def test_folder_of_output_files(tmp_path: Path) -> None:
+    for subject in ("Math", "Art"):
+        (tmp_path / subject).mkdir()
+        rows = [row for row in output_rows() if subject in row["id"]]
+        (tmp_path / subject / "output.json").write_text(json.dumps(rows))
+    assert score_file(MMMU(), tmp_path, None, False, None).counts["questions"] == 5
+
+
+def test_letters_against_the_answer_file(tmp_path: Path) -> None:
+    gold = {row["id"]: {"question_type": row["question_type"], "ground_truth": row["answer"]} for row in output_rows()}
+    (tmp_path / "answer_dict_val.json").write_text(json.dumps(gold))
+    said = {row["id"]: letter for row, letter in zip(output_rows(), ["B", "B", "(C)", "A", "about seven"], strict=True)}
+    (tmp_path / "val.json").write_text(json.dumps(said))
+    score = score_file(MMMU(), tmp_path / "val.json", tmp_path / "answer_dict_val.json", False, None)
+    assert score.counts["hits"] == 3  # "(C)" is no bare letter, as in the official evaluator
+    assert "4 (validation_Math_1, validation_Math_2, validation_Art_1, validation_Art_2) questions" in score.notes[0]
+    samples = MMMU().load(tmp_path / "answer_dict_val.json", with_images=False)
+    with pytest.raises(EvalError, match="no questions"):
+        MMMU().prompts(samples)
+
+
+@pytest.mark.parametrize(("rule", "hits"), [("official", 2), ("vlmevalkit", 3)])
+def test_vlmevalkit_file(write_tsv: Callable[..., Path], rule: str, hits: int) -> None:
+    rows = [
+        {"index": 0, "id": "validation_Art_1", "A": "cat", "B": "dog", "answer": "B", "prediction": "B"},
+        {"index": 1, "id": "validation_Art_2", "A": "cat", "B": "dog", "answer": "A", "prediction": "it is cat"},
+        {"index": 2, "id": "validation_Math_1", "A": "", "B": "", "answer": "12.5", "prediction": "12.50"},
+    ]
+    rows = [{"question": "?", "split": "validation", "category": "x", **row} for row in rows]
+    rows.append({**rows[0], "index": 3, "id": "dev_Art_1", "split": "dev"})
+    score = score_file(MMMU(rule), write_tsv(rows), None, False, None)
+    if rule == "official":  # "it is cat" has too few words, so a letter is drawn
+        hits += Random(42).choice("AB") == "A"
+    assert score.counts["hits"] == hits + (rule == "vlmevalkit")  # which reports the splits apart
+    assert score.score == pytest.approx(100 * hits / 3)
+
+
+def test_first_of_several_pictures(write_tsv: Callable[..., Path], picture: Callable[..., str]) -> None:
+    cells = [f"['{picture((9, 8, 7))}', '{picture()}']", picture((1, 2, 3))]
+    rows = [
+        {"index": n, "question": "?", "A": "x", "B": "y", "answer": "A", "image": cell} for n, cell in enumerate(cells)
+    ]
+    samples = MMMU().load(write_tsv(rows))
+    assert [sample.images[0].open().getpixel((0, 0)) for sample in samples] == [(9, 8, 7), (1, 2, 3)]
+
+
+def test_prompts_and_submission(tmp_path: Path) -> None:
+    rows = [
+        {"id": "validation_Art_1", "question": "What in <image 1>?", "options": "['cat', 'dog']", "answer": "A"},
+        {"id": "validation_Art_2", "question": "How many?", "options": "[]", "answer": "['4', 'four']"},
+    ]
+    samples = MMMU().samples(MMMU().normalise(rows))
+    assert MMMU().prompts(samples) == [
+        "What in <image 1>?\n(A) cat\n(B) dog\n\nAnswer with the option's letter from the given choices directly.",
+        "How many?\nAnswer the question using a single word or phrase.",
+    ]
+    answers = {"validation_Art_1": "It is (B).", "validation_Art_2": "about four"}
+    score = MMMU().score(samples, answers)
+    assert score.counts["hits"] == 1
+    MMMU().write_submission(samples, answers, tmp_path / "sent.json")
+    assert json.loads((tmp_path / "sent.json").read_text()) == {**answers, "validation_Art_1": "B"}

@@ -1,0 +1,121 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.benchmarks.pope import POPE, SPLITS, official_answer
+from eval.errors import EvalError
+from eval.score import score_file
+
+INSTRUCTION = "\nAnswer the question using a single word or phrase."
+OBJECTS = ("dog", "cat", "car", "cup")
+# By split: gold and answer of each object. adversarial: tp 1, fp 1, fn 1, tn 1; popular all right; random says yes.
+GOLD = ("yes", "no", "yes", "no")
+SAID = {
+    "adversarial": ("Yes", "Yes.", "No", "no"),
+    "popular": ("Yes", "No", "yes, it is", "not here"),
+    "random": ("Yes",) * 4,
+}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def label_rows(split: str) -> list[dict[str, Any]]:
+    return [
+        {"question_id": n + 1, "image": f"COCO_{split}.jpg", "text": f"Is there a {name} in the image?", "label": gold}
+        for n, (name, gold) in enumerate(zip(OBJECTS, GOLD, strict=True))
+    ]
+
+
+@pytest.fixture
+def llava_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pope"
+    questions, answers = [], []
+    for split in SPLITS:
+        rows = label_rows(split)
+        extra = [{**rows[0], "question_id": 99, "text": "Is there a tree in the image?"}] if split == "random" else []
+        write_lines(folder / "coco" / f"coco_pope_{split}.json", [*extra, *rows])
+        for row, said in zip(rows, SAID[split], strict=True):
+            asked = {"question_id": len(questions), "image": row["image"], "category": split}
+            questions.append({**asked, "text": row["text"] + INSTRUCTION})
+            answers.append({"question_id": asked["question_id"], "prompt": row["text"] + INSTRUCTION, "text": said})
+    write_lines(folder / "llava_pope_test.jsonl", questions)
+    write_lines(folder / "answers" / "llava.jsonl", answers)
+    return folder
+
+
+def check(score: Any) -> None:
+    assert score.scores["adversarial"] == {
+        **{"f1": 0.5, "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "yes_ratio": 0.5},
+    }
+    assert score.scores["popular"]["f1"] == 1.0
+    assert score.scores["random"]["f1"] == pytest.approx(2 / 3)
+    assert score.scores["random"]["yes_ratio"] == 1.0
+    assert score.score == pytest.approx(100 * (0.5 + 1 + 2 / 3) / 3)
+
+
+@pytest.mark.parametrize("place", [".", "coco", "llava_pope_test.jsonl"])
+def test_llava_answers_are_paired_by_picture_and_question(llava_folder: Path, place: str) -> None:
+    # The label file of the random split has a row more than the questions, at its head: pairing by line would be wrong.
+    check(score_file(POPE(), llava_folder / "answers" / "llava.jsonl", llava_folder / place, False, None))
+
+
+def test_answers_line_by_line_only_if_every_question_agrees(llava_folder: Path) -> None:
+    answers = [json.loads(line) for line in (llava_folder / "answers" / "llava.jsonl").read_text().splitlines()]
+    data = llava_folder / "coco" / "coco_pope_adversarial.json"
+    (llava_folder / "llava_pope_test.jsonl").unlink()
+    rows = [{"question": answer["prompt"], "answer": answer["text"]} for answer in answers[:4]]
+    path = write_lines(llava_folder / "own.json", rows)
+    score = score_file(POPE(), path, data, False, None)
+    assert score.scores["adversarial"]["f1"] == 0.5
+    assert "splits in the file: adversarial" in score.notes[0]
+    with pytest.raises(EvalError, match="are not those of the 4 labels line by line"):
+        score_file(POPE(), write_lines(path, rows[::-1]), data, False, None)
+
+
+def test_vlmevalkit_file_with_joined_splits(write_tsv: Callable[..., Path]) -> None:
+    rows = [
+        {"index": 0, "question": "a dog?", "answer": "Yes", "category": "adversarial,popular", "prediction": "Yes."},
+        {"index": 1, "question": "a cat?", "answer": "No", "category": "popular", "prediction": "maybe"},
+    ]
+    score = score_file(POPE("vlmevalkit"), write_tsv(rows), None, False, None)
+    assert score.counts["splits"] == {"adversarial": 1, "popular": 2}
+    assert score.scores["popular"]["accuracy"] == 0.5  # "maybe" is neither, so wrong, and no in F1
+    assert score.scores["pooled"]["f1"] == 1.0
+    assert score.counts["neither"] == 1
+
+
+def test_ids_of_other_questions_are_refused(llava_folder: Path) -> None:
+    answers = [json.loads(line) for line in (llava_folder / "answers" / "llava.jsonl").read_text().splitlines()]
+    answers[3]["prompt"] = "Is there a house in the image?" + INSTRUCTION
+    path = write_lines(llava_folder / "answers" / "llava.jsonl", answers)
+    with pytest.raises(EvalError, match=r"1 \(3\) rows have the id of another question"):
+        score_file(POPE(), path, llava_folder, False, None)
+
+
+def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
+    write_lines(llava_folder / "coco" / "coco_pope_random.json", label_rows("random")[1:])
+    with pytest.raises(EvalError, match=r"1 \(8\) of 12 questions have no label"):
+        POPE().load(llava_folder, with_images=False)
+    with pytest.raises(EvalError, match="holds no label files"):
+        POPE().load(llava_folder / "answers", with_images=False)
+
+
+def test_prompts(llava_folder: Path) -> None:
+    samples = POPE().load(llava_folder, with_images=False)
+    assert POPE().prompts(samples)[0] == "Is there a dog in the image?" + INSTRUCTION
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("No", "no"), ("no, there", "no"), ("There is not", "no"), ("NO", "yes"), ("garbage", "yes"), ("", "yes")]
+    + [("Yes. No", "yes"), ("nope", "yes"), ("No, it is. Yes", "no")],
+)
+def test_official_parse(text: str, answer: str) -> None:
+    assert official_answer(text) == answer
