@@ -1,8 +1,10 @@
 # Sourced by the scripts and the Makefile's recipes: sets PYTHON to the environment that runs the project.
 # An activated environment (conda's base apart) is used, otherwise .venv; what is missing in it is installed first.
 
-if [ -n "${VIRTUAL_ENV:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
-    ENVIRONMENT=$(python -c 'import sys; print(sys.prefix)')
+if [ -n "${VIRTUAL_ENV:-}" ]; then
+    ENVIRONMENT=$VIRTUAL_ENV
+elif [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+    ENVIRONMENT=$CONDA_PREFIX
 else
     ENVIRONMENT=$PWD/.venv
 fi

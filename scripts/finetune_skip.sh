@@ -8,14 +8,16 @@
 # Variables (each has a default; arguments behind the script go to train.train, see --help):
 #   MODEL        saved model, or a language model together with VISION_TOWER    (a new tiny model)
 #   VISION_TOWER CLIP vision tower for a plain language model
-#   DATA IMAGES  LLaVA conversation JSON and the folder of its pictures         (the embedded digits)
+#   DATA IMAGES  data and the folder of its pictures, see docs/data.md          (the embedded digits)
 #   PRESET       llava, sv-llava-64, sv-llava-100, sv-llava-256, llava-hd, sv-llava-hd,
 #                cos, cos-336, cos-80, sv-cos                                   (sv-llava-256 for a new model)
-#   TEMPLATE     v1, llama3 or plain                                            (the tokenizer's own)
+#   TEMPLATE     v1, llama3, plain, ...; docs/data.md has all of them           (the tokenizer's own)
 #   OUTPUT       folder of the run                                              (checkpoints/<preset>)
 #   NPROC        processes on this machine                                      (GPUs found, else 2)
-#   ZERO         DeepSpeed stage: 2 or 3                                        (2)
+#   ZERO         DeepSpeed stage: 2, 3, 2_offload or 3_offload                  (2)
 #   EPOCHS BATCH LR   epochs, samples a process and step, learning rate
+#   TORCHRUN     options of torchrun that join several machines                 (--standalone; scripts/slurm sets them)
+#   DRY_RUN      not empty: print the command, and do not run it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -23,7 +25,7 @@ cd "$(dirname "$0")/.."
 gpus=$($PYTHON -c 'import torch; print(torch.cuda.device_count())')
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 2))}
 ZERO=${ZERO:-2}
-[ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2 or 3." >&2; exit 2; }
+[ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2, 3, 2_offload or 3_offload." >&2; exit 2; }
 
 arguments=(--deepspeed "scripts/zero$ZERO.json")
 if [ "$gpus" -gt 0 ]; then
@@ -53,9 +55,15 @@ fi
 [ -z "${BATCH:-}" ] || arguments+=(--per_device_train_batch_size "$BATCH")
 [ -z "${LR:-}" ] || arguments+=(--learning_rate "$LR")
 
-exec "$PYTHON" -m train.launch --standalone --nproc_per_node "$NPROC" -m train.train \
-    "${arguments[@]}" \
-    --data "$DATA" --images "${IMAGES:-}" \
-    --output_dir "${OUTPUT:-checkpoints/${PRESET:-finetuned}}" \
-    --num_train_epochs "${EPOCHS:-1}" \
-    "$@"
+read -r -d '' -a torchrun <<<"${TORCHRUN:---standalone}" || true
+command=("$PYTHON" -m train.launch "${torchrun[@]}" --nproc_per_node "$NPROC" -m train.train
+    "${arguments[@]}"
+    --data "$DATA" --images "${IMAGES:-}"
+    --output_dir "${OUTPUT:-checkpoints/${PRESET:-finetuned}}"
+    --num_train_epochs "${EPOCHS:-1}"
+    "$@")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}" && echo
+    exit
+fi
+exec "${command[@]}"

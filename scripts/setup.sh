@@ -3,8 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -n "${VIRTUAL_ENV:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
-    python=python
+if [ -n "${VIRTUAL_ENV:-}" ]; then
+    python=$VIRTUAL_ENV/bin/python
+elif [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+    python=$CONDA_PREFIX/bin/python
 else
     "${BASE_PYTHON:-python3}" -m venv .venv
     python=.venv/bin/python

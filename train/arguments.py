@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from llava_skip.conversation import template_names
 from llava_skip.presets import PRESETS, SIZES
-from llava_skip.processing import template_names
+from train.data.parallel import default_processes
+from train.parts import PART_PREFIXES
 
-PARTS = ("vision_tower", "multi_modal_projector", "summary", "language_model")
+PARTS = tuple(PART_PREFIXES)
 """Parts of the model that can be trained or frozen; the head belongs to the language model."""
+LOSS_NORMALIZATIONS = ("step", "micro_batch")
+"""What the loss is a mean over: the supervised tokens of a step on all ranks, or LLaVA's mean of micro batch means."""
 
 
 @dataclass
@@ -43,6 +49,24 @@ class ModelArguments:
         metadata={"help": f"Parts that learn, of {', '.join(PARTS)}. Default: all for a new model, all but "
                           "vision_tower for a loaded one."},
     )  # fmt: skip
+    projector: str | None = field(
+        default=None, metadata={"help": "A pretrained projector to start from: an mm_projector.bin, or its folder."}
+    )
+    image_aspect_ratio: str = field(
+        default="pad",
+        metadata={"help": "pad: pictures are padded to a square; square: cropped, as in LLaVA's own stage 1."},
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "Low-rank factors in the language model (LoRA)."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the factors."})
+    lora_alpha: int = field(default=16, metadata={"help": "The factors' product counts lora_alpha / lora_r times."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the factors."})
+    lora_bias: str = field(default="none", metadata={"help": "none, or lora_only: biases of adapted layers learn."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers that get factors, such as q_proj v_proj; default: all."}
+    )
+    bits: int = field(default=16, metadata={"help": "4 or 8 quantises the frozen language model (QLoRA)."})
+    quant_type: str = field(default="nf4", metadata={"help": "Of 4 bits: nf4 or fp4."})
+    double_quant: bool = field(default=True, metadata={"help": "Quantise the constants of 4 bits, too."})
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: transformers' choice."},
@@ -51,25 +75,74 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.train_parts or ()) - set(PARTS)):
             raise ValueError(f"--train_parts has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
-        if self.vision_tower and not self.model:
-            raise ValueError("--vision_tower needs --model, the language model that it is joined to.")
+        for name in ("vision_tower", "projector"):
+            if getattr(self, name) and not self.model:
+                raise ValueError(f"--{name} needs --model, the language model that it is joined to.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r is {self.lora_r}; it must be at least 1.")
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts that learn, the default spelled out."""
+        if self.train_parts is not None:
+            return tuple(self.train_parts)
+        return PARTS if self.model is None else tuple(part for part in PARTS if part != "vision_tower")
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "image_aspect_ratio": ("pad", "square"),
+    "lora_bias": ("none", "lora_only"),
+    "bits": (16, 8, 4),
+    "quant_type": ("nf4", "fp4"),
+}
 
 
 @dataclass
 class DataArguments:
     """What is learnt from."""
 
-    data: str = field(default="", metadata={"help": "LLaVA conversation JSON (a list of records)."})
-    images: str = field(default="", metadata={"help": "Folder that the image paths of the records start from."})
+    data: str = field(
+        default="",
+        metadata={"help": "LLaVA conversation JSON, JSONL, Parquet, a set of `datasets` (folder or hub name), or a "
+                          "YAML that mixes several."},
+    )  # fmt: skip
+    images: str = field(
+        default="",
+        metadata={"help": "Folder that the image paths of the records start from, or a JSON file that maps their first "
+                          "component to a folder."},
+    )  # fmt: skip
     max_length: int = field(
         default=2048, metadata={"help": "Rows of a sample, pictures included; longer ones lose their tail (counted)."}
+    )
+    drop_faulty: bool = field(
+        default=False,
+        metadata={"help": "Leave faulty records out and list them in dropped.json; default: refuse."},
+    )
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Steps of one modality, whose batches are about equally long."}
+    )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Samples of a batch one behind the other in one row, without padding."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that a stream is shuffled among."})
+    data_processes: int = field(
+        default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise ValueError("--data is missing: give a LLaVA conversation JSON.")
+            raise ValueError("--data is missing: give a LLaVA conversation JSON, or another set.")
         if self.max_length < 1:
             raise ValueError(f"--max_length is {self.max_length}; it must be at least 1.")
+        if self.streaming and self.group_by_modality_length:
+            raise ValueError("--group_by_modality_length needs the length of every sample; leave out --streaming.")
 
 
 @dataclass
@@ -83,19 +156,72 @@ class RunArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads all."})
-    report_to: str = field(default="none", metadata={"help": "none, wandb, tensorboard, ..."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "none, wandb, tensorboard, ...; several may be named."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is not finite is an error."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Delete what the output folder holds before the run."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything, print the resolved run, load no weights."}
+    )
+    learning_rates: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON: part -> peak learning rate, of the parts that have one of their own, such as "
+                          "'{\"vision_tower\": 2e-6}'."},
+    )  # fmt: skip
+    loss_normalization: str = field(
+        default="step",
+        metadata={"help": "step: mean over the supervised tokens of the step on all ranks; micro_batch: mean of the "
+                          "means of micro batches, as LLaVA has it."},
+    )  # fmt: skip
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "bfloat16 peak of a device, for MFU; default: from a table of known GPUs."}
+    )
+    hang_timeout_seconds: float = field(
+        default=1500,
+        metadata={"help": "A run without progress for so long is ended, its slow rank named; 0: never."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.learning_rates = _read_rates(self.learning_rates)
+        if self.loss_normalization not in LOSS_NORMALIZATIONS:
+            raise ValueError(
+                f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
+            )
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay off: records are encoded as they are read.")
+
+    @property
+    def part_rates(self) -> dict[str, float]:
+        """Peak learning rates of the parts that have one of their own."""
+        assert isinstance(self.learning_rates, dict)  # __post_init__ has read it
+        return self.learning_rates
+
+
+def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
+    """The learning rates by part, checked."""
+    try:
+        rates = json.loads(given) if isinstance(given, str) else given or {}
+        rates = {part: float(rate) for part, rate in rates.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--learning_rates is {given!r}; it must be JSON such as '{{\"vision_tower\": 2e-6}}'."
+        ) from error
+    if unknown := sorted(set(rates) - set(PARTS)):
+        raise ValueError(f"--learning_rates has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
+    if wrong := {part: rate for part, rate in rates.items() if not 0 < rate < math.inf}:
+        raise ValueError(f"--learning_rates has {wrong}; rates must be above 0. A part is frozen by --train_parts.")
+    return rates
 
 
 # What may change between a run and its continuation without making it another run.
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
-    "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed",
+    "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
+    "hang_timeout_seconds", "data_processes",
 )  # fmt: skip
 
 
@@ -107,4 +233,5 @@ def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> d
 def identity(arguments: dict[str, Any]) -> dict[str, Any]:
     """The part of the resolved arguments that makes two runs the same run."""
     training = {k: v for k, v in arguments["training"].items() if k not in _NOT_IDENTITY and not k.startswith("_")}
-    return {"model": arguments["model"], "data": arguments["data"], "training": training}
+    data = {k: v for k, v in arguments["data"].items() if k not in _NOT_IDENTITY}
+    return {"model": arguments["model"], "data": data, "training": training}

@@ -22,9 +22,14 @@ def load_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all: into a temporary file that then takes the name."""
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole or not at all: into a temporary file that then takes the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -50,10 +55,11 @@ def show_result(result: dict[str, Any], output: Path) -> None:
     for name, text in (
         ("steps", f"{result['steps']}"),
         ("final loss", f"{result['final_loss']:.4f}"),
-        ("tokens/s", f"{result['rows_per_second']:,.0f}"),
+        ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
         ("samples/s", f"{result['samples_per_second']:,.1f}"),
-        ("tokens that skipped the FFN", f"{result['skipped_share']:.1%}"),
+        ("tokens that skipped the FFN", f"{result['skipped_ffn_share']:.1%}"),
         ("samples cut to max_length", f"{result['truncated']:.0f}"),
+        ("samples with nothing to learn", f"{result.get('unsupervised', 0):.0f}"),
         ("seconds", f"{result['seconds']:.1f}"),
     ):
         table.add_row(name, text)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints import build_from_parts, detect_layout
+from llava_skip.checkpoints import detect_layout, load_checkpoint
 from llava_skip.checkpoints.files import read_json
 from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import fields_for_tower, preset_config, skip_for_model
 from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
-from train.arguments import ModelArguments
+from train.arguments import ModelArguments, RunArguments
+from train.lora import add_lora, quantization_config
+from train.parts import choose_trained, freeze_unused
 
 DEFAULT_PRESET = "sv-llava-256"
 """Preset of a new model."""
@@ -46,7 +51,14 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}: "
             "give the tokenizer that belongs to the model."
         )
-    return config, LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
+    processor = LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
+    if arguments.image_aspect_ratio == "square":
+        if config.front_end == "hd":
+            raise ValueError(
+                "--image_aspect_ratio square does not go with the front end 'hd', which cuts tiles: use pad."
+            )
+        processor.image_processor.do_pad = False
+    return config, processor
 
 
 def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -57,7 +69,6 @@ def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
     find_image_token(tokenizer)
     if not (arguments.template or tokenizer.chat_template):
         raise ValueError(f"The tokenizer of {source} has no chat template: name one with --template.")
@@ -128,24 +139,69 @@ def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTo
 
 
 def build_model(
-    arguments: ModelArguments, config: LlavaSkipConfig, dtype: torch.dtype
+    arguments: ModelArguments,
+    config: LlavaSkipConfig,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> LlavaSkipForConditionalGeneration:
-    """The model of the run: new, loaded, or joined from a language model and a vision tower."""
+    """The model of the run: new, loaded, or joined from a language model, a vision tower and a projector.
+
+    Raises:
+        ValueError: the parts do not fit each other, or the processor.
+    """
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     if arguments.model is None:
         config._attn_implementation = arguments.attn_implementation
         model = LlavaSkipForConditionalGeneration(config).to(dtype)
         start_positions(model)
-    elif arguments.vision_tower:
-        config._attn_implementation = arguments.attn_implementation
-        language = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-        tower = CLIPVisionModel.from_pretrained(arguments.vision_tower, dtype=dtype)
-        model = build_from_parts(config, language, tower).to(dtype)
+    elif arguments.vision_tower or arguments.projector:
+        model = _join(arguments, config, dtype)
     else:
         model = LlavaSkipForConditionalGeneration.from_pretrained(
-            arguments.model, config=config, dtype=dtype, **options
+            arguments.model, config=config, dtype=dtype, quantization_config=quantization, **options
         )
-    choose_trained(model, arguments)
+    choose_trained(model, arguments.trained_parts)
+    freeze_unused(model, config)
+    return model
+
+
+def _join(arguments: ModelArguments, config: LlavaSkipConfig, dtype: torch.dtype) -> LlavaSkipForConditionalGeneration:
+    model = load_checkpoint(
+        str(arguments.model),
+        config.preset if arguments.vision_tower else arguments.preset,
+        dtype,
+        vision_tower=arguments.vision_tower,
+        projector=arguments.projector,
+        attn_implementation=arguments.attn_implementation,
+        log=os.environ.get("RANK", "0") == "0",
+    )
+    for name in ("image_token_id", "image_seq_length"):
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(model.config, name)} by the weights and {getattr(config, name)} by the tokenizer: "
+                f"save the tokenizer into {arguments.model}, and leave --tokenizer out."
+            )
+    model.name_or_path = str(arguments.model)  # PEFT writes it into an adapter's folder
+    return model
+
+
+def make_learner(arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig) -> PreTrainedModel | PeftModel:
+    """The model as it is trained: with the parts frozen that do not learn, and with LoRA if it was asked for.
+
+    What learns is kept in float32, unless DeepSpeed keeps its own float32 copy: bfloat16 weights would swallow the
+    small steps of AdamW.
+    """
+    if run.deepspeed and torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)  # on a CPU nobody has; ZeRO-3 cuts weights apart while loading
+    dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else torch.float32
+    model: Any = build_model(arguments, config, dtype, quantization_config(arguments, dtype))
+    if arguments.lora_enable:
+        model = add_lora(model, arguments, run.gradient_checkpointing)
+        freeze_unused(model, config)
+    if run.deepspeed is None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
 
 
@@ -157,26 +213,3 @@ def start_positions(model: LlavaSkipForConditionalGeneration) -> None:
     are a few percent of what enters the tower, and hundreds of steps go by before "top left" can be learnt.
     """
     model.model.vision_tower.embeddings.position_embedding.weight.normal_()
-
-
-def choose_trained(model: LlavaSkipForConditionalGeneration, arguments: ModelArguments) -> None:
-    """Let the chosen parts learn and freeze the others, and the tower's layers behind the features that are used."""
-    parts = arguments.train_parts
-    if parts is None:
-        parts = [*_PART_MODULES] if arguments.model is None else [p for p in _PART_MODULES if p != "vision_tower"]
-    model.requires_grad_(False)
-    for part in parts:
-        for module in _PART_MODULES[part](model):
-            if module is not None:
-                module.requires_grad_(True)
-    tower = model.model.vision_tower
-    tower.encoder.layers[model.config.used_tower_layers :].requires_grad_(False)
-    tower.post_layernorm.requires_grad_(False)
-
-
-_PART_MODULES: dict[str, Any] = {
-    "vision_tower": lambda m: [m.model.vision_tower],
-    "multi_modal_projector": lambda m: [m.model.multi_modal_projector],
-    "summary": lambda m: [m.model.summary],
-    "language_model": lambda m: [m.model.language_model, m.lm_head],
-}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,33 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
-from train.data import ConversationDataset, check_records, collate, load_records
+from train.checkpoints import CheckpointError
+from train.data import (
+    ConversationDataset,
+    ConversationStream,
+    collate,
+    collate_flat,
+    dropped_report,
+    load_tables,
+    read_sources,
+    sample_lengths,
+    usable_records,
+)
+from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
+from train.folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
+from train.llava_flags import EPILOG, translate
+from train.logs import check_reporters, keep_reports_in
+from train.lora import check_lora
+from train.plan import check_plan, show_plan
+from train.preemption import Preemption
 from train.report import as_json, draw_loss, load_json, show_result, write_json
-from train.setup import build_model, prepare
-from train.trainer import SkipTrainer
-
-USER_ERROR = 2
-"""Exit code of a mistake in the arguments or the data."""
+from train.setup import make_learner, prepare
+from train.trainer import NonFiniteLoss, SkipTrainer
+from train.watchdog import Watchdog
 
 
 @dataclass
@@ -35,7 +50,10 @@ class Run:
     arguments: RunArguments
     config: LlavaSkipConfig
     processor: LlavaSkipProcessor
-    dataset: ConversationDataset
+    dataset: ConversationDataset | ConversationStream
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    dropped: dict[str, Any] | None
+    parts: dict[str, tuple[int, int]]
     resolved: dict[str, Any]
 
     @property
@@ -50,8 +68,8 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     Raises:
         ValueError: unknown flags or values out of range.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
-    return parser.parse_args_into_dataclasses(command_line)
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False, epilog=EPILOG)
+    return parser.parse_args_into_dataclasses(translate(command_line))
 
 
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
@@ -62,15 +80,47 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         FileNotFoundError: see the message.
     """
     arguments = resolved(model, data, run)
+    check_lora(model)
+    check_reporters(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
-    records = load_records(Path(data.data))
-    if data.images and not Path(data.images).is_dir():
-        raise FileNotFoundError(f"IMAGES {data.images} does not exist: give the folder that image paths start from.")
+    if data.streaming and run.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    sources = read_sources(data.data, data.images)
+    records = None if data.streaming else load_tables(sources)
     config, processor = prepare(model)
-    images = Path(data.images or ".")
-    check_records(records, images, config.image_seq_length, data.max_length)
-    dataset = ConversationDataset(records, images, processor, data.max_length)
-    return Run(model, run, config, processor, dataset, arguments)
+    parts = check_plan(model, run, config)
+    collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    if records is None:
+        stream = ConversationStream(
+            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
+        )  # fmt: skip
+        return Run(model, run, config, processor, stream, collator, None, parts, arguments)
+    records, errors = usable_records(records, processor, data.max_length, data.data_processes, data.drop_faulty)
+    dropped = dropped_report(records, errors) if errors else None
+    check_dropped(Path(run.output_dir), dropped, run.overwrite)
+    lengths = None
+    if data.group_by_modality_length:
+        lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
+    dataset = ConversationDataset(records, processor, data.max_length, lengths)
+    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
+
+
+def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool) -> None:
+    """Refuse to continue a run with other records than it began with: its data order would be another one.
+
+    Raises:
+        ValueError: other records are dropped now than when the run began.
+    """
+    if overwrite or not (output / RECORD).is_file():
+        return
+    record = output / DROPPED
+    before = load_json(record) if record.is_file() else None
+    if before != as_json(dropped):
+        counts = [0 if report is None else len(report["records"]) for report in (before, dropped)]
+        raise ValueError(
+            f"OUTPUT {output} began with {counts[0]} dropped records, and now {counts[1]} would be: restore the data "
+            "as it was to continue, or start anew with another OUTPUT or --overwrite true."
+        )
 
 
 def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:
@@ -83,9 +133,9 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
         return
     if not output.is_dir():
         raise ValueError(f"OUTPUT {output} is a file: give a folder.")
-    record = output / "run.json"
+    record = output / RECORD
     if not record.is_file():
-        if any(output.iterdir()):
+        if any(path.name != LOCK for path in output.iterdir()):
             raise ValueError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
     before, now = _flat(identity(load_json(record))), _flat(identity(as_json(arguments)))
@@ -101,33 +151,38 @@ def _flat(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{group}.{key}": value for group, values in nested.items() for key, value in values.items()}
 
 
-def train(run: Run) -> None:
-    """Load or make the model, train it, and leave model, processor, metrics and loss curve in the output folder."""
+def train(run: Run, checkpoint: Path | None = None) -> bool:
+    """Load or make the model, train it, and leave model, processor, metrics and loss curve in the output folder.
+
+    Returns:
+        Whether the run is finished; it is not if a signal asked it to leave.
+
+    Raises:
+        CheckpointError: a checkpoint could not be written.
+        NonFiniteLoss: the loss is NaN or infinite.
+    """
     arguments = run.arguments
-    first = arguments.process_index == 0
-    if first:
-        if arguments.overwrite and run.output.exists():
-            shutil.rmtree(run.output)
-        run.output.mkdir(parents=True, exist_ok=True)
-        write_json(run.output / "run.json", run.resolved)
-    with arguments.main_process_first(desc="preparing the output folder"):
-        checkpoint = get_last_checkpoint(str(run.output)) if run.output.exists() else None
     set_seed(arguments.seed)
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    model = build_model(run.model_arguments, run.config, dtype)
+    keep_reports_in(run.output)
+    preemption = Preemption()
     trainer = SkipTrainer(
-        model=model,
+        model=make_learner(run.model_arguments, arguments, run.config),
         args=arguments,
         train_dataset=run.dataset,
-        data_collator=partial(collate, pad_token_id=run.processor.tokenizer.pad_token_id),
+        data_collator=run.collator,
         processing_class=run.processor,
+        callbacks=[preemption, Watchdog(arguments.hang_timeout_seconds)],
+        record=run.resolved,
     )
     started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if preemption.agreed:
+        return False
     trainer.save_model()
     counts = trainer.throughput()
-    if first:
+    if arguments.process_index == 0:
         _report(run, trainer, counts | {"total_seconds": time.perf_counter() - started}, outcome)
+    return True
 
 
 def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any) -> None:
@@ -139,13 +194,15 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "steps": outcome.global_step,
         "mean_loss": outcome.training_loss,
         "final_loss": history[-1]["loss"] if history else outcome.training_loss,
+        "seconds_to_first_step": trainer.seconds_to_first_step,
+        "continued_from_step": trainer.continued_from_step,
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(whole for whole, _ in run.parts.values()),
         "history": history,
         **counts,
     }
-    write_json(run.output / "train_result.json", result)
+    write_json(run.output / RESULT, result)
     draw_loss(history, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)
 
@@ -155,21 +212,41 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = check(*parse(sys.argv[1:]))
+        if run.arguments.dry_run:
+            if rank == 0:
+                samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
+                show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)
+            return
+        folder = RunFolder(run.arguments, run.resolved, run.dropped)
+        finished = folder.is_finished()
+        checkpoint = None if finished else folder.open()
     except (ValueError, OSError) as error:  # transformers answers an unknown hub name with OSError
         if rank == 0:
             sys.stderr.write(f"error: {error}\n")
         else:
             time.sleep(30)  # rank 0 speaks for all; the launcher stops the others once it has
         raise SystemExit(USER_ERROR) from None
-    finished = run.output / "train_result.json"
-    if finished.is_file() and not run.arguments.overwrite:
+    if finished:
         if rank == 0:
-            show_result(load_json(finished), run.output)
+            show_result(load_json(run.output / RESULT), run.output)
             sys.stderr.write(f"{run.output} holds this run, finished: nothing to do. --overwrite true repeats it.\n")
+        done = True
     else:
-        train(run)
+        done = _train_or_explain(run, checkpoint)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if not done:
+        raise SystemExit(PREEMPTED)
+
+
+def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
+    try:
+        return train(run, checkpoint)
+    except (CheckpointError, NonFiniteLoss) as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.flush()
+        # The others wait for this process: it cannot take leave of them in good order.
+        os._exit(NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,184 @@
-"""transformers' Trainer, with counts of what was computed."""
+"""transformers' Trainer, with parts that learn at their own rates, measured windows, and no silent fault."""
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.data import DataLoader, Sampler
+from transformers import ProgressCallback
 
-from llava_skip.configuration import IGNORE_INDEX
+from train.checkpoints import ResumableTrainer
+from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.sampler import ModalityLengthSampler
+from train.logs import BriefProgress, JsonLines
+from train.metrics import COUNTS, Meter, peak_tflops, rates
+from train.parts import check_groups, count_parameters, parameter_groups
+from train.report import write_json
 
-COUNTS = ("rows", "ffn_rows", "supervised", "samples", "truncated")
-"""What is counted, over all ranks: real rows, rows that took the FFN, rows with a label, samples, cut samples."""
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite: nothing that could be learnt from here on would be worth anything."""
 
 
-class SkipTrainer(Trainer):
-    """Counts rows as it trains; `throughput()` adds them up over all ranks."""
+class SkipTrainer(ResumableTrainer):
+    """Trainer for the parts of a llava-skip model.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        record: the run's resolved arguments, saved beside each checkpoint.
+        *args: as Trainer's.
+        **kwargs: as Trainer's.
+    """
+
+    def __init__(self, *args: Any, record: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-        self._started: float | None = None
-        config = self.model.config
-        skip = config.skip_config
-        self._skipping = skip.mean_skipping_rows(config.text_config.num_hidden_layers) if skip else 0.0
+        self._record = record
+        if self.args.loss_normalization == "micro_batch":
+            self.model_accepts_loss_kwargs = False  # the model then takes the mean, and Trainer that of micro batches
+        self._trained = [part for part, (_, learns) in count_parameters(self.model).items() if learns]
+        self._meter = Meter(
+            self.model.config,
+            "language_model" in self._trained and not isinstance(self.model, PeftModel),
+            self.args.device,
+            peak_tflops(self.args.device, self.args.peak_tflops),
+            self.accelerator.gather,
+        )
+        self._loss: tuple[Tensor, Any] | None = None
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(BriefProgress)
+        self.add_callback(JsonLines)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, over groups by learning rate and weight decay.
+
+        Raises:
+            ValueError: a parameter that learns is not in exactly one group, or the optimizer makes its own groups.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        source = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, source)
+        if {"params", "model", "optimizer_dict"} & set(options):
+            raise ValueError(f"--optim {self.args.optim} makes groups of its own, without learning rates by part.")
+        decays, run = self.get_decay_parameter_names(source), self.args
+        groups = parameter_groups(source, decays, run.part_rates, run.learning_rate, run.weight_decay)
+        self.optimizer_cls_and_kwargs = (kind, options | {"params": groups})
+        optimizer = super().create_optimizer(model)
+        check_groups(source, optimizer.param_groups)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the time until the batches come is measured."""
+        return super().get_batch_samples(self._meter.timed(epoch_iterator), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a step in which nothing is supervised has the loss 0, not 0 / 0."""
+        items = super()._get_num_items_in_batch(*args, **kwargs)
+        return items.clamp(min=1) if isinstance(items, Tensor) else items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro batch; its `record_ids` (list) name it if its loss is not finite.
+
+        Raises:
+            NonFiniteLoss: it is not; `nonfinite_loss.rank<N>.json` in the run's folder has the records.
+        """
+        inputs = dict(inputs)
+        record_ids = inputs.pop("record_ids", None)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_finite(record_ids)
+        return loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream deals out its own records; everything else is Trainer's."""
+        if isinstance(self.train_dataset, ConversationStream):
+            return stream_loader(self.train_dataset, self.args, self.data_collator)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """By modality and length where the data set knows its lengths; otherwise Trainer's own."""
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityLengthSampler(lengths, self.args.train_batch_size, batches, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; counts the batch on the way."""
-        if self._started is None:
-            self._started = time.perf_counter()
-        self._count(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self._meter.count(inputs)
+        for name in COUNTED:
+            inputs.pop(name, None)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._loss = _copied(loss)
+        return loss
 
-    def _count(self, inputs: dict[str, Tensor]) -> None:
-        # Tensors are added up where they are, so counting waits for no device.
-        rows = inputs["attention_mask"].sum()
-        counted = inputs.get("crop_counts", inputs.get("pixel_values"))
-        pictures = 0 if counted is None else counted.shape[0]
-        self._counts["rows"] += rows
-        self._counts["ffn_rows"] += rows - pictures * self._skipping
-        self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-        self._counts["samples"] += inputs["input_ids"].shape[0]
-        self._counts["truncated"] += inputs.pop("truncated", 0)
+    def _check_finite(self, record_ids: list[Any] | None) -> None:
+        # The backward is queued behind the loss by now, so waiting for the loss lets no device run idle.
+        assert self._loss is not None
+        copy, copied = self._loss
+        if copied is not None:
+            copied.synchronize()
+        if math.isfinite(copy.item()):
+            return
+        step, rank = self.state.global_step + 1, self.args.process_index
+        path = Path(self.args.output_dir) / f"nonfinite_loss.rank{rank}.json"
+        found = {"loss": str(copy.item()), "learning_rate": self._get_learning_rate(), "record_ids": record_ids}
+        write_json(path, found | {"step": step, "rank": rank})
+        raise NonFiniteLoss(
+            f"the loss of step {step} is {copy.item()} on rank {rank}; {path} has the ids of its records. Look at "
+            "them, lower the learning rate, or use --bf16 true in the place of --fp16."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's; with the metrics of the window that ends, over all ranks."""
+        if "loss" in logs:
+            logs |= self._part_rates(logs.get("learning_rate")) | self._meter.close_window()
+        super().log(logs, start_time)
+
+    def _part_rates(self, first: float | None) -> dict[str, float]:
+        """Learning rates by part; Trainer logs that of the first group, and all of them follow one schedule."""
+        if first is None or self.optimizer is None:
+            return {}
+        share = first / self.optimizer.param_groups[0].get("initial_lr", self.args.learning_rate)
+        own = self.args.part_rates
+        return {f"learning_rate/{part}": share * own.get(part, self.args.learning_rate) for part in self._trained}
+
+    def progress(self) -> dict[str, Any]:
+        """Also the totals of what was counted."""
+        return super().progress() | {"counts": self._meter.so_far()}
+
+    def continue_sums(self) -> None:
+        """Also the totals of what was counted."""
+        super().continue_sums()
+        if self.before:
+            self._meter.totals = self.before["counts"]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, on all ranks; the run's arguments lie beside the weights."""
+        self.accelerator.wait_for_everyone()  # no rank saves what another one has refused
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_json(folder / "run.json", self._record)
+            if isinstance(self.model, PeftModel):
+                self.model.config.save_pretrained(folder)
 
     def throughput(self) -> dict[str, float]:
-        """Sums over all ranks since the first step of this process, and rates from them."""
-        seconds = time.perf_counter() - (self._started or time.perf_counter())
-        local = torch.tensor([float(self._counts[name]) for name in COUNTS], device=self.args.device)
-        total = dict(zip(COUNTS, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True))
-        rows = max(total["rows"], 1.0)
-        return total | {
-            "seconds": seconds,
-            "rows_per_second": total["rows"] / seconds if seconds else 0.0,
-            "samples_per_second": total["samples"] / seconds if seconds else 0.0,
-            "skipped_share": 1 - total["ffn_rows"] / rows,
-        }
+        """Sums over all ranks since the run's first step, and rates from them. Every rank must call it."""
+        totals = self._meter.so_far()
+        return {name: totals[name] for name in (*COUNTS, "seconds")} | rates(totals)
+
+
+def _copied(loss: Tensor) -> tuple[Tensor, Any]:
+    """A copy of the loss on the CPU, and the event after which it is there; None if it is there at once."""
+    copy = loss.detach().to("cpu", non_blocking=True)
+    if loss.device.type != "cuda":
+        return copy, None
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event

@@ -1,14 +1,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llava_skip import LlavaSkipProcessor, SkipConfig
-from tests.llava_skip.test_processing import byte_tokenizer
-from tests.small_models import small_config
-from train.data import ConversationDataset, check_records, collate, load_records, to_messages
+from train.data import ConversationDataset, collate, load_records, usable_records
 
 
 def record(pictures=("a.png",), text="<image>\nWhat?", answer="This.", **more):
@@ -19,18 +17,17 @@ def record(pictures=("a.png",), text="<image>\nWhat?", answer="This.", **more):
     return entry
 
 
-@pytest.fixture
-def images(tmp_path):
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (10, 6), "red").save(tmp_path / name)
-    return tmp_path
+def stored(records, images, name="data.json"):
+    (images / name).write_text(json.dumps(records), encoding="utf-8")
+    return load_records(str(images / name), str(images))
 
 
-@pytest.fixture
-def processor():
-    config = small_config(SkipConfig(5, 7), vocab_size=400)
-    config.image_token_index = 3
-    return LlavaSkipProcessor.for_config(config, byte_tokenizer(), "v1")
+def dataset_of(records, images, processor, max_length=2048):
+    return ConversationDataset(stored(records, images), processor, max_length)
+
+
+def check(records, images, processor, drop_faulty=False):
+    return usable_records(stored(records, images), processor, 100, 0, drop_faulty)
 
 
 @pytest.mark.parametrize(
@@ -44,23 +41,48 @@ def processor():
         ({"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}, "must alternate human, gpt"),
         ({"id": "x", "conversations": record()["conversations"][:1], "image": "a.png"}, "must alternate"),
         ({"id": "x"}, "'conversations' must be a list"),
+        (7, "a row must be an object, not 7"),
+        (record(text=3), "a turn's text must be a string, not 3"),
+        (record((), image=[]), "0 pictures, but 1 <image>"),
+        (record((), image=[None]), "an image must be a file name"),
+        (record(("../a.png",)), "the image ../a.png leaves the image folder"),
+        (record(("/a.png",)), "the image /a.png leaves the image folder"),
+        (record(text="What?", answer="<image>"), "an answer holds <image>"),
         (record(("a.png",) * 8, text="<image>" * 8), "8 pictures take 112 rows, --max_length is 100"),
     ],
 )
-def test_faulty_records_are_named_before_training(images, faulty, message):
-    with pytest.raises(ValueError, match=rf"1 of 2 records are faulty:\nrecord 1 \(id '.*'\): .*{message}"):
-        check_records([record(), faulty], images, 14, 100)
+def test_faulty_records_are_named_before_training(images, processor, faulty, message):
+    with pytest.raises(ValueError, match=rf"1 of 2 records are faulty:\nrecord 1 \(id .*\): .*{message}"):
+        check([record(), faulty], images, processor)
 
 
-def test_good_records_pass(images):
+def test_good_records_pass(images, processor):
     several = record(("a.png", "b.png"), text="<image> or <image>?")
-    check_records([record(), record((), "Just text"), several], images, 14, 100)
+    kept, dropped = check([record(), record((), "Just text"), several], images, processor)
+    assert len(kept) == 3 and dropped == []
 
 
-def test_many_faults_are_counted(images):
+def test_many_faults_are_counted(images, processor):
     with pytest.raises(ValueError, match=r"8 of 8 records are faulty") as caught:
-        check_records([record(("no.png",))] * 8, images, 14, 100)
+        check([record(("no.png",))] * 8, images, processor)
     assert str(caught.value).count("record ") == 5 and "and 3 more" in str(caught.value)
+
+
+def test_faulty_records_are_dropped_when_asked(images, processor):
+    kept, dropped = check([record(("no.png",)), record(), record(text="?")], images, processor, drop_faulty=True)
+    assert len(kept) == 1 and kept.record(kept.row(0))["messages"][0]["content"] == "<image>\nWhat?"
+    assert [(error.row, error.kind) for error in dropped] == [(0, "missing picture"), (2, "placeholders")]
+
+
+def test_what_was_repaired_is_looked_at_again_and_nothing_else(images, processor):
+    faulty = [record(("late.png",)), record(("never.png",)), record()]
+    with pytest.raises(ValueError, match="2 of 3 records are faulty"):
+        check(faulty, images, processor)
+    Image.new("RGB", (4, 4)).save(images / "late.png")
+    (images / "a.png").unlink()  # the record was good: a second start does not look at it
+    records = load_records(str(images / "data.json"), str(images))
+    with pytest.raises(ValueError, match="1 of 3 records are faulty:\nrecord 1 "):
+        usable_records(records, processor, 100, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -70,23 +92,24 @@ def test_broken_data_files(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_records(path)
+        load_records(str(path))
     with pytest.raises(FileNotFoundError, match="DATA .*nowhere.json does not exist"):
-        load_records(tmp_path / "nowhere.json")
+        load_records(str(tmp_path / "nowhere.json"))
 
 
-def test_a_turns_only_picture_moves_to_its_front():
-    turns = [{"from": "human", "value": "Look: \n<image>"}, {"from": "gpt", "value": "Yes."}]
-    assert to_messages(turns) == [
+def test_a_turns_only_picture_moves_to_its_front(images):
+    turns = [record(text="Look: \n<image>"), record(("a.png", "b.png"), text="<image> or <image>?")]
+    records = stored(turns, images)
+    assert records.record(0)["messages"] == [
         {"role": "user", "content": "<image>\nLook:"},
-        {"role": "assistant", "content": "Yes."},
+        {"role": "assistant", "content": "This."},
     ]
-    assert to_messages([{"from": "human", "value": "<image> or <image>?"}])[0]["content"] == "<image> or <image>?"
+    assert records.record(1)["messages"][0]["content"] == "<image> or <image>?"
 
 
 def test_batch_of_mixed_samples(images, processor):
     records = [record(), record((), "Just text", "Fine"), record(("a.png", "b.png"), text="<image> or <image>?")]
-    dataset = ConversationDataset(records, images, processor, 2048)
+    dataset = dataset_of(records, images, processor)
     batch = collate([dataset[i] for i in range(3)], pad_token_id=0)
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     assert (batch["input_ids"] == 3).sum(1).tolist() == [14, 0, 28]
@@ -98,22 +121,42 @@ def test_batch_of_mixed_samples(images, processor):
 
 
 def test_cut_samples_are_counted_and_a_picture_is_never_cut(images, processor):
-    dataset = ConversationDataset([record(answer="long " * 50)], images, processor, 250)
+    dataset = dataset_of([record(answer="long " * 50)], images, processor, 250)
     sample = dataset[0]
     assert len(sample["input_ids"]) == len(sample["labels"]) == 250 and sample["truncated"] > 0
     assert collate([sample, sample], 0)["truncated"].item() == 2
     late = record(text="word " * 40 + "<image> and <image>", pictures=("a.png", "b.png"))
     with pytest.raises(ValueError, match=r"record 0 \(id 'r1'\) is \d+ rows long.* would cut a picture"):
-        ConversationDataset([late], images, processor, 390)[0]
+        dataset_of([late], images, processor, 390)[0]
 
 
 def test_an_unreadable_picture_names_its_record(images, processor):
     (images / "a.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=re.escape("record 0 (id 'r1'): cannot identify image file")):
-        ConversationDataset([record()], images, processor, 2048)[0]
+        dataset_of([record()], images, processor)[0]
 
 
-def test_records_are_read_as_written(tmp_path):
-    records = [record(), record((), "Zwölf Boxkämpfer")]
-    (tmp_path / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    assert load_records(tmp_path / "data.json") == records
+def test_a_sample_with_nothing_to_learn_is_counted(images, processor):
+    dataset = dataset_of([record(), record(text="<image>" + "long " * 50)], images, processor, 250)
+    batch = collate([dataset[0], dataset[1]], 0)
+    assert batch["unsupervised"].item() == 1 and batch["truncated"].item() == 1
+
+
+def test_rows_of_every_shape_become_one_table(images):
+    rows = [record(), record((), "Zwölf Boxkämpfer", id=7, model="x"), record(("a.png", "b.png"), "<image><image>")]
+    records = stored(rows, images)
+    assert [records.record(i)["id"] for i in range(3)] == ["r1", "7", "r1"]
+    assert [records.record(i)["images"] for i in range(3)] == [["a.png"], [], ["a.png", "b.png"]]
+    assert records.record(1)["messages"][0] == {"role": "user", "content": "Zwölf Boxkämpfer"}
+
+
+def test_a_changed_file_is_read_again(images):
+    assert len(stored([record()], images)) == 1
+    assert len(stored([record()] * 3, images)) == 3
+
+
+def test_pictures_reach_the_model_as_they_are(images, processor):
+    Image.new("L", (8, 8), 200).save(images / "a.png")
+    pixels = torch.as_tensor(np.array(dataset_of([record()], images, processor)[0]["pixel_values"]))
+    mean, std = (torch.tensor(v) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    assert torch.allclose(pixels[0, :, 8, 8] * std + mean, torch.full((3,), 200 / 255), atol=1e-3)

@@ -64,8 +64,8 @@ def test_a_run_leaves_metrics_and_a_picture(finished):
     metrics = json.loads((output / "train_result.json").read_text())
     assert metrics["steps"] == 4 and metrics["processes"] == 2
     assert metrics["samples"] == 4 * 2 * 4  # steps, processes, samples
-    assert 0 < metrics["skipped_share"] < 0.5
-    assert metrics["rows_per_second"] > 0 and metrics["truncated"] == 0
+    assert 0 < metrics["skipped_ffn_share"] < 0.5
+    assert metrics["tokens_per_second"] > 0 and metrics["truncated"] == 0
     assert [entry["step"] for entry in metrics["history"]] == [1, 2, 3, 4]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "run.json").read_text())["data"]["max_length"] == 2048
@@ -90,7 +90,7 @@ def test_the_same_run_again_has_nothing_to_do(finished, digits):
         ((), {"IMAGES": "nowhere"}, "error: IMAGES nowhere does not exist"),
         ((), {"PRESET": "sv-llava"}, "error: Unknown preset 'sv-llava'; known: llava, sv-llava-64"),
         (("--bogus", "1"), {}, "--bogus"),
-        ((), {"ZERO": "7"}, "error: ZERO is '7'; it must be 2 or 3."),
+        ((), {"ZERO": "7"}, "error: ZERO is '7'; it must be 2, 3, 2_offload or 3_offload."),
     ],
 )
 def test_a_mistake_is_one_message(finished, digits, tmp_path, arguments, variables, message):

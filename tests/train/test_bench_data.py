@@ -1,0 +1,59 @@
+import json
+import multiprocessing
+
+import pytest
+
+from tests.llava_skip.test_processing import byte_tokenizer
+from train.arguments import ModelArguments
+from train.bench_data import (
+    BenchArguments,
+    in_new_process,
+    load_and_read,
+    made_up_records,
+    measure,
+    show,
+    write_records,
+)
+
+
+def in_fork(function, *arguments):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path):
+    # As Python objects the larger set would take 100 MiB; what may grow is Arrow's pool of read buffers.
+    own = {}
+    for count in (500, 30_000):
+        write_records(tmp_path / f"{count}.json", count)
+        found = in_fork(load_and_read, str(tmp_path / f"{count}.json"), str(tmp_path / "cache"), 2000)
+        assert found["records"] == count
+        own[count] = found["own_mib"] - found["own_before_mib"]
+    assert (tmp_path / "30000.json").stat().st_size > 20e6
+    assert own[30_000] - own[500] < 30, own
+
+
+@pytest.mark.slow
+def test_a_million_records_load_in_two_gibibytes(tmp_path):
+    write_records(tmp_path / "data.json", 1_000_000)
+    for _ in range(2):
+        found = in_new_process(load_and_read, str(tmp_path / "data.json"), str(tmp_path / "cache"), 20_000)
+        assert found["records"] == 1_000_000 and found["resident_mib"] < 2048, found
+
+
+def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.bench_data.in_new_process", in_fork)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = ModelArguments(tokenizer=str(tmp_path), template="v1", preset="sv-llava-100")
+    figures = measure(model, BenchArguments(records=200, pictures=24, width=64, workers=[0, 1]))
+    assert figures["later_load"]["records"] == 200
+    assert all(rate > 0 for name in ("pictures", "samples") for rate in figures[f"{name}_per_second"].values())
+    show(figures)
+    assert "pictures decoded/s, 1 workers" in capsys.readouterr().out
+
+
+def test_made_up_records_are_like_those_of_llava():
+    records = list(made_up_records(64))
+    assert json.dumps(records) == json.dumps(list(made_up_records(64)))
+    assert sum("image" in record for record in records) == 56
+    assert all(("image" in r) == ("<image>" in r["conversations"][0]["value"]) for r in records)

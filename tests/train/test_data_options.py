@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.train.runs import train
+from tests.train.test_data import record
+
+
+@pytest.fixture
+def folder(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    records = []
+    for number in range(12):
+        picture(20, 20, seed=number).save(tmp_path / f"{number}.png")
+        records.append(record((f"{number}.png",), answer=f"Number {number}. " * (number % 4 + 1)))
+        records.append(record((), f"Question {number}?", f"Answer {number}."))
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def run(folder, name, *options):
+    line = [
+        "--data", str(folder / "data.json"), "--images", str(folder), "--tokenizer", str(folder / "tokenizer"),
+        "--template", "v1", "--preset", "sv-llava-100", "--max_steps", "3",
+        "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no",
+        "--disable_tqdm", "true", "--learning_rate", "1e-3", *options,
+    ]  # fmt: skip
+    return train(folder / name, *line)
+
+
+def test_a_padding_free_run_learns_as_a_padded_one(folder):
+    padded, flat = run(folder, "padded"), run(folder, "flat", "--padding_free", "true")
+    losses = [[entry["loss"] for entry in result["history"]] for result in (padded, flat)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for name in ("rows", "samples", "supervised", "ffn_rows"):
+        assert padded[name] == flat[name], name
+
+
+def test_a_grouped_run_and_a_streamed_one(folder):
+    grouped = run(folder, "grouped", "--group_by_modality_length", "true", "--gradient_accumulation_steps", "2")
+    streamed = run(folder, "streamed", "--streaming", "true", "--dataloader_num_workers", "2")
+    assert grouped["samples"] == 24 and streamed["samples"] == 12
+    with pytest.raises(ValueError, match="--streaming needs --max_steps"):
+        run(folder, "endless", "--streaming", "true", "--max_steps", "-1")
+    with pytest.raises(ValueError, match="needs the length of every sample"):
+        run(folder, "both", "--streaming", "true", "--group_by_modality_length", "true")
+
+
+def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder):
+    (folder / "3.png").unlink()
+    with pytest.raises(ValueError, match="1 of 24 records are faulty.*\n.*3.png does not exist\nRepair them"):
+        run(folder, "strict")
+    assert not (folder / "strict").exists()
+    run(folder, "lenient", "--drop_faulty", "true")
+    dropped = json.loads((folder / "lenient" / "dropped.json").read_text())
+    assert dropped["counts"] == {"missing picture": 1} and dropped["records"][0]["row"] == 6
+    picture().save(folder / "3.png")
+    with pytest.raises(ValueError, match="began with 1 dropped records, and now 0 would be"):
+        run(folder, "lenient", "--drop_faulty", "true")
+
+
+def test_what_was_cut_and_what_taught_nothing_is_counted(folder):
+    long = record((), "long " * 40, "Answer.")
+    (folder / "data.json").write_text(json.dumps([long] * 12))
+    result = run(folder, "cut", "--max_length", "200")
+    assert (result["truncated"], result["unsupervised"], result["supervised"]) == (12, 12, 0)

@@ -1,0 +1,61 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.train.test_data import record
+from train.show_sample import LEARNT, OUTLINE, main
+
+
+@pytest.fixture
+def line(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    picture(40, 30).save(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps([record((), "Only text"), record()]))
+    return [
+        "--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--template", "v1",
+        "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "shown"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("sv-llava-100", "patches that the class token attends to"),
+        ("sv-llava-hd", "tokens of the thumbnail"),
+        ("sv-cos", "queries on windows of"),
+        ("llava", "dense: all"),
+    ],
+)
+def test_a_picture_with_what_is_retained(tmp_path, monkeypatch, capsys, line, preset, words):
+    monkeypatch.setattr(sys, "argv", ["show_sample", "1", *line, "--preset", preset])
+    monkeypatch.setenv("COLUMNS", "200")
+    main()
+    printed = capsys.readouterr().out
+    assert words in printed and "rows of pictures]" in printed and "USER:" in printed
+    pixels = np.asarray(Image.open(tmp_path / "shown" / "1-0.png"))
+    outlined = bool((pixels == OUTLINE).all(axis=2).any())
+    assert outlined == (preset != "llava")
+    assert (pixels.shape[1] > pixels.shape[0]) == (preset == "sv-llava-hd")  # the thumbnail, and tiles beside it
+
+
+def test_text_alone_and_its_colours(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.setattr(sys, "argv", ["show_sample", "0", *line])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    main()
+    printed = capsys.readouterr().out
+    assert LEARNT == "bold green" and "\x1b[1;32m This.</s>" in printed and not (tmp_path / "shown").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [("2", "There is no sample 2: the set has 2"), ("x", "Name the sample first")]
+)
+def test_mistakes(monkeypatch, capsys, line, number, message):
+    monkeypatch.setattr(sys, "argv", ["show_sample", number, *line])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and message in capsys.readouterr().err

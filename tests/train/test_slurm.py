@@ -1,0 +1,187 @@
+"""The job scripts: their commands, and jobs on a real SLURM of two nodes on this machine."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from playground.data.build import ensure_built
+
+ROOT = Path(__file__).parents[2]
+JOB = "scripts/slurm/finetune_skip.sbatch"
+STEPS = 24
+
+
+def shell_environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    path = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+    return kept | {"VIRTUAL_ENV": sys.prefix, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def call(*command: str, **variables: str) -> str:
+    result = subprocess.run(
+        command, cwd=ROOT, env=shell_environment(**variables), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr[-4000:])
+    return result.stdout
+
+
+def test_a_dry_run_shows_the_commands_of_any_number_of_nodes():
+    variables = {
+        "MODEL": "lmsys/vicuna-7b-v1.5",
+        "DATA": "mix.json",
+        "IMAGES": "my pictures",
+        "NPROC": "8",
+        "ZERO": "3",
+    }
+    srun, launch = call("bash", JOB, "--dry-run", "--max_steps", "5", NODES="16", **variables).splitlines()
+    assert srun.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1 ") and "finetune_skip.sh" in srun
+    for part in (
+        "-m train.launch --nnodes 16 --rdzv_backend c10d --rdzv_endpoint HEAD_NODE:20000 --rdzv_id 0-0",
+        "--redirects 3 --tee 0:3 --log-dir logs/0/0/NODE --nproc_per_node 8",
+        "-m train.train --deepspeed scripts/zero3.json",
+        "--model lmsys/vicuna-7b-v1.5",
+        "--images my\\ pictures",
+        "--max_steps 5",
+    ):
+        assert part in launch
+
+
+def test_a_dry_run_shows_the_command_of_an_evaluation():
+    shown = call("bash", "scripts/slurm/eval.sbatch", "--dry-run", "--benchmark", "mmstar", "--limit", "5")
+    assert shown.strip() == f"srun --ntasks=1 {sys.prefix}/bin/python -m eval.run --benchmark mmstar --limit 5"
+
+
+def test_a_job_that_is_not_submitted_from_the_project_says_so(tmp_path):
+    shutil.copy(ROOT / JOB, tmp_path)
+    (tmp_path / "scripts/slurm").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/slurm/job.sh", tmp_path / "scripts/slurm")
+    result = subprocess.run(
+        ["bash", "finetune_skip.sbatch", "--dry-run"],
+        cwd=tmp_path,
+        env=shell_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "error: submit the job from the project's folder" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("a SLURM of two nodes on one machine needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(min(probe.getsockname()[1], 65000))
+    call("bash", "scripts/slurm/local_cluster.sh", "start", str(folder), PORT=port)
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    call("bash", "scripts/slurm/local_cluster.sh", "stop", str(folder))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return ensure_built(tmp_path_factory.mktemp("digits") / "digits", train_images=64)
+
+
+class Job:
+    """A two-node training job of one process a node."""
+
+    def __init__(self, cluster, digits, folder):
+        self.cluster, self.output, self.log = cluster, folder / "run", folder / "job.log"
+        folder.mkdir(exist_ok=True)
+        variables = {"DATA": str(digits / "train.json"), "IMAGES": str(digits / "images"), "OUTPUT": str(self.output)}
+        variables |= {"NPROC": "1", "BATCH": "4", "LOGS": str(folder / "logs"), **cluster}
+        arguments = ["--tokenizer", str(digits / "tokenizer"), "--max_steps", str(STEPS), "--logging_steps", "1"]
+        submit = [
+            "sbatch",
+            "--parsable",
+            "--nodes",
+            "2",
+            "--output",
+            str(self.log),
+            JOB,
+            *arguments,
+            "--save_steps",
+            "9",
+        ]
+        self.number = call(*submit, **variables).strip()
+
+    def wait(self, condition, seconds=240):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.log.read_text()[-6000:] if self.log.exists() else "no log"
+            time.sleep(0.2)
+
+    def state(self):
+        shown = call("scontrol", "show", "job", self.number, **self.cluster)
+        return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+
+    def ended(self):
+        return self.state()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    def result(self):
+        assert self.state()["JobState"] == "COMPLETED", self.log.read_text()[-6000:]
+        return json.loads((self.output / "train_result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluster, digits, tmp_path):
+    undisturbed = Job(cluster, digits, tmp_path / "undisturbed")
+    undisturbed.wait(undisturbed.ended)
+    expected = undisturbed.result()
+    job = Job(cluster, digits, tmp_path / "preempted")
+    job.wait((job.output / "checkpoint-9").exists)
+    call("scancel", "--signal=USR1", "--batch", job.number, **cluster)  # what SLURM sends before the time limit
+    job.wait(lambda: job.state()["Restarts"] == "1")
+    job.wait(job.ended)
+    result = job.result()
+    assert 9 <= result["continued_from_step"] < STEPS
+    losses, expected_losses = ([e["loss"] for e in r["history"]] for r in (result, expected))
+    assert len(losses) == STEPS and losses == pytest.approx(expected_losses, abs=1e-5)
+    assert result["samples"] == expected["samples"] == STEPS * 2 * 4
+    log = job.log.read_text()
+    assert "saving step" in log and "goes back into the queue" in log and "continuing from" in log
+    assert len(list((tmp_path / "preempted/logs").rglob("stderr.log"))) == 4  # two attempts, two nodes
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled(cluster, digits, tmp_path):
+    job = Job(cluster, digits, tmp_path / "run")
+    job.wait((job.output / "run.json").exists)
+    call("scancel", job.number, **cluster)
+    job.wait(job.ended)
+    time.sleep(3)
+    assert job.state()["JobState"] == "CANCELLED" and job.state()["Restarts"] == "0"
+
+
+COMMANDS = [
+    block.split("```")[0]
+    for block in (ROOT / "docs/cluster.md").read_text().split("```bash\n")[1:]
+    if "local_cluster" not in block.split("```")[0]  # the `cluster` fixture runs these
+]
+SBATCH = """#!/usr/bin/env bash
+while [[ $1 != *.sbatch ]]; do
+    [ "$1" != --nodes ] || export NODES=$2
+    shift
+done
+exec bash "$1" --dry-run "${@:2}"
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_on_clusters(command, tmp_path):
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    shown = call("bash", "-c", f'export PATH="{tmp_path}:$PATH"\n{command}', DRY_RUN="1")
+    assert "-m train.train" in shown or "-m eval.run" in shown
+    if "--nodes 4" in command or "NODES=4" in command:
+        assert "--nnodes 4" in shown

@@ -1,0 +1,289 @@
+"""Sources of records, and the mixture that a run reads.
+
+A source is a table, the folder of its pictures, and how often its records are read in an epoch. `--data` names one
+file, or a YAML that mixes several:
+
+    sources:
+      llava:
+        path: llava_v1_5_mix665k.json
+        images: {coco: /data/coco, gqa: /data/gqa, ocr_vqa: /data/ocr_vqa/images}
+        renames: {ocr_vqa: ocrvqa_path-conversion.json}
+      charts:
+        path: charts.parquet
+        weight: 0.5
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+from PIL import Image
+
+from llava_skip.vision.pictures import to_rgb
+from train.data.reading import SCHEMA, file_stamp, read_table
+from train.data.records import Record, normalise
+
+MIX_KINDS = (".yaml", ".yml")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What opening a picture raises; PIL answers a broken PNG with SyntaxError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of the mixture.
+
+    Attributes:
+        name: of the source, for messages and counts.
+        path: a file, a folder or a hub name, see `train.data.reading.read_table`.
+        images: the folder that picture names start from, or a map from their first component to a folder; "": names
+            are paths as they stand.
+        renames: a JSON object of old to new names of pictures, or a map from the first component to such a file, for
+            the names behind it.
+        weight: how often a record is read in an epoch; 0.5 takes half of the records, always the same ones.
+        split: of a `datasets` set.
+        config: of a hub set that has several.
+    """
+
+    name: str
+    path: str
+    images: str | dict[str, str] = ""
+    renames: str | dict[str, str] | None = None
+    weight: float = 1.0
+    split: str = "train"
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ValueError(f"source {self.name!r} has no path: give a file, a folder or a hub name.")
+        if not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1000:
+            raise ValueError(f"source {self.name!r} has the weight {self.weight!r}; it must be between 0 and 1000.")
+        for folder in self.images.values() if isinstance(self.images, dict) else [self.images]:
+            if folder and not Path(folder).is_dir():
+                raise FileNotFoundError(f"IMAGES {folder} does not exist: give the folder that image paths start from.")
+
+
+def read_sources(data: str, images: str = "") -> list[Source]:
+    """The sources that `--data` and `--images` name.
+
+    Args:
+        data: a mixture (.yaml), whose paths start from its own folder, or one source.
+        images: for one source: a folder, or a JSON object from the first component of picture names to folders.
+
+    Raises:
+        ValueError: see the message.
+        FileNotFoundError: a file or folder that does not exist.
+    """
+    if Path(data).suffix in MIX_KINDS:
+        if images:
+            raise ValueError(f"--images does not go with {data}: a mixture names the image folder of each source.")
+        return _read_mixture(Path(data))
+    folders: str | dict[str, str] = _json_object(Path(images)) if images.endswith(".json") else images
+    return [Source(Path(data).stem, data, folders)]
+
+
+def _read_mixture(path: Path) -> list[Source]:
+    if not path.is_file():
+        raise FileNotFoundError(f"DATA {path} does not exist: give a YAML with `sources`.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"DATA {path} is not valid YAML: {error}") from error
+    entries = content.get("sources") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries or set(content) != {"sources"}:
+        raise ValueError(f"DATA {path} must hold `sources:` alone, and under it each source's name with its fields.")
+    return [_read_source(str(name), entry, path) for name, entry in entries.items()]
+
+
+def _read_source(name: str, entry: Any, mixture: Path) -> Source:
+    known = [f.name for f in fields(Source) if f.name != "name"]
+    if not isinstance(entry, dict) or (unknown := sorted(set(map(str, entry)) - set(known))):
+        seen = f"the unknown fields {unknown}" if isinstance(entry, dict) else f"no fields, but {entry!r}"
+        raise ValueError(f"DATA {mixture}: source {name!r} has {seen}; known fields are {', '.join(known)}.")
+    placed = {key: _beside(mixture, value) for key, value in entry.items() if key in ("path", "images", "renames")}
+    return Source(**{"name": name, "path": "", **entry, **placed})
+
+
+def _beside(mixture: Path, value: Any) -> Any:
+    """Paths of a mixture start from its folder; what is not there stays as written: a hub name."""
+    if isinstance(value, dict):
+        return {str(key): _beside(mixture, entry) for key, entry in value.items()}
+    if not isinstance(value, str) or not value:
+        return value
+    beside = mixture.parent / value
+    looks_local = beside.exists() or value.startswith(".") or value.count("/") != 1 or Path(value).suffix
+    return str(beside) if looks_local else value
+
+
+def _json_object(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: give a JSON object of names.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise ValueError(f"{path} must hold a JSON object whose values are strings.")
+    return content
+
+
+class Pictures:
+    """Opens a source's pictures: from its image folders, under their new names, or from bytes in the table."""
+
+    def __init__(self, source: Source) -> None:
+        self.roots = source.images
+        renames = source.renames or {}
+        self.renames = (
+            {part: _json_object(Path(file)) for part, file in renames.items()}
+            if isinstance(renames, dict)
+            else {"": _json_object(Path(renames))}
+        )
+
+    def path(self, name: str) -> Path:
+        """The file of a picture.
+
+        Raises:
+            ValueError: the name leaves the image folder, or starts with a component that has none.
+        """
+        name = self.renames.get("", {}).get(name, name)
+        first, _, rest = name.partition("/")
+        if first in self.renames:
+            rest = self.renames[first].get(rest, rest)
+            name = f"{first}/{rest}"
+        if not self.roots:
+            return Path(name)
+        root, below = self.roots, name
+        if isinstance(root, dict):
+            if first not in root:
+                raise ValueError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
+            root, below = root[first], rest
+        if PurePosixPath(below).is_absolute() or ".." in PurePosixPath(below).parts:
+            raise ValueError(f"the image {name} leaves the image folder {root}")
+        return Path(root) / below
+
+    def open_file(self, image: Any) -> Image.Image:
+        """A picture whose header has been read.
+
+        Raises:
+            OSError: no such file, or not a picture.
+            ValueError: see `path`.
+            Image.DecompressionBombError: more pixels than PIL accepts.
+        """
+        if isinstance(image, dict):
+            image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+        file = self.path(image) if isinstance(image, str) else image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # reported by train.validate_data
+            return Image.open(file)
+
+    def open(self, image: Any) -> Image.Image:
+        """A picture as upright RGB; raises one of `UNREADABLE`."""
+        with self.open_file(image) as picture:
+            return to_rgb(picture)
+
+
+@dataclass
+class RecordSet:
+    """The records that a run reads: the tables of its sources one behind the other, and the order of an epoch.
+
+    A row is the place of a record among all tables, an index its place in the epoch.
+
+    Attributes:
+        sources: the entries of the mixture.
+        tables: their records, in Arrow.
+        rows: [N] the row at each index; None where every row is read once.
+    """
+
+    sources: list[Source]
+    tables: list[Dataset]
+    rows: np.ndarray | None = None
+    pictures: list[Pictures] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tables = [table.with_format("arrow") for table in self.tables]
+        self.ends = np.cumsum([len(table) for table in self.tables])
+        self.pictures = [Pictures(source) for source in self.sources]
+        if self.rows is None and any(source.weight != 1 for source in self.sources):
+            self.rows = np.concatenate([self._share(number) for number in range(len(self.sources))])
+        if not len(self):
+            raise ValueError(f"DATA {', '.join(source.path for source in self.sources)} has no records.")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.rows is None else len(self.rows)
+
+    def _share(self, number: int) -> np.ndarray:
+        """Rows of a source in an epoch: all as often as its weight is whole, and a fixed choice for the rest."""
+        source, size = self.sources[number], len(self.tables[number])
+        whole, part = divmod(source.weight, 1)
+        chosen = np.random.default_rng(zlib.crc32(source.name.encode())).permutation(size)[: round(part * size)]
+        rows = np.concatenate([np.tile(np.arange(size), int(whole)), np.sort(chosen)])
+        return rows + self.ends[number] - size
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever another record, picture folder or order is read."""
+        renamed = [_stamps(source.renames) for source in self.sources]
+        parts = [[asdict(source) for source in self.sources], [t._fingerprint for t in self.tables], renamed]
+        order = b"" if self.rows is None else self.rows.tobytes()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode() + order).hexdigest()[:32]
+
+    @property
+    def used_rows(self) -> np.ndarray:
+        """Every row that is read in an epoch, once."""
+        return np.arange(self.ends[-1]) if self.rows is None else np.unique(self.rows)
+
+    def row(self, index: int) -> int:
+        """The row at an index."""
+        return index if self.rows is None else int(self.rows[index])
+
+    def source_of(self, row: int) -> tuple[int, int]:
+        """Number of the source that holds a row, and the row's place in its table."""
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        return number, row - int(self.ends[number]) + len(self.tables[number])
+
+    def record(self, row: int) -> Record:
+        """The record of a row, in the form of `train.data.records`."""
+        number, place = self.source_of(row)
+        content = self.tables[number][place].to_pylist()[0]
+        return content if content.keys() == SCHEMA.keys() else normalise(content)
+
+    def pictures_of(self, row: int) -> Pictures:
+        """What opens the pictures of a row."""
+        return self.pictures[self.source_of(row)[0]]
+
+    def describe(self, row: int, record: Record) -> str:
+        """A record's name for messages."""
+        number, place = self.source_of(row)
+        where = f" of {self.sources[number].name}" if len(self.sources) > 1 else ""
+        return f"record {place}{where} (id {record['id']!r})"
+
+    def without(self, rows: list[int]) -> RecordSet:
+        """The set less some rows."""
+        if not rows:
+            return self
+        order = np.arange(self.ends[-1]) if self.rows is None else self.rows
+        return RecordSet(self.sources, self.tables, order[~np.isin(order, rows)])
+
+
+def _stamps(renames: str | dict[str, str] | None) -> list[str]:
+    files = renames.values() if isinstance(renames, dict) else [renames] if renames else []
+    return [file_stamp(file) for file in files]
+
+
+def load_tables(sources: list[Source]) -> RecordSet:
+    """The records of sources; errors as `train.data.reading.read_table`."""
+    return RecordSet(sources, [read_table(source.path, source.split, source.config) for source in sources])
+
+
+def load_records(data: str, images: str = "") -> RecordSet:
+    """The records that `--data` and `--images` name; arguments and errors as `read_sources` and `load_tables`."""
+    return load_tables(read_sources(data, images))

@@ -1,0 +1,122 @@
+"""Records that are read as they are needed, for sets that do not fit a disk.
+
+A stream never ends: it begins anew, in another order, and --max_steps says how long a run is. Each process and each of
+its loader workers takes every n-th record, so none is read by two, and none waits for another at an end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from llava_skip.processing import LlavaSkipProcessor
+from train.data.dataset import encode
+from train.data.reading import SCHEMA, stream_table
+from train.data.records import find_fault, normalise
+from train.data.sources import Pictures, Source
+
+MOST_FAULTY = 1000
+"""So many faulty records in a row are not passed over any more."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ConversationStream(IterableDataset):
+    """Samples of a mixture without an end.
+
+    Attributes:
+        sources: weights are the relative frequencies of their records.
+        processor: of the model.
+        max_length: rows of a sample.
+        drop_faulty: pass over faulty records, each with a warning in the log, instead of stopping.
+        shuffle_buffer: records among which the order is shuffled.
+        seed: of the order.
+        rank: number of this process.
+        processes: that share the stream.
+    """
+
+    sources: list[Source]
+    processor: LlavaSkipProcessor
+    max_length: int
+    drop_faulty: bool = False
+    shuffle_buffer: int = 10_000
+    seed: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Samples, as `encode` gives them.
+
+        Raises:
+            ValueError: names a faulty record, unless they are passed over; or so many in a row were.
+        """
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        first, step = self.rank * workers + number, self.processes * workers
+        pictures, faulty = [Pictures(source) for source in self.sources], 0
+        for place, (source, row) in enumerate(self._rows()):
+            if place % step != first:
+                continue
+            try:
+                sample = self._sample(row, source, pictures[source], place)
+            except ValueError as error:
+                faulty += 1
+                if not self.drop_faulty or faulty == MOST_FAULTY:
+                    raise
+                logger.warning("passed over: %s", error)
+            else:
+                faulty = 0
+                yield sample
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows with the number of their source, drawn by weight; the same on every process."""
+        weights = np.array([source.weight for source in self.sources])
+        chance = np.random.default_rng(self.seed)
+        endless = [self._endless(source) for source in self.sources]
+        while True:
+            for number in chance.choice(len(endless), size=1024, p=weights / weights.sum()).tolist():
+                yield number, next(endless[number])
+
+    def _endless(self, source: Source) -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count():
+            table, row = stream_table(source.path, source.split, source.config), None
+            shuffled = table.shuffle(seed=self.seed + epoch, buffer_size=self.shuffle_buffer)
+            # In batches, since a plain loop deals out whole files to the loader's workers, and one file to one alone.
+            for batch in shuffled.iter(batch_size=16):
+                for values in zip(*batch.values(), strict=True):
+                    row = dict(zip(batch, values, strict=True))
+                    yield row
+            if row is None:
+                raise ValueError(f"DATA {source.path} has no records.")
+
+    def _sample(self, row: dict[str, Any], source: int, pictures: Pictures, place: int) -> dict[str, Any]:
+        record = row if row.keys() == SCHEMA.keys() else normalise(row)
+        name = f"record {place} of the stream, of {self.sources[source].name} (id {record['id']!r})"
+        if fault := find_fault(record, self.processor.image_seq_length, self.max_length):
+            raise ValueError(f"{name}: {fault.text}")
+        return encode(record, pictures, self.processor, self.max_length, name)
+
+
+def stream_loader(stream: ConversationStream, arguments: Any, collator: Any) -> DataLoader:
+    """A loader of this process's share of a stream.
+
+    Args:
+        stream: what is read.
+        arguments: of Trainer: processes, batch size and workers.
+        collator: samples -> batch.
+    """
+    stream.rank, stream.processes = arguments.process_index, arguments.world_size
+    return DataLoader(
+        stream,
+        batch_size=arguments.train_batch_size,
+        num_workers=arguments.dataloader_num_workers,
+        collate_fn=collator,
+        pin_memory=arguments.dataloader_pin_memory,
+    )

@@ -1,0 +1,70 @@
+"""Merge a trained LoRA adapter into its model: `python -m train.merge_lora ADAPTER --output DIR`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PeftModel
+from transformers import AutoConfig, AutoProcessor, set_seed
+
+from llava_skip.convert import Precision
+from train.arguments import ModelArguments
+from train.lora import is_adapter
+from train.report import load_json
+from train.setup import build_model
+
+
+def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
+    """The model that an adapter was trained on, from the sources that its `run.json` names, without quantisation.
+
+    Args:
+        adapter: the folder of a run with LoRA, or of one of its checkpoints.
+        base: where the run's `--model` is now, if it was moved.
+        dtype: of the weights; None takes the run's.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter, no `run.json`, or names a model that is not there.
+    """
+    if not is_adapter(adapter) or not (adapter / "run.json").is_file():
+        raise FileNotFoundError(
+            f"{adapter} must hold adapter_config.json and run.json: name the folder of a run with --lora_enable."
+        )
+    record = load_json(adapter / "run.json")
+    known = {field.name for field in fields(ModelArguments)}
+    arguments = ModelArguments(**{name: value for name, value in record["model"].items() if name in known})
+    arguments = replace(arguments, model=base or arguments.model, bits=16)
+    training = record["training"]
+    trained = torch.bfloat16 if training["bf16"] else torch.float16 if training["fp16"] else torch.float32
+    set_seed(training["seed"])  # what a join starts anew, starts as it did
+    config = AutoConfig.from_pretrained(adapter)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return build_model(arguments, config, dtype or trained)
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run with LoRA, or of one of its checkpoints.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")],
+    base: Annotated[str | None, typer.Option(help="Where the run's --model is now, if it was moved.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
+) -> None:
+    """Write the whole model, with the adapter merged into it, and its processor."""
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"{output} is not empty: name a new folder.")
+        chosen = None if dtype is Precision.same else getattr(torch, dtype.value)
+        model = PeftModel.from_pretrained(load_base(adapter, base, chosen), adapter).merge_and_unload()
+        model.save_pretrained(output)
+        AutoProcessor.from_pretrained(adapter).save_pretrained(output)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"written to {output}")
+
+
+if __name__ == "__main__":
+    typer.run(merge)
