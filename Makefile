@@ -1,12 +1,10 @@
 SHELL := /bin/bash
 ENV := set -euo pipefail; . scripts/env.sh;
-BENCHMARKS := mmbench mmvet mmstar
 
-.PHONY: help setup test test-slow check format bench conformance $(addprefix eval-,$(BENCHMARKS))
+.PHONY: help setup test test-slow check format bench conformance
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
-	@echo "  eval-mmbench   evaluate MODEL= on DATA= (default: the newest model, the embedded set); also eval-mmvet, eval-mmstar"
 
 setup: ## install the project and what it needs (activated environment, else .venv)
 	@bash scripts/setup.sh
@@ -23,9 +21,9 @@ check: ## lint, format and types
 format: ## mend what lint and format can mend
 	@$(ENV) $$PYTHON -m ruff check --fix . && $$PYTHON -m ruff format .
 
-$(addprefix eval-,$(BENCHMARKS)): eval-%:
-	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.run --benchmark $* \
-		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
+eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DATA= (default: newest model, embedded set)
+	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.run --benchmarks $* \
+		$(foreach m,$(MODEL),--model "$(m)") $(foreach d,$(DATA),--data "$(d)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 bench: ## dense against skipping on random weights (DEVICE=cuda SIZE=llama3-8b for true widths)
 	@$(ENV) $$PYTHON -m llava_skip.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)

@@ -19,13 +19,25 @@ TRAIN = [
     "accelerate>=1.10,<2",
     "datasets>=4,<6",
     "deepspeed>=0.18,<0.20",
+    "filelock>=3.12",
+    "ijson>=3.3,<4",
     "matplotlib>=3.9",
     "ninja>=1.11",
     "peft>=0.18,<1",
+    "psutil>=5.9",
+    "pyyaml>=6",
+    "tensorboard>=2.18,<3",
     "tqdm>=4.66",
     "wandb>=0.20,<1",
 ]
-EVAL = ["openai>=1.60,<4", "openpyxl>=3.1", "tenacity>=9,<10", "tqdm>=4.66"]
+EVAL = [
+    "httpx>=0.27,<1",
+    "matplotlib>=3.9",
+    "openpyxl>=3.1",
+    "scipy>=1.15",
+    "tenacity>=9,<10",
+    "tqdm>=4.66",
+]
 EMBEDDED = ["filelock>=3.12", "scikit-learn>=1.5", "tokenizers>=0.22"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 
@@ -38,15 +50,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(
-        include=["llava_skip", "llava_skip.*", "train", "eval", "eval.*", "playground", "playground.*"]
+        include=["llava_skip", "llava_skip.*", "train", "train.*", "eval", "eval.*", "playground", "playground.*"]
     ),
-    package_data={"llava_skip": ["templates/*.jinja"]},
+    package_data={"llava_skip": ["templates/*.jinja"], "eval": ["templates/*.jinja"]},
+    entry_points={"lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"]},
     install_requires=LIBRARY,
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
         "embedded": EMBEDDED,
         "flash-attn": ["flash-attn>=2.7"],
+        "qlora": ["bitsandbytes>=0.46.1,<1", "peft>=0.18,<1", "accelerate>=1.10,<2"],
+        "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
         "all": [*TRAIN, *EVAL, *EMBEDDED, *DEV],
     },

@@ -1,5 +1,8 @@
 import os
+import tempfile
 
+# Tables and reports of made-up data; started processes use it too.
+os.environ["HF_DATASETS_CACHE"] = (cache := tempfile.TemporaryDirectory(prefix="llava-skip-tests-")).name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 

@@ -1,0 +1,24 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_fault_has_a_test_that_exists():
+    rows = [line for line in (ROOT / "docs/faults.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    faults = [row.strip("| ").split(" | ") for row in rows if row != "| fault | what happens | test |"]
+    named = [re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", fault[-1]) for fault in faults]
+    assert len(faults) >= 25
+    assert [fault for fault, tests in zip(faults, named, strict=True) if not tests and fault[-1] != "the same"] == []
+    for file, name in (test for tests in named for test in tests):
+        text = next(ROOT.glob(f"tests/**/{file}")).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, f"{file}::{name}"
