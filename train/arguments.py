@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from llava_skip.conversation import template_names
 from llava_skip.presets import PRESETS, SIZES
 from train.data.parallel import default_processes
+from train.operators import prepare_operators
 from train.parts import PART_PREFIXES
 
 PARTS = tuple(PART_PREFIXES)
@@ -185,6 +186,8 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            prepare_operators()
         super().__post_init__()
         self.learning_rates = _read_rates(self.learning_rates)
         if self.loss_normalization not in LOSS_NORMALIZATIONS:

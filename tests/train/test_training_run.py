@@ -30,6 +30,7 @@ def finetune(digits: Path, output: Path, *arguments: str, **variables: str) -> s
         "IMAGES": str(digits / "images"),
         "OUTPUT": str(output),
         "BATCH": "4",
+        "TORCH_EXTENSIONS_DIR": str(output.parent / "operators"),
         **variables,
     }
     command = ["bash", "scripts/finetune_skip.sh", "--tokenizer", str(digits / "tokenizer"), *arguments]
@@ -42,6 +43,10 @@ def finished(digits, tmp_path_factory):
     result = finetune(digits, output, "--max_steps", "4", "--logging_steps", "1")
     assert result.returncode == 0, result.stdout + result.stderr
     return output, result
+
+
+def test_a_run_on_the_cpu_compiles_nothing(finished):
+    assert not (finished[0].parent / "operators").exists()
 
 
 def test_two_deepspeed_processes_leave_a_model_that_loads(finished, digits):
