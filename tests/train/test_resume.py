@@ -69,6 +69,24 @@ def test_a_run_that_was_killed_eight_times_ends_like_one_that_was_not(attempt, g
     assert json.loads((tmp_path / "run/train_result.json").read_text())["continued_from_step"] == 13
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--streaming", "true", "--dataloader_num_workers", "2", "--shuffle_buffer", "5"),
+        ("--group_by_modality_length", "true"),
+        ("--padding_free", "true"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_every_way_to_read_data_is_continued(attempt, arguments, tmp_path, options):
+    whole, broken = ([*arguments, *options, "--output_dir", str(tmp_path / name)] for name in ("whole", "broken"))
+    assert attempt(whole)["code"] == 0
+    assert attempt(broken, "training_step", 8)["code"] == -signal.SIGKILL
+    end = attempt(broken)
+    assert f"continuing from {tmp_path / 'broken/checkpoint-6'}" in end["output"]
+    assert_ends_like(outcome(tmp_path / "whole"), end, tmp_path / "broken")
+
+
 def test_a_checkpoint_that_was_being_written_is_passed_over_with_a_message(attempt, given, tmp_path):
     attempt(given, "_save_optimizer_and_scheduler", 2)
     assert (tmp_path / "run/.saving/checkpoint-6/model.safetensors").is_file()
