@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import HfArgumentParser, set_seed
 
 from llava_skip.configuration import LlavaSkipConfig
@@ -123,6 +125,24 @@ def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool)
         )
 
 
+def check_same_records(run: Run) -> None:
+    """Refuse processes that read other records than rank 0: their steps would be of other samples. Every rank calls it.
+
+    Raises:
+        ValueError: names the first such process.
+    """
+    if isinstance(run.dataset, ConversationStream):
+        return
+    dropped = run.dropped["records"] if run.dropped else []
+    views = gather_object([(socket.gethostname(), len(run.dataset), dropped)])
+    if different := [rank for rank, view in enumerate(views) if view[1:] != views[0][1:]]:
+        told = [
+            f"rank {rank} on {views[rank][0]} reads {views[rank][1]} records and drops {len(views[rank][2])}"
+            for rank in (different[0], 0)
+        ]
+        raise ValueError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
+
+
 def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:
     """Refuse a folder that holds anything but this very run.
 
@@ -217,6 +237,7 @@ def main() -> None:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
                 show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)
             return
+        check_same_records(run)
         folder = RunFolder(run.arguments, run.resolved, run.dropped)
         finished = folder.is_finished()
         checkpoint = None if finished else folder.open()

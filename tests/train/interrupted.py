@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from safetensors.torch import load_file
@@ -82,11 +83,16 @@ def outcome(output: Path) -> dict:
     }
 
 
-def launch(arguments: list[str], *options: str, strike: tuple | None = None) -> subprocess.Popen:
-    """Two processes under DeepSpeed; `strike` is a rank, a function, the number of its call, and a signal."""
+TRAIN = ("-m", "tests.train.strikes")
+
+
+def launch(
+    arguments: list[str], *options: str, strike: tuple | None = None, program: tuple[str, ...] = TRAIN
+) -> subprocess.Popen:
+    """Two processes; `strike` is a rank, a function, the number of its call, and a signal."""
     command = [sys.executable, "-m", "train.launch", "--standalone", "--nproc_per_node", "2", *options]
     return subprocess.Popen(
-        [*command, "-m", "tests.train.strikes", *arguments],
+        [*command, *program, *arguments],
         cwd=ROOT,
         env=environment(**({"STRIKE": json.dumps(strike)} if strike else {})),
         stdout=subprocess.PIPE,
@@ -95,8 +101,8 @@ def launch(arguments: list[str], *options: str, strike: tuple | None = None) -> 
     )
 
 
-def launch_and_wait(arguments: list[str], *options: str, strike: tuple | None = None) -> dict:
+def launch_and_wait(arguments: list[str], *options: str, **how: Any) -> dict:
     """`code` and `output` of two processes, see `launch`."""
-    process = launch(arguments, *options, strike=strike)
+    process = launch(arguments, *options, **how)
     output = process.communicate(timeout=300)[0]
     return {"code": process.returncode, "output": output}

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import signal
+import sys
 import time
 
 import psutil
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from tests.train.interrupted import ROOT, launch, launch_and_wait, outcome, write_inputs
-from train.exits import HUNG, PREEMPTED
+from train.exits import HUNG, PREEMPTED, USER_ERROR
 
 pytestmark = pytest.mark.slow
 
@@ -105,3 +107,21 @@ def test_processes_do_not_outlive_their_launcher(given, tmp_path):
     os.kill(launcher.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
+
+
+def test_machines_that_see_other_records_are_refused(tmp_path):
+    for rank, shown in enumerate(("all", "some")):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        arguments = write_inputs(folder)
+        if shown == "some":
+            (folder / "1.png").unlink()
+    relative = [word.replace(f"{folder}/", "").replace(str(folder), ".") for word in arguments]
+    program = f"cd {tmp_path}/$RANK && exec {sys.executable} -m train.train {shlex.join(relative)}"
+    end = launch_and_wait(
+        [], "--no-python", program=("bash", "-c", f"{program} --drop_faulty true --output_dir {tmp_path}/run")
+    )
+    assert end["code"] == USER_ERROR, end["output"]
+    told = r"error: rank 1 on \S+ reads 21 records and drops 1, rank 0 on \S+ reads 22 records and drops 0: DATA and"
+    assert re.search(told, end["output"]), end["output"]
+    assert not (tmp_path / "run").exists()
