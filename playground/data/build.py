@@ -20,11 +20,19 @@ from rich.table import Table
 
 from .formats import caption_record, training_records, write_json, write_mmbench, write_mmstar, write_mmvet
 from .scenes import digit_pools
-from .short_answers import write_gqa, write_mathvista, write_mme, write_ocrbench, write_pope, write_textvqa
+from .short_answers import (
+    write_gqa,
+    write_mathvista,
+    write_mme,
+    write_mmmu,
+    write_ocrbench,
+    write_pope,
+    write_textvqa,
+)
 from .tokenizer import load_chat_template, train_tokenizer
 
 # Raise it whenever the builder would write other bytes for the same arguments.
-BUILDER_VERSION = 5
+BUILDER_VERSION = 6
 DEFAULT_OUTPUT = Path(__file__).parent / "digits"
 DEFAULT_TRAIN_IMAGES = 30_000
 MANIFEST = "manifest.json"
@@ -104,6 +112,7 @@ def _write_evaluation(folder: Path, seed: int) -> dict[str, int]:
         "TextVQA questions": write_textvqa(folder / "textvqa.json", pool, Random(f"{seed}/textvqa")),
         "OCRBench questions": write_ocrbench(folder / "ocrbench.json", pool, Random(f"{seed}/ocrbench")),
         "MathVista questions": write_mathvista(folder / "mathvista", pool, Random(f"{seed}/mathvista")),
+        "MMMU questions": write_mmmu(folder / "mmmu.tsv", pool, Random(f"{seed}/mmmu")),
     }
 
 

@@ -1,6 +1,6 @@
-"""The public file formats of benchmarks with short answers: POPE, MME, GQA, TextVQA, OCRBench and MathVista.
+"""The public file formats of benchmarks with short answers: POPE, MME, GQA, TextVQA, OCRBench, MathVista and MMMU.
 
-Sources: VLMEvalKit's TSV files of POPE and MME, GQA's testdev_balanced_questions.json, TextVQA_0.5.1_val.json,
+Sources: VLMEvalKit's TSV files of POPE, MME and MMMU, GQA's testdev_balanced_questions.json, TextVQA_0.5.1_val.json,
 echo840's OCRBench.json, lupantech/MathVista's testmini.json with the prompts of its query.json.
 """
 
@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from .formats import base64_png, draw_questions, write_json, write_tsv
-from .questions import SHORT_INSTRUCTION, Question, pick, scene_questions
+from .questions import LETTERS, SHORT_INSTRUCTION, Question, make_choice, pick, scene_questions
 from .scenes import Pool, Scene, random_scene
 
 POPE_SPLITS = ("adversarial", "popular", "random")
@@ -32,9 +32,11 @@ TEXTVQA_COUNTS = {"which": 60}
 ANNOTATORS = 10
 OCRBENCH_COUNTS = {"which": 60}
 MATHVISTA_COUNTS = {"count": 30, "which": 30}
+MMMU_COUNTS = {"count": 30, "which": 30}
 
 POPE_COLUMNS = "index question answer category image_source image".split()
 MME_COLUMNS = "index question answer category image_path image".split()
+MMMU_COLUMNS = "index id question A B C D answer category l2-category question_type split image".split()
 
 
 def write_pope(path: Path, pool: Pool, rng: Random) -> int:
@@ -126,6 +128,23 @@ def write_mathvista(folder: Path, pool: Pool, rng: Random) -> int:
     write_json(folder / "testmini.json", problems)
     write_json(folder / "query.json", queries)
     return len(problems)
+
+
+def write_mmmu(path: Path, pool: Pool, rng: Random) -> int:
+    """Write MMMU's TSV, every second question open and the others with options; return the number of questions."""
+    rows = []
+    for number, (scene, question) in enumerate(draw_questions(MMMU_COUNTS, pool, rng)):
+        row = {"index": number, "id": f"validation_Math_{number + 1}", "category": "Math", "l2-category": "Science"}
+        row |= {"question": question.text, "split": "validation", "image": base64_png(scene)}
+        if number % 2:
+            choice = make_choice(question, rng)
+            row |= {"question_type": "multiple-choice", "answer": choice.letter}
+            row |= dict(zip(LETTERS, choice.options, strict=False))
+        else:
+            row |= {"question_type": "open", "answer": question.answer}
+        rows.append(row)
+    write_tsv(path, MMMU_COLUMNS, rows)
+    return len(rows)
 
 
 def _mathvista_problem(number: int, question: Question) -> dict[str, Any]:

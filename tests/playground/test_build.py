@@ -279,10 +279,12 @@ def short_answers(digits):
     problems = read_json(folder / "mathvista/testmini.json").values()
     images = {row["pid"]: Image.open(folder / "mathvista" / row["image"]) for row in problems}
     yield "mathvista", [(row["question"], images[row["pid"]], row["answer"]) for row in problems]
+    mmmu = read_tsv(folder / "mmmu.tsv")[1]
+    yield "mmmu", [(row["question"], decode_image(row["image"]), row.get(row["answer"], row["answer"])) for row in mmmu]
 
 
 def test_short_answers_are_right(digits, samples_by_pixels):
-    counts = {"pope": 120, "mme": 60, "gqa": 100, "textvqa": 60, "ocrbench": 60, "mathvista": 60}
+    counts = {"pope": 120, "mme": 60, "gqa": 100, "textvqa": 60, "ocrbench": 60, "mathvista": 60, "mmmu": 60}
     for name, asked in short_answers(digits):
         assert len(asked) == counts.pop(name)
         for question, picture, answer in asked:
