@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.errors import EvalError
-from eval.images import Picture
+from eval.images import PLACEHOLDER, Picture
 from eval.models import SavedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -146,10 +147,16 @@ def conversation(prompt: str, images: Sequence[Picture]) -> list[dict[str, Any]]
     """Word one user turn of pictures and a question, as chat templates take it; without pictures it is plain text.
 
     Args:
-        prompt: the question.
-        images: its pictures, shown before it.
+        prompt: the question, with as many ``PLACEHOLDER`` as pictures, or none.
+        images: its pictures, shown at their places, or before a question that names none.
     """
+    texts = prompt.replace(f"{PLACEHOLDER}\n", PLACEHOLDER).split(PLACEHOLDER)  # templates end a picture's line
     if not images:
-        return [{"role": "user", "content": prompt}]
-    pictures = [{"type": "image", "image": picture.open()} for picture in images]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
+        return [{"role": "user", "content": "".join(texts).strip()}]
+    if len(texts) == 1:
+        texts = [""] * len(images) + texts
+    content: list[dict[str, Any]] = []
+    for text, picture in zip_longest(texts, images):
+        content += [{"type": "text", "text": text}] if text else []
+        content += [{"type": "image", "image": picture.open()}] if picture else []
+    return [{"role": "user", "content": content}]

@@ -13,6 +13,9 @@ from PIL import Image
 from eval.errors import EvalError, some
 from eval.tables import REFERENCE_LENGTH, Row, StoredText
 
+PLACEHOLDER = "<image>"
+"""Where a prompt that names its pictures' places wants one of them."""
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -10,6 +10,7 @@ from eval.answers import AnswerLog
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.base import Benchmark, Sample, Score
 from eval.errors import EvalError, some
+from eval.images import PLACEHOLDER
 from eval.models import SavedModel, check_model, newest_model
 from eval.report import versions
 from eval.tables import sha256
@@ -63,6 +64,19 @@ class Run:
     def prompts(self) -> list[str]:
         """What is asked, in the order of the samples."""
         return self.benchmark.prompts(self.samples)
+
+    def check_prompts(self) -> None:
+        """Refuse questions that name places for more or fewer pictures than they have.
+
+        Raises:
+            EvalError: naming them.
+        """
+        pairs = zip(self.samples, self.prompts, strict=True)
+        if unlike := [s.id for s, prompt in pairs if prompt.count(PLACEHOLDER) not in (0, len(s.images))]:
+            raise EvalError(
+                f"{self.data}: {some(unlike)} of {len(self.samples)} questions hold another number of {PLACEHOLDER} "
+                "than they have pictures; take it out, or put it once for each."
+            )
 
     @cached_property
     def data_sha256(self) -> str:
@@ -278,7 +292,7 @@ def prepare(
         path = files.get(benchmark.name) or embedded_data(benchmark)
         samples = benchmark.load(path, pictures.get(benchmark.name))
         loaded.append((benchmark, path, benchmark.limit(samples, limit) if limit else samples))
-    return [
+    runs = [
         Run(
             benchmark,
             model,
@@ -293,3 +307,6 @@ def prepare(
         for model in models
         for benchmark, path, samples in loaded
     ]
+    for run in runs:
+        run.check_prompts()
+    return runs

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.errors import EvalError
-from eval.generate import Generator, numerics
+from eval.generate import Generator, conversation, numerics
 from eval.images import Picture
 from eval.models import check_model
 
@@ -59,6 +59,18 @@ def test_answer_is_the_new_text_only(saved: Path) -> None:
     assert 1 <= new.shape[1] <= 3
     assert answer == generator.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     assert (seen["do_sample"], seen["num_beams"], seen["max_new_tokens"]) == (False, 1, 3)
+
+
+def test_pictures_are_shown_where_the_question_names_their_places() -> None:
+    def shown(prompt: str, count: int) -> list[Any]:
+        (turn,) = conversation(prompt, [noise(n) for n in range(count)])
+        content = turn["content"]
+        return content if isinstance(content, str) else [part.get("text", part["type"]) for part in content]
+
+    assert shown("Are they alike?", 2) == ["image", "image", "Are they alike?"]
+    assert shown("Is <image> in <image>?", 2) == ["Is ", "image", " in ", "image", "?"]
+    assert shown("<image>\nWhich?", 1) == ["image", "Which?"]
+    assert shown("<image>\nWhich?", 0) == "Which?"  # asked without pictures
 
 
 def test_folder_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ def test_errors_come_before_a_model_loads(
     assert "nowhere: no such image folder" in message("mmstar", "--data", data, "--images", "nowhere")
     assert "data.tsv: is a file" in message("mmstar", "--data", data, "--output", data)
     assert "judge URL 'x': expected http" in message("mmstar", "--data", data, "--judge-url", "x")
+    tagged = write_tsv([{**mmstar_rows[0], "question": "What is an <image>, and <image>?"}], "tagged.tsv")
+    assert "1 (0) of 1 questions hold another number of <image> than" in message("mmstar", "--data", tagged)
     (model_folder / "model.safetensors").unlink()
     assert "holds no weights" in message("mmstar", "--data", data)
     (model_folder / "config.json").write_text("{")
