@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from llava_skip.conversation import template_names
 from llava_skip.presets import PRESETS, SIZES
 from train.data.parallel import default_processes
-from train.operators import prepare_operators
+from train.deepspeed_setup import prepare_deepspeed
 from train.parts import PART_PREFIXES
 
 PARTS = tuple(PART_PREFIXES)
@@ -187,7 +187,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.deepspeed:
-            prepare_operators()
+            prepare_deepspeed()
         super().__post_init__()
         self.learning_rates = _read_rates(self.learning_rates)
         if self.loss_normalization not in LOSS_NORMALIZATIONS:

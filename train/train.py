@@ -31,7 +31,7 @@ from train.data import (
     sample_lengths,
     usable_records,
 )
-from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
+from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR, leave
 from train.folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
 from train.llava_flags import EPILOG, translate
 from train.logs import check_reporters, keep_reports_in
@@ -228,15 +228,25 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
 
 
 def main() -> None:
-    """Check, train, and leave the process group; a user's mistake is one message and exit code 2."""
+    """Check and train; leave with the run's exit code."""
+    code = _run(sys.argv[1:])
+    if not torch.distributed.is_initialized():
+        raise SystemExit(code)
+    if code != USER_ERROR:
+        torch.distributed.destroy_process_group()
+    leave(code)
+
+
+def _run(command_line: list[str]) -> int:
+    """The run of a command line, to its exit code; a user's mistake is one message."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        run = check(*parse(sys.argv[1:]))
+        run = check(*parse(command_line))
         if run.arguments.dry_run:
             if rank == 0:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
                 show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)
-            return
+            return 0
         check_same_records(run)
         folder = RunFolder(run.arguments, run.resolved, run.dropped)
         finished = folder.is_finished()
@@ -246,18 +256,13 @@ def main() -> None:
             sys.stderr.write(f"error: {error}\n")
         else:
             time.sleep(30)  # rank 0 speaks for all; the launcher stops the others once it has
-        raise SystemExit(USER_ERROR) from None
+        return USER_ERROR
     if finished:
         if rank == 0:
             show_result(load_json(run.output / RESULT), run.output)
             sys.stderr.write(f"{run.output} holds this run, finished: nothing to do. --overwrite true repeats it.\n")
-        done = True
-    else:
-        done = _train_or_explain(run, checkpoint)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if not done:
-        raise SystemExit(PREEMPTED)
+        return 0
+    return 0 if _train_or_explain(run, checkpoint) else PREEMPTED
 
 
 def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:

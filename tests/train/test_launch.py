@@ -1,5 +1,7 @@
-"""Who is blamed when processes end."""
+"""Who is blamed when processes end, and how they end."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,3 +22,23 @@ from train.launch import find_cause
 def test_the_rank_that_the_others_failed_over_is_named(ends, cause):
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=time) for rank, (code, time) in ends.items()}
     assert find_cause(failures)[0] == cause
+
+
+TEARDOWN_THAT_ABORTS = """
+import atexit, os
+from train.exits import leave
+
+class Aborts:
+    def __del__(self):
+        os.abort()
+
+kept = Aborts()
+atexit.register(print, "reported", end="")
+print("written, ", end="")
+leave(75)
+"""
+
+
+def test_a_process_leaves_with_everything_written_and_no_teardown():
+    end = subprocess.run([sys.executable, "-c", TEARDOWN_THAT_ABORTS], capture_output=True, text=True)
+    assert (end.returncode, end.stdout) == (75, "written, reported"), end.stderr

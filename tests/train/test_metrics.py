@@ -166,7 +166,8 @@ def test_wandb_without_an_account_is_refused_at_once(monkeypatch, tmp_path):
 def test_a_dry_run_says_what_would_learn_and_leaves_nothing(digits, tmp_path, monkeypatch, capsys):
     command = arguments_for(digits, "--train_parts", "summary", "--dry_run", "true", "--learning_rate", "3e-4")
     monkeypatch.setattr("sys.argv", ["train", *command, "--use_cpu", "true", "--output_dir", str(tmp_path / "run")])
-    main()
+    with pytest.raises(SystemExit, match="0"):
+        main()
     shown = capsys.readouterr().out
     assert "385 of 385 parameters learn, learning rate 0.0003" in shown
     record = json.loads(shown[shown.index("\n{") :])

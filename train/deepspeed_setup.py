@@ -1,6 +1,8 @@
-"""DeepSpeed's C++ operators: which ones are built, and a lock around the build that dies with its process."""
+"""What DeepSpeed is told before it starts: which C++ operators to build, under which lock, and what not to say."""
 
 from __future__ import annotations
+
+import warnings
 
 from filelock import FileLock
 from torch.utils import cpp_extension
@@ -34,9 +36,11 @@ class BuildLock(FileBaton):
         self._lock.release()
 
 
-def prepare_operators() -> None:
+def prepare_deepspeed() -> None:
     """Call this before DeepSpeed starts."""
     from deepspeed import ops
 
     ops.__compatible_ops__[UNUSED] = False
+    # It calls torch.distributed by names that are about to change, several times a step under ZeRO-3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     cpp_extension.FileBaton = BuildLock  # type: ignore[assignment, misc]

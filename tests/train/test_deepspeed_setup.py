@@ -11,9 +11,9 @@ from tests.train.interrupted import ROOT
 BUILD = """
 import os, signal, sys
 from torch.utils import cpp_extension
-from train.operators import prepare_operators
+from train.deepspeed_setup import prepare_deepspeed
 
-prepare_operators()
+prepare_deepspeed()
 source, killed = sys.argv[1:]
 if killed == "killed":
     cpp_extension._write_ninja_file_and_build_library = lambda **_: os.kill(os.getpid(), signal.SIGKILL)
