@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing
+from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
 from eval.errors import EvalError, some
 from eval.judge import Judge
 from eval.report import write_json
@@ -45,7 +45,7 @@ class GQA(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score the balanced questions by exact match, overall and by the kinds that the file names."""
-        lacking = [s.id for s in samples if is_missing(s.fields["answer"])]
+        lacking = [s.id for s in samples if not s.fields["answer"].strip()]  # "none" is an answer
         if lacking:
             raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give a split that has.")
         balanced = [s for s in samples if s.fields.get("isbalanced", "True") in ("True", "")]

@@ -26,6 +26,7 @@ class TextVQA(Benchmark):
     max_new_tokens = 128
     embedded = "textvqa.json"
     columns = ("question", "references")
+    list_columns = frozenset({"references"})
     public_names = {"references": "answers (or answer)"}
     answer_columns = ("prediction", "text", "answer")
 

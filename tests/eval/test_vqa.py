@@ -167,6 +167,13 @@ def test_gqa_by_hand(gqa: Path, tmp_path: Path) -> None:
     assert score_file(GQA(), tmp_path / "sent.json", gqa, False, None).score == 50.0
 
 
+def test_gqa_takes_none_for_an_answer(write_tsv: Callable[..., Path]) -> None:
+    rows = [
+        {"index": n, "question": "?", "answer": "none", "prediction": text} for n, text in enumerate(["None.", "no"])
+    ]
+    assert score_file(GQA(), write_tsv(rows), None, False, None).score == 50.0
+
+
 @pytest.mark.parametrize(("rule", "score"), [("official", 0.0), ("vlmevalkit", 100.0)])
 def test_gqa_rules_differ_in_spaces(write_tsv: Callable[..., Path], rule: str, score: float) -> None:
     rows = [{"index": 5, "question": "?", "answer": "red", "prediction": " Red"}]
