@@ -88,6 +88,12 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
     Raises:
         EvalError: if columns or rows are lacking.
     """
+    found = {name for row in rows for name in row}
+    if found & {*benchmark.answer_columns} == {"answer"} and not found & {"label", "answers", "references"}:
+        raise EvalError(
+            f"{source}: its column answer holds either gold answers or the model's, not both; name the model's "
+            "prediction, or give the benchmark file with --data."
+        )
     rows = benchmark.normalise(list(rows))
     benchmark.check_columns(rows, str(source))
     samples = benchmark.samples(rows)

@@ -134,6 +134,15 @@ def test_written_lists_hold_texts(cell: object, items: list[str]) -> None:
     assert as_list(cell) == items
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_benchmark_file_is_no_prediction_file(tmp_path: Path, form: str) -> None:
+    name, rows = FORMS[form]
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in ("prediction", "predict")} for row in rows]))
+    with pytest.raises(ValueError, match="expected the answers in a column|either gold answers or the model's"):
+        score_file(BENCHMARKS[name](), path, None, False, None)
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_refuses_a_foreign_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / "other.json"
