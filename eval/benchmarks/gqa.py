@@ -1,6 +1,7 @@
 """GQA (testdev_balanced): one-word answers, right if they are the gold answer."""
 
 import json
+import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,18 @@ from eval.report import write_json
 from eval.tables import Row, read_rows
 
 QUESTIONS = "testdev_balanced_questions.json"
+_NO_MARKS = str.maketrans("", "", string.punctuation)
 
 
 class GQA(Benchmark):
     """GQA as its question file (or LLaVA's folder around it), VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "gqa"
-    rules = {"official": "gqa-official", "vlmevalkit": "gqa/vlmevalkit-2026-08"}
+    rules = {
+        "official": "gqa-official",
+        "vlmevalkit": "gqa/vlmevalkit-2026-08",
+        "lmms-eval": "gqa/lmms-eval-2026-08",
+    }
     max_new_tokens = 128
     embedded = "gqa.json"
     columns = ("question", "answer")
@@ -78,6 +84,8 @@ class GQA(Benchmark):
     def _is_right(self, prediction: str, gold: str) -> bool:
         if self.chosen_rule == "vlmevalkit":
             return prediction.strip().lower() == gold.strip().lower()
+        if self.chosen_rule == "lmms-eval":
+            return prediction.strip().lower().translate(_NO_MARKS) == gold.lower().translate(_NO_MARKS)
         return official_form(prediction) == gold
 
 
