@@ -321,8 +321,9 @@ def _normal(row: Row) -> Row:
     picture = row.get("image")
     named = isinstance(picture, str) and Path(picture).suffix.lower() in (".jpg", ".jpeg", ".png")
     place = {"image_path": picture} if named else {}
+    asked = {"question": row["query"]} if "query" in row and "question" not in row else {}  # lmms-eval's results
     kept = {name: cell for name, cell in row.items() if name not in ("metadata", "decoded_image")}
-    return {**kept, **lifted, **place, "choices": as_list(row.get("choices", ""))}
+    return {**kept, **asked, **lifted, **place, "choices": as_list(row.get("choices", ""))}
 
 
 def _lettered(fields: Row) -> dict[str, str]:

@@ -92,6 +92,21 @@ def test_extracted_file_alone(testmini: Path, tmp_path: Path) -> None:
         assert score.scores["question_type"]["free_form"]["accuracy"] == "0.00"
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_results_of_lmms_eval(tmp_path: Path, logged: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question_id": str(n), "query": "Which?", **CHOICE, "precision": None, "extraction": "BA"[n], "skills": ["s"]}
+        for n in (0, 1)
+    ]
+    said = {"target": "8/11", "input": "Which?", "filtered_resps": "It is (B)"}
+    if logged:
+        rows = [{"doc_id": n, **said, "llm_as_judge_eval": row, "submission": row} for n, row in enumerate(rows)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(rows))
+    score = score_file(MathVista(), path, None, False, None)
+    assert score.scores["skills"] == {"s": {"accuracy": "50.00", "correct": 1, "total": 2}}
+
+
 def test_responses_without_and_with_a_judge(testmini: Path, tmp_path: Path, judge_server: Any) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"1": "It is the second, (B)", "2": "14"}))
