@@ -293,6 +293,8 @@ class Benchmark(ABC):
                 f"{source}: expected the answers in a column {' or '.join(self.answer_columns)}; "
                 f"the first row has {', '.join(rows[0])}."
             )
+        if column == "text" and "image" in rows[0] and "prompt" not in rows[0]:
+            raise EvalError(f"{source}: is a file of questions (image and text), not of answers; give the answers.")
         nested = [number for number, row in enumerate(rows, start=1) if isinstance(row.get(column), list | dict)]
         if nested:
             raise EvalError(f"{source}: the answers of rows {some(nested)} are lists or objects; expected texts.")

@@ -120,6 +120,12 @@ def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
         POPE().load(llava_folder / "answers", with_images=False)
 
 
+@pytest.mark.parametrize("place", ["llava_pope_test.jsonl", "coco/coco_pope_random.json"])
+def test_questions_are_not_taken_for_answers(llava_folder: Path, place: str) -> None:
+    with pytest.raises(EvalError, match="is a file of questions"):
+        score_file(POPE(), llava_folder / place, llava_folder, False, None)
+
+
 def test_prompts(llava_folder: Path) -> None:
     samples = POPE().load(llava_folder, with_images=False)
     assert POPE().prompts(samples)[0] == "Is there a dog in the image?" + INSTRUCTION
