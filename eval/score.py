@@ -1,6 +1,6 @@
 """Score a saved prediction file: ``python -m eval.score mmstar --predictions FILE [--data FILE] --json OUT``.
 
-Needs neither torch nor a model. Reads what LLaVA, VLMEvalKit, the Skip-Vision code and ``eval.run`` write.
+Needs neither torch nor a model. Reads what LLaVA, VLMEvalKit, lmms-eval, the Skip-Vision code and ``eval.run`` write.
 """
 
 import json
@@ -29,6 +29,7 @@ from eval.cli import (
 )
 from eval.errors import EvalError
 from eval.judge import DEFAULT_JUDGE, Judge
+from eval.lmms_logs import by_number, lifted
 from eval.report import score_table, versions, write_json
 from eval.tables import Row, sha256
 
@@ -56,14 +57,15 @@ def score_file(
     Raises:
         EvalError: if the files do not fit together.
     """
-    rows = benchmark.read_predictions(predictions)
+    rows = lifted(benchmark.read_predictions(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
         if submission:
             raise EvalError(f"{predictions}: holds grades, of which no submission can be made; give the answers.")
         return graded
-    found = benchmark.predictions(rows, str(predictions), samples)
+    numbered = by_number(rows, samples) if data else None
+    found = numbered or benchmark.predictions(rows, str(predictions), samples)
     answers, counts, notes = match(samples, found, allow_missing)
     if not data:
         notes.append("no --data was given: rows that the prediction file lacks altogether can go unnoticed.")
@@ -86,6 +88,12 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
     Raises:
         EvalError: if columns or rows are lacking.
     """
+    found = {name for row in rows for name in row}
+    if found & {*benchmark.answer_columns} == {"answer"} and not found & {"label", "answers", "references"}:
+        raise EvalError(
+            f"{source}: its column answer holds either gold answers or the model's, not both; name the model's "
+            "prediction, or give the benchmark file with --data."
+        )
     rows = benchmark.normalise(list(rows))
     benchmark.check_columns(rows, str(source))
     samples = benchmark.samples(rows)
@@ -151,22 +159,24 @@ def main(
     console = Console()
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     try:
+        if output.is_dir():
+            raise EvalError(f"{output}: is a folder; give --json the name of a file to write.")
         chosen = get_benchmark(benchmark, rule)
         name = output.parent, predictions.stem
         judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
         score = score_file(chosen, predictions, data, allow_missing, judge, submission)
         if without_image or language_model:
             add_gain(chosen, score, without_image, language_model, data, allow_missing)
+        files = {
+            "predictions": predictions,
+            "data": data,
+            "without_image": without_image,
+            "language_model": language_model,
+        }
+        described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
+        write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
     except (EvalError, OSError) as error:
         fail(error)
-    files = {
-        "predictions": predictions,
-        "data": data,
-        "without_image": without_image,
-        "language_model": language_model,
-    }
-    described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
-    write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
     console.print(score_table(f"{chosen.name}: {predictions.name}", score))
     conclude(score, output, console, success=("scored",))
 

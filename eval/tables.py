@@ -72,11 +72,11 @@ def read_rows(path: Path) -> list[Row]:
     path = Path(path)
     if path.is_dir():
         raise EvalError(f"{path}: is a folder; give one of its files.")
+    if not path.is_file():
+        raise EvalError(f"{path}: no such file; check the path.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise EvalError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
-    if not path.is_file():
-        raise EvalError(f"{path}: no such file; check the path.")
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
@@ -230,6 +230,7 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=False)
     except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
         raise EvalError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
+    book.active.reset_dimensions()  # some writers leave a wrong size in the file, beyond which cells would be dropped
     lines = book.active.iter_rows(values_only=True)
     names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
     for line in lines:
@@ -292,12 +293,16 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise EvalError(f"{path}: reading parquet needs pyarrow; run 'pip install pyarrow'.") from error
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for value in batch.to_pylist():
-            yield _record(path, "row", value)
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for value in batch.to_pylist():
+                yield _record(path, "row", value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise EvalError(f"{path}: not a parquet file, or damaged ({error}); fetch it again.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

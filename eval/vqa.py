@@ -47,6 +47,15 @@ def normalise_answer(text: str) -> str:
         text: what a model or an annotator wrote.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return vlmevalkit_form(text)
+
+
+def vlmevalkit_form(text: str) -> str:
+    """Bring an answer to the form in which VLMEvalKit compares VQA answers, which lacks the official first steps.
+
+    Args:
+        text: what a model or an annotator wrote.
+    """
     text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
 from eval.errors import EvalError, some
@@ -70,6 +71,7 @@ class Benchmark(ABC):
         max_new_tokens: the generation limit of the protocol.
         embedded: its file in the embedded data set.
         columns: columns without which a file is not this benchmark.
+        list_columns: those of ``columns`` that may hold lists.
         public_names: what public files call a column that ``normalise`` renames, for messages.
         id_columns: columns that may hold a row's id, the first one found does.
         answer_columns: columns that may hold the answers of a prediction file, the first one found does.
@@ -83,6 +85,7 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int]
     embedded: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    list_columns: ClassVar[frozenset[str]] = frozenset()
     public_names: ClassVar[Mapping[str, str]] = {}
     id_columns: ClassVar[tuple[str, ...]] = ("index", "question_id", "id")
     answer_columns: ClassVar[tuple[str, ...]] = ("prediction", "text")
@@ -170,11 +173,16 @@ class Benchmark(ABC):
         if not any(name in rows[0] for name in self.id_columns):
             lacking.append(self.id_columns[0])
         if lacking:
+            first = next((row for row in rows if any(name not in row for name in lacking)), rows[0])
             lacking = [self.public_names.get(name, name) for name in lacking]
             raise EvalError(
-                f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; it has "
-                f"{', '.join(rows[0])}. Give a whole benchmark file (for saved predictions: with --data)."
+                f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; a row has "
+                f"{', '.join(first)}. Give a whole benchmark file (for saved predictions: with --data)."
             )
+        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict)}
+        nested &= {*self.columns, *ascii_uppercase} - self.list_columns
+        if nested:
+            raise EvalError(f"{source}: the columns {', '.join(sorted(nested))} hold lists or objects; expected texts.")
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """Turn rows into samples without their pictures, in file order.
@@ -285,6 +293,11 @@ class Benchmark(ABC):
                 f"{source}: expected the answers in a column {' or '.join(self.answer_columns)}; "
                 f"the first row has {', '.join(rows[0])}."
             )
+        if column == "text" and "image" in rows[0] and "prompt" not in rows[0]:
+            raise EvalError(f"{source}: is a file of questions (image and text), not of answers; give the answers.")
+        nested = [number for number, row in enumerate(rows, start=1) if isinstance(row.get(column), list | dict)]
+        if nested:
+            raise EvalError(f"{source}: the answers of rows {some(nested)} are lists or objects; expected texts.")
         return column
 
     def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
@@ -353,13 +366,16 @@ def as_list(cell: Any) -> list[Any]:
     """Read a cell that holds a list, as a list or in Python's writing; any other cell is a list of itself.
 
     Args:
-        cell: such as ``["a", "b"]`` or ``"['a', 'b']"``; "" is the empty list.
+        cell: such as ``["a", "b"]`` or ``"['a', 'b']"``; "" is the empty list, and "[1]" a text, since the lists that
+            benchmarks write out hold texts.
     """
     if isinstance(cell, str) and cell[:1] == "[":
         try:
-            cell = ast.literal_eval(cell)
+            written = ast.literal_eval(cell)
         except (ValueError, SyntaxError):
-            pass  # text that only starts with a bracket
+            written = None  # text that only starts with a bracket
+        if isinstance(written, list) and all(isinstance(item, str) for item in written):
+            return written
     if isinstance(cell, list):
         return cell
     return [] if cell == "" else [cell]

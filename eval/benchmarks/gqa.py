@@ -1,25 +1,31 @@
 """GQA (testdev_balanced): one-word answers, right if they are the gold answer."""
 
 import json
+import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing
+from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
 from eval.errors import EvalError, some
 from eval.judge import Judge
 from eval.report import write_json
 from eval.tables import Row, read_rows
 
 QUESTIONS = "testdev_balanced_questions.json"
+_NO_MARKS = str.maketrans("", "", string.punctuation)
 
 
 class GQA(Benchmark):
     """GQA as its question file (or LLaVA's folder around it), VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "gqa"
-    rules = {"official": "gqa-official", "vlmevalkit": "gqa/vlmevalkit-2026-08"}
+    rules = {
+        "official": "gqa-official",
+        "vlmevalkit": "gqa/vlmevalkit-2026-08",
+        "lmms-eval": "gqa/lmms-eval-2026-08",
+    }
     max_new_tokens = 128
     embedded = "gqa.json"
     columns = ("question", "answer")
@@ -45,7 +51,7 @@ class GQA(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score the balanced questions by exact match, overall and by the kinds that the file names."""
-        lacking = [s.id for s in samples if is_missing(s.fields["answer"])]
+        lacking = [s.id for s in samples if not s.fields["answer"].strip()]  # "none" is an answer
         if lacking:
             raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give a split that has.")
         balanced = [s for s in samples if s.fields.get("isbalanced", "True") in ("True", "")]
@@ -78,6 +84,8 @@ class GQA(Benchmark):
     def _is_right(self, prediction: str, gold: str) -> bool:
         if self.chosen_rule == "vlmevalkit":
             return prediction.strip().lower() == gold.strip().lower()
+        if self.chosen_rule == "lmms-eval":
+            return prediction.strip().lower().translate(_NO_MARKS) == gold.lower().translate(_NO_MARKS)
         return official_form(prediction) == gold
 
 

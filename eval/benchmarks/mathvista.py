@@ -1,7 +1,7 @@
 """MathVista (testmini): mathematical questions about pictures; an answer is extracted, normalised, and compared.
 
-Source: lupantech/MathVista ``extract_answer.py`` and ``calculate_score.py``; the wording of the extraction prompt is
-our own, with worked cases of the same five kinds.
+Source: lupantech/MathVista ``extract_answer.py`` and ``calculate_score.py``, and VLMEvalKit's ``mathvista.py`` for its
+rule; the wording of the extraction prompt is our own, with worked cases of the same five kinds.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 from eval.benchmarks.base import Benchmark, Id, Sample, Score, as_list
 from eval.errors import EvalError, JudgeUnavailable, some
+from eval.extraction import VERSIONS, vlmevalkit
 from eval.judge import Judge, digest, read_replies
 from eval.report import write_json
 from eval.tables import Row, read_rows
@@ -49,7 +50,7 @@ class MathVista(Benchmark):
     """MathVista testmini as testmini.json (with query.json), VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "mathvista"
-    rules = {"official": "mathvista-official"}
+    rules = {"official": "mathvista-official", "vlmevalkit": f"mathvista/{VERSIONS['vlmevalkit']}"}
     protocols = ("official",)
     max_new_tokens = 512
     embedded = "mathvista/testmini.json"
@@ -81,9 +82,10 @@ class MathVista(Benchmark):
 
     def score_graded(self, samples: Sequence[Sample], rows: Sequence[Row]) -> Score | None:
         """Score rows whose answers have been extracted; None if they have not."""
-        if not any("extraction" in row for row in rows):
+        column = "extraction" if self.chosen_rule == "official" else "res"
+        if not any(column in row for row in rows):
             return None
-        extracted = {self.row_id(row): str(row.get("extraction", "")) for row in rows}
+        extracted = {self.row_id(row): str(row.get(column, "")) for row in rows}
         known = [sample for sample in samples if sample.id in extracted]
         if len(known) < len(samples):
             raise EvalError(
@@ -93,7 +95,8 @@ class MathVista(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Extract an answer from each response, by rule or by the judge, and compare it with the gold one."""
-        extracted = {s.id: extract(answers[s.id], s.fields) for s in samples}
+        take_out = extract if self.chosen_rule == "official" else prefetch
+        extracted = {s.id: take_out(answers[s.id], s.fields) for s in samples}
         unread = [s for s in samples if extracted[s.id] is None]
         counts = {"empty": sum(not answers[s.id].strip() for s in samples), "not_extracted_by_rule": len(unread)}
         notes = []
@@ -109,7 +112,7 @@ class MathVista(Benchmark):
         elif unread:
             notes.append(
                 f"{len(unread)} responses need a judge to extract their answer (--judge-url); without one they count "
-                "as empty, for which the official rule still picks the shortest choice."
+                "as empty, for which the official rule still picks the shortest choice, and VLMEvalKit's none."
             )
         score = self._report(samples, {id_: text or "" for id_, text in extracted.items()}, counts, notes)
         if judge and not judge.dry_run:
@@ -122,23 +125,42 @@ class MathVista(Benchmark):
         lacking = [s.id for s in samples if not s.fields.get("answer")]
         if lacking:
             raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
-        right = {s.id: is_right(extracted[s.id], s.fields) for s in samples}
+        official = self.chosen_rule == "official"
+        judged = is_right if official else is_right_vlmevalkit
+        right = {s.id: judged(extracted[s.id], s.fields) for s in samples}
         correct = sum(right.values())
-        accuracy = str(round(100 * correct / len(samples), 2))
-        scores: dict[str, Any] = {"average": {"accuracy": accuracy, "correct": correct, "total": len(samples)}}
-        for name in REPORTED:
-            parts: dict[str, list[bool]] = {}
-            for sample in samples:
-                for value in as_list(sample.fields.get(name, "")):
-                    parts.setdefault(str(value), []).append(right[sample.id])
-            shares = {value: 100 * sum(hits) / len(hits) for value, hits in parts.items()}
-            scores[name] = {
-                value: {"accuracy": f"{shares[value]:.2f}", "correct": sum(parts[value]), "total": len(parts[value])}
-                for value in sorted(parts, key=lambda value: -float(f"{shares[value]:.2f}"))
-            }
+        scores = official_report(samples, right) if official else vlmevalkit_report(samples, right)
         counts = {"questions": len(samples), **counts, "extractions_empty": sum(not extracted[s.id] for s in samples)}
         score = 100 * correct / len(samples)
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+
+def official_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, Any]:
+    """Lay out accuracy, overall and by each kind of metadata, as the official report does.
+
+    Args:
+        samples: the questions.
+        right: right or wrong by sample id.
+    """
+    correct, total = sum(right.values()), len(samples)
+    average = {"accuracy": str(round(100 * correct / total, 2)), "correct": correct, "total": total}
+    scores: dict[str, Any] = {"average": average}
+    for name in REPORTED:
+        parts = _parts(samples, right, (name,))
+        shares = {value: f"{100 * sum(hits) / len(hits):.2f}" for value, hits in parts.items()}
+        scores[name] = {
+            value: {"accuracy": shares[value], "correct": sum(parts[value]), "total": len(parts[value])}
+            for value in sorted(parts, key=lambda value: -float(shares[value]))
+        }
+    return scores
+
+
+def vlmevalkit_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, Any]:
+    """Lay out hits overall, by task and by skill as VLMEvalKit does, accuracies in percent. Arguments as above."""
+    parts = {"Overall": list(right.values()), **_parts(samples, right, ("task", "skills"))}
+    return {
+        value: {"tot": len(hits), "hit": sum(hits), "acc": 100 * sum(hits) / len(hits)} for value, hits in parts.items()
+    }
 
 
 def query(fields: Row) -> str:
@@ -172,6 +194,20 @@ def extract(response: str, fields: Row) -> str | None:
         pass
     quoted = _QUOTED.search(response)
     return quoted[1] if quoted else None
+
+
+def prefetch(response: str, fields: Row) -> str | None:
+    """Take the answer out of a response as VLMEvalKit does: a choice that it names, or the right number; else None.
+
+    Args:
+        response: what the model wrote.
+        fields: the record.
+    """
+    if fields["question_type"] == "multi_choice":
+        return vlmevalkit(response, _lettered(fields))
+    # VLMEvalKit takes the number 0 for no answer and asks the judge about it.
+    found = is_right_vlmevalkit(response, fields) and float(response) != 0
+    return response if found else None
 
 
 def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge) -> dict[Id, str]:
@@ -218,6 +254,24 @@ def is_right(extraction: str, fields: Row) -> bool:
         fields: the record.
     """
     return normalise_extraction(extraction, fields) == fields["answer"]
+
+
+def is_right_vlmevalkit(extraction: str, fields: Row) -> bool:
+    """Compare an answer as VLMEvalKit does: the choice that it names, or an equal number; a list is never right there.
+
+    Args:
+        extraction: the extracted answer.
+        fields: the record.
+    """
+    if fields["question_type"] == "multi_choice":
+        choices = _lettered(fields)
+        gold = next((letter for letter, choice in choices.items() if choice == fields["answer"]), None)
+        return vlmevalkit(extraction, choices) == fields.get("answer_option", gold)
+    number = {"integer": int, "float": float}.get(fields["answer_type"])
+    try:
+        return number is not None and number(extraction) == number(fields["answer"])
+    except ValueError:
+        return False
 
 
 def normalise_extraction(extraction: str, fields: Row) -> str | None:
@@ -267,5 +321,19 @@ def _normal(row: Row) -> Row:
     picture = row.get("image")
     named = isinstance(picture, str) and Path(picture).suffix.lower() in (".jpg", ".jpeg", ".png")
     place = {"image_path": picture} if named else {}
+    asked = {"question": row["query"]} if "query" in row and "question" not in row else {}  # lmms-eval's results
     kept = {name: cell for name, cell in row.items() if name not in ("metadata", "decoded_image")}
-    return {**kept, **lifted, **place, "choices": as_list(row.get("choices", ""))}
+    return {**kept, **asked, **lifted, **place, "choices": as_list(row.get("choices", ""))}
+
+
+def _lettered(fields: Row) -> dict[str, str]:
+    return {chr(ord("A") + number): str(choice) for number, choice in enumerate(fields["choices"])}
+
+
+def _parts(samples: Sequence[Sample], right: Mapping[Id, bool], names: Sequence[str]) -> dict[str, list[bool]]:
+    """Gather right and wrong by the values of some columns, which may hold lists."""
+    parts: dict[str, list[bool]] = {}
+    for sample in samples:
+        for value in (value for name in names for value in as_list(sample.fields.get(name, ""))):
+            parts.setdefault(str(value), []).append(right[sample.id])
+    return parts

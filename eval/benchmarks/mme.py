@@ -22,7 +22,11 @@ class MME(Benchmark):
     """MME as its release folder, a folder of result files, VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "mme"
-    rules = {"official": "mme-official", "vlmevalkit": "mme/vlmevalkit-2026-08"}
+    rules = {
+        "official": "mme-official",
+        "vlmevalkit": "mme/vlmevalkit-2026-08",
+        "lmms-eval": "mme/lmms-eval-2026-08",
+    }
     max_new_tokens = 128
     embedded = "mme.tsv"
     columns = ("category", "picture", "question", "gold")
@@ -59,7 +63,7 @@ class MME(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Add accuracy and accuracy over both questions of a picture, in percent, over the categories."""
-        read = official_answer if self.chosen_rule == "official" else yes_or_no
+        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
         pairs: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         said = {s.id: read(answers[s.id]) for s in samples}
         right = {s.id: said[s.id] == s.fields["gold"].lower() for s in samples}
@@ -100,6 +104,16 @@ def official_answer(text: str) -> str | None:
     """
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), None)
+
+
+def lmms_eval_answer(text: str) -> str | None:
+    """Read "yes" or "no" as lmms-eval does: as the official scorer, but without periods, and also from one letter.
+
+    Args:
+        text: the answer.
+    """
+    text = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(text, official_answer(text))
 
 
 def read_folder(folder: Path) -> list[Row]:

@@ -46,6 +46,7 @@ class MMMU(Benchmark):
     max_new_tokens = 1024
     embedded = "mmmu.tsv"
     columns = ("question_type", "gold")
+    list_columns = frozenset({"gold"})
     public_names = {"gold": "answer (or ground_truth)"}
     id_columns = ("id", "index", "question_id")
     answer_columns = ("prediction", "response", "parsed_pred", "text")

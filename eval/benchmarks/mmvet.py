@@ -23,6 +23,7 @@ class MMVet(Benchmark):
     max_new_tokens = 1024
     embedded = "mm-vet/mm-vet.json"
     columns = ("question", "answer", "capability")
+    list_columns = frozenset({"capability"})
 
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Take VLMEvalKit's ``category`` for the capabilities."""

@@ -35,6 +35,7 @@ class OCRBench(Benchmark):
     max_new_tokens = 1024
     embedded = "ocrbench.json"
     columns = ("question", "references", "type")
+    list_columns = frozenset({"references"})
     public_names = {"references": "answers (or answer)", "type": "type (or question_type, category)"}
     answer_columns = ("prediction", "predict", "text")
 

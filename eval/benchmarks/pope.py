@@ -24,7 +24,11 @@ class POPE(Benchmark):
     """POPE as label files, LLaVA's question file with them, VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "pope"
-    rules = {"official": "pope-llava", "vlmevalkit": "pope/vlmevalkit-2026-08"}
+    rules = {
+        "official": "pope-llava",
+        "vlmevalkit": "pope/vlmevalkit-2026-08",
+        "lmms-eval": "pope/lmms-eval-2026-08",
+    }
     max_new_tokens = 128
     embedded = "pope.tsv"
     columns = ("question", "label", "category")
@@ -81,16 +85,18 @@ class POPE(Benchmark):
         )
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
-        """Score each split with "yes" as the positive class; the headline is the mean F1, or VLMEvalKit's pooled F1."""
+        """Score each split with "yes" as the positive class; the headline is the mean F1, or else the pooled."""
         official = self.chosen_rule == "official"
-        said = {s.id: official_answer(answers[s.id]) if official else yes_or_no(answers[s.id]) for s in samples}
+        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
+        said = {s.id: read(answers[s.id]) for s in samples}
+        measures = lmms_eval_measures if self.chosen_rule == "lmms-eval" else _measures
         splits: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
             for split in sample.fields["category"].split(","):
                 splits[split.strip()].append(sample)
-        scores: dict[str, Any] = {name: _measures(own, said) for name, own in sorted(splits.items())}
+        scores: dict[str, Any] = {name: measures(own, said) for name, own in sorted(splits.items())}
         pooled = [sample for own in splits.values() for sample in own]
-        scores["pooled"] = _measures(pooled, said)
+        scores["pooled"] = measures(pooled, said)
         scores["mean f1"] = sum(scores[name]["f1"] for name in splits) / len(splits)
         counts = {
             "questions": len(samples),
@@ -100,7 +106,8 @@ class POPE(Benchmark):
         }
         notes = [] if set(splits) == set(SPLITS) else [f"splits in the file: {', '.join(sorted(splits))}."]
         if counts["neither"]:
-            notes.append(f"{counts['neither']} answers are neither yes nor no by the rule; F1 takes them for no.")
+            taken = "leaves them out" if self.chosen_rule == "lmms-eval" else "takes them for no"
+            notes.append(f"{counts['neither']} answers are neither yes nor no by the rule; F1 {taken}.")
         headline = scores["mean f1"] if official else scores["pooled"]["f1"]
         right: dict[Id, bool | float] = {s.id: said[s.id] == s.fields["label"] for s in samples}
         return Score("scored", self.rule, 100 * headline, scores, counts, notes, per_sample=right)
@@ -114,6 +121,25 @@ def official_answer(text: str) -> str:
     """
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def lmms_eval_answer(text: str) -> str | None:
+    """Read "yes" or "no" as lmms-eval does: the answer has to be the word, in any case and without a period."""
+    text = text.lower().strip()
+    return text if text in ("yes", "no") else None
+
+
+def lmms_eval_measures(samples: Sequence[Sample], said: Mapping[Id, str | None]) -> dict[str, float]:
+    """Measure as lmms-eval does: recall and F1 without the answers that are neither, the yes ratio of the gold answers.
+
+    Args:
+        samples: the questions.
+        said: answer by sample id.
+    """
+    read = _measures([s for s in samples if said[s.id]] or samples, said)
+    accuracy = sum(said[s.id] == s.fields["label"] for s in samples) / len(samples)
+    gold = sum(s.fields["label"] == "yes" for s in samples) / len(samples)
+    return {**read, "accuracy": accuracy, "yes_ratio": gold}
 
 
 def _measures(samples: Sequence[Sample], said: Mapping[Id, str | None]) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
 from eval.errors import EvalError, some
 from eval.judge import Judge
 from eval.tables import Row, read_rows
-from eval.vqa import normalise_answer
+from eval.vqa import normalise_answer, vlmevalkit_form
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"
@@ -21,11 +21,12 @@ class TextVQA(Benchmark):
     """TextVQA as its annotation file (or LLaVA's folder around it), VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "textvqa"
-    rules = {"official": "textvqa-vqa-accuracy"}
+    rules = {"official": "textvqa-vqa-accuracy", "vlmevalkit": "textvqa/vlmevalkit-2026-08"}
     protocols = ("llava", "llava-without-ocr")
     max_new_tokens = 128
     embedded = "textvqa.json"
     columns = ("question", "references")
+    list_columns = frozenset({"references"})
     public_names = {"references": "answers (or answer)"}
     answer_columns = ("prediction", "text", "answer")
 
@@ -86,22 +87,28 @@ class TextVQA(Benchmark):
         lacking = [s.id for s in samples if not s.fields["references"]]
         if lacking:
             raise EvalError(f"{some(lacking)} of {len(samples)} questions have no answers; give a split that has.")
-        parts: dict[Id, bool | float] = {s.id: soft_accuracy(answers[s.id], s.fields["references"]) for s in samples}
+        form = normalise_answer if self.chosen_rule == "official" else vlmevalkit_form
+        parts: dict[Id, bool | float] = {
+            s.id: soft_accuracy(answers[s.id], s.fields["references"], form) for s in samples
+        }
         accuracy = 100 * sum(parts.values()) / len(samples)
         counts = {"questions": len(samples), "empty": sum(not answers[s.id].strip() for s in samples)}
         counts["with_ocr_line"] = sum(bool(s.fields["ocr"]) for s in samples)
         return Score("scored", self.rule, accuracy, {"accuracy": accuracy}, counts, per_sample=parts)
 
 
-def soft_accuracy(prediction: str, references: Sequence[object]) -> float:
+def soft_accuracy(
+    prediction: str, references: Sequence[object], form: Callable[[str], str] = normalise_answer
+) -> float:
     """Score an answer by how many annotators gave it: 1 from three others on, averaged over leaving each one out.
 
     Args:
         prediction: the model's answer.
         references: the annotators' answers.
+        form: what brings answers to the form in which they are compared.
     """
-    said = [normalise_answer(str(reference)) for reference in references]
-    wanted = normalise_answer(prediction)
+    said = [form(str(reference)) for reference in references]
+    wanted = form(prediction)
     same = said.count(wanted)
     if not same:
         return 0.0

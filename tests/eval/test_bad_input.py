@@ -169,6 +169,14 @@ def test_wrong_columns_of_a_prediction_file(tmp_path: Path, write_tsv: Write, mm
         score_file(MMBench(), path, write_tsv(mmbench_rows), False, None)
 
 
+@pytest.mark.parametrize("cell", [["B"], {"text": "B"}])
+@pytest.mark.parametrize("column", ["A", "question", "prediction"])
+def test_lists_in_place_of_texts_are_refused(tmp_path: Path, mmbench_rows: Rows, column: str, cell: Any) -> None:
+    rows = [{**row, "image": "", "prediction": "A", column: cell} for row in mmbench_rows]
+    with pytest.raises(EvalError, match="lists or objects; expected texts"):
+        score_file(MMBench(), write_rows(tmp_path / "p.jsonl", rows), None, False, None)
+
+
 def test_grades_that_occur_twice(tmp_path: Path, mmvet_data: Path) -> None:
     path = write_rows(tmp_path / "g.jsonl", [{"id": "v1_0", "score": 1}, {"id": 0, "score": 0}])
     with pytest.raises(EvalError, match="1 graded ids occur more than once"):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from eval.benchmarks import BENCHMARKS
+from eval.benchmarks.base import as_list
 from eval.score import score_file
 
 YES_NO = {"question": "Is it?", "answer": "Yes", "prediction": "Yes"}
@@ -115,6 +116,31 @@ def test_a_run_of_a_form_scores_like_the_form(tmp_path: Path, form: str) -> None
     (tmp_path / "predictions.json").write_text(json.dumps({str(id_): text for id_, text in answers.items()}))
     whole = score_file(benchmark, tmp_path / "predictions.json", path, False, None)
     assert whole.per_sample == score.per_sample
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        ("['a', \"b\"]", ["a", "b"]),
+        ("[]", []),
+        ("", []),
+        (["a"], ["a"]),
+        ("[1]", ["[1]"]),
+        ("[x", ["[x"]),
+        ("a", ["a"]),
+    ],
+)
+def test_written_lists_hold_texts(cell: object, items: list[str]) -> None:
+    assert as_list(cell) == items
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_benchmark_file_is_no_prediction_file(tmp_path: Path, form: str) -> None:
+    name, rows = FORMS[form]
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in ("prediction", "predict")} for row in rows]))
+    with pytest.raises(ValueError, match="expected the answers in a column|either gold answers or the model's"):
+        score_file(BENCHMARKS[name](), path, None, False, None)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

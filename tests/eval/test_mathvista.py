@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.mathvista import MathVista, edit_distance, extract, extraction_prompt, is_right
+from eval.benchmarks.mathvista import (
+    MathVista,
+    edit_distance,
+    extract,
+    extraction_prompt,
+    is_right,
+    is_right_vlmevalkit,
+    prefetch,
+)
 from eval.errors import EvalError
 from eval.judge import Judge
 from eval.score import score_file
@@ -84,6 +92,21 @@ def test_extracted_file_alone(testmini: Path, tmp_path: Path) -> None:
         assert score.scores["question_type"]["free_form"]["accuracy"] == "0.00"
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_results_of_lmms_eval(tmp_path: Path, logged: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question_id": str(n), "query": "Which?", **CHOICE, "precision": None, "extraction": "BA"[n], "skills": ["s"]}
+        for n in (0, 1)
+    ]
+    said = {"target": "8/11", "input": "Which?", "filtered_resps": "It is (B)"}
+    if logged:
+        rows = [{"doc_id": n, **said, "llm_as_judge_eval": row, "submission": row} for n, row in enumerate(rows)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(rows))
+    score = score_file(MathVista(), path, None, False, None)
+    assert score.scores["skills"] == {"s": {"accuracy": "50.00", "correct": 1, "total": 2}}
+
+
 def test_responses_without_and_with_a_judge(testmini: Path, tmp_path: Path, judge_server: Any) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"1": "It is the second, (B)", "2": "14"}))
@@ -116,6 +139,50 @@ def test_prompts(testmini: Path) -> None:
     prompt = extraction_prompt(samples[1].fields, "There are 14.")
     assert prompt.count("Extracted answer: ") == 6
     assert prompt.endswith("Model response: There are 14.\n\nExtracted answer: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "taken", "right"),
+    [
+        ("It is (B)", CHOICE, "B", True),
+        ("8/11 of it", CHOICE, "B", True),
+        ("The answer is A", CHOICE, "A", False),
+        ("none of them", CHOICE, None, False),
+        ("", CHOICE, None, False),
+        ("14", INTEGER, "14", True),
+        ("14.0", INTEGER, None, False),
+        ("15", INTEGER, None, False),
+        ("0", {**INTEGER, "answer": "0"}, None, True),  # the judge is asked about a number 0
+        ("0.60", FLOAT, "0.60", True),
+        ("0.64", FLOAT, None, False),
+        ("[1, 2]", LIST, None, False),
+    ],
+)
+def test_vlmevalkits_rule(text: str, fields: dict[str, Any], taken: str | None, right: bool) -> None:
+    assert prefetch(text, fields) == taken
+    assert is_right_vlmevalkit(text, fields) is right
+
+
+def test_vlmevalkits_file_before_and_after_its_judge(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"index": 1, **CHOICE, "answer_option": "B", "prediction": "I say (B)", "task": "vqa", "skills": "['s', 't']"},
+        {"index": 2, **INTEGER, "prediction": "There are 14.", "task": "qa", "skills": "['t']"},
+    ]
+    for row in rows:
+        row |= {"question": "?", "choices": str(row["choices"])}
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(rows))
+    score = score_file(MathVista("vlmevalkit"), path, None, False, None)
+    assert (score.score, score.counts["not_extracted_by_rule"]) == (50.0, 1)
+    assert score.scores == {
+        "Overall": {"tot": 2, "hit": 1, "acc": 50.0},
+        "vqa": {"tot": 1, "hit": 1, "acc": 100.0},
+        "qa": {"tot": 1, "hit": 0, "acc": 0.0},
+        "s": {"tot": 1, "hit": 1, "acc": 100.0},
+        "t": {"tot": 2, "hit": 1, "acc": 50.0},
+    }
+    path.write_text(json.dumps([{**row, "res": res, "log": "x"} for row, res in zip(rows, ("B", 14), strict=True)]))
+    assert score_file(MathVista("vlmevalkit"), path, None, False, None).score == 100.0
 
 
 def test_a_split_without_gold_is_refused(testmini: Path, tmp_path: Path) -> None:

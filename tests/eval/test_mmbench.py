@@ -104,7 +104,7 @@ def test_duplicate_and_wordy_index_are_refused(write_tsv: Callable[..., Path], m
 
 
 def test_wrong_columns_are_named(write_tsv: Callable[..., Path]) -> None:
-    with pytest.raises(EvalError, match="lacks the columns A, B, index, which mmbench needs; it has question"):
+    with pytest.raises(EvalError, match="lacks the columns A, B, index, which mmbench needs; a row has question"):
         MMBench().load(write_tsv([{"question": "?"}]))
 
 

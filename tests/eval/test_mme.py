@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from eval.benchmarks.base import match
-from eval.benchmarks.mme import MME, official_answer
+from eval.benchmarks.mme import MME, lmms_eval_answer, official_answer
 from eval.errors import EvalError
 from eval.score import score_file
 
@@ -130,3 +130,11 @@ def test_bad_folders_and_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "color.txt").write_text("0001.txt\tIs it?\n")
     with pytest.raises(EvalError, match=r"color\.txt, line 1: 2 fields"):
         MME().read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("Yes.", "yes"), ("y", "yes"), (" N. ", "no"), ("y.e.s", "yes"), ("x", None), ("the no", None), ("", None)],
+)
+def test_lmms_evals_parse(text: str, answer: str | None) -> None:
+    assert lmms_eval_answer(text) == answer

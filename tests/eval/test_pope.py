@@ -91,6 +91,19 @@ def test_vlmevalkit_file_with_joined_splits(write_tsv: Callable[..., Path]) -> N
     assert score.counts["neither"] == 1
 
 
+def test_lmms_evals_rule(write_tsv: Callable[..., Path]) -> None:
+    said = [("Yes", "yes "), ("Yes", "No"), ("Yes", "Yes."), ("No", "YES"), ("No", "it is not")]
+    rows = [
+        {"index": n, "question": "?", "answer": gold, "category": "popular", "prediction": text}
+        for n, (gold, text) in enumerate(said)
+    ]
+    score = score_file(POPE("lmms-eval"), write_tsv(rows), None, False, None)
+    # tp 1, fp 1, fn 1: what is neither yes nor no counts only as wrong; the ratio is that of the gold answers.
+    wanted = {"f1": 0.5, "accuracy": 0.2, "precision": 0.5, "recall": 0.5, "yes_ratio": 0.6}
+    assert score.scores["pooled"] == score.scores["popular"] == wanted
+    assert (score.score, score.counts["neither"]) == (50.0, 2)
+
+
 def test_ids_of_other_questions_are_refused(llava_folder: Path) -> None:
     answers = [json.loads(line) for line in (llava_folder / "answers" / "llava.jsonl").read_text().splitlines()]
     answers[3]["prompt"] = "Is there a house in the image?" + INSTRUCTION
@@ -105,6 +118,12 @@ def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
         POPE().load(llava_folder, with_images=False)
     with pytest.raises(EvalError, match="holds no label files"):
         POPE().load(llava_folder / "answers", with_images=False)
+
+
+@pytest.mark.parametrize("place", ["llava_pope_test.jsonl", "coco/coco_pope_random.json"])
+def test_questions_are_not_taken_for_answers(llava_folder: Path, place: str) -> None:
+    with pytest.raises(EvalError, match="is a file of questions"):
+        score_file(POPE(), llava_folder / place, llava_folder, False, None)
 
 
 def test_prompts(llava_folder: Path) -> None:

@@ -113,6 +113,13 @@ def test_llava_jsonl_with_data(
     assert "--data" in done.stderr
 
 
+def test_a_result_that_cannot_be_written_is_one_message(tmp_path: Path, mmstar_rows: Rows) -> None:
+    predictions = write(tmp_path / "p.jsonl", [{**row, "image": "", "prediction": "A"} for row in mmstar_rows])
+    for output in (tmp_path, predictions / "x.json"):
+        done = CliRunner().invoke(app, ["mmstar", "--predictions", str(predictions), "--json", str(output)])
+        assert (done.exit_code, done.stderr[:6], done.stderr.count("\n")) == (2, "error:", 1)
+
+
 def test_one_row_a_question_is_refused(score: Callable[..., Any], tmp_path: Path, mmbench_rows: Rows) -> None:
     rows = [{**row, "image": "", "prediction": "A"} for row in mmbench_rows[:2]]
     done, result = score("mmbench", "--predictions", write(tmp_path / "p.tsv", rows))

@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import openpyxl
 import pytest
 
 from eval.errors import EvalError
-from eval.tables import read_rows, sha256
+from eval.tables import read_rows, sha256, write_xlsx
 
 
 def test_words_that_look_missing_stay(tmp_path: Path) -> None:
@@ -63,6 +64,8 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}', "not valid JSON"),
         ("a.json", "3", "expected a JSON list or object"),
         ("a.xlsx", "no zip", "not an Excel workbook"),
+        ("a.parquet", "", "not a parquet file, or damaged"),
+        ("a.parquet", "PAR1 and so on", "not a parquet file, or damaged"),
         ("a.txt", "x", "cannot read '.txt' files; give one of .tsv"),
     ],
 )
@@ -73,9 +76,21 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: s
     assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("size", ["A1", "A1:B2", "A1:A4"])
+def test_a_workbook_that_tells_a_wrong_size_is_read_whole(tmp_path: Path, size: str) -> None:
+    rows = [{"index": str(n), "prediction": "AB"[n]} for n in (0, 1)]
+    write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), rows)
+    with ZipFile(tmp_path / "a.xlsx") as whole, ZipFile(tmp_path / "b.xlsx", "w") as wrong:
+        for name in whole.namelist():
+            dimension = f'<dimension ref="{size}"/><sheetData>'.encode()
+            wrong.writestr(name, whole.read(name).replace(b"<sheetData>", dimension))
+    assert read_rows(tmp_path / "b.xlsx") == rows
+
+
 def test_missing_file_and_bad_encoding(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="no such file"):
-        read_rows(tmp_path / "a.tsv")
+    for name in ("a.tsv", "a"):
+        with pytest.raises(EvalError, match="no such file"):
+            read_rows(tmp_path / name)
     (tmp_path / "b.tsv").write_bytes(b"a\n\xff\n")
     with pytest.raises(EvalError, match="not UTF-8"):
         read_rows(tmp_path / "b.tsv")

@@ -167,9 +167,25 @@ def test_gqa_by_hand(gqa: Path, tmp_path: Path) -> None:
     assert score_file(GQA(), tmp_path / "sent.json", gqa, False, None).score == 50.0
 
 
-@pytest.mark.parametrize(("rule", "score"), [("official", 0.0), ("vlmevalkit", 100.0)])
-def test_gqa_rules_differ_in_spaces(write_tsv: Callable[..., Path], rule: str, score: float) -> None:
-    rows = [{"index": 5, "question": "?", "answer": "red", "prediction": " Red"}]
+@pytest.mark.parametrize(("rule", "score"), [("official", 100.0), ("vlmevalkit", 0.0)])
+def test_textvqa_rules_differ_in_the_first_steps(write_tsv: Callable[..., Path], rule: str, score: float) -> None:
+    rows = [{"index": 5, "question": "?", "answer": str(["Joe 's"] * 10), "prediction": "Joe's"}]
+    assert score_file(TextVQA(rule), write_tsv(rows), None, False, None).score == score
+
+
+def test_gqa_takes_none_for_an_answer(write_tsv: Callable[..., Path]) -> None:
+    rows = [
+        {"index": n, "question": "?", "answer": "none", "prediction": text} for n, text in enumerate(["None.", "no"])
+    ]
+    assert score_file(GQA(), write_tsv(rows), None, False, None).score == 50.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "score"), [("official", 0.0), ("vlmevalkit", 100 / 3), ("lmms-eval", pytest.approx(200 / 3))]
+)
+def test_gqa_rules_differ_in_spaces_and_marks(write_tsv: Callable[..., Path], rule: str, score: float) -> None:
+    said = [("red", " Red"), ("t-shirt", "T shirt"), ("t-shirt", "tshirt!")]
+    rows = [{"index": n, "question": "?", "answer": a, "prediction": text} for n, (a, text) in enumerate(said)]
     assert score_file(GQA(rule), write_tsv(rows), None, False, None).score == score
 
 
