@@ -24,10 +24,12 @@ class Picture:
     Attributes:
         record: the record it belongs to, for messages.
         data: base64 text (or where it is stored), encoded bytes, or the path of a file.
+        place: which one it is, where the data is a list of base64 texts.
     """
 
     record: str
     data: str | bytes | Path | StoredText = field(repr=False)
+    place: int = 0
 
     def open(self) -> Image.Image:
         """Decode the picture to RGB."""
@@ -47,8 +49,11 @@ class Picture:
         if isinstance(self.data, bytes):
             return io.BytesIO(self.data)
         text = self.data.read() if isinstance(self.data, StoredText) else self.data
-        if text.startswith("["):  # VLMEvalKit's cell of several pictures, of which LLaVA's protocols show the first
-            text = ast.literal_eval(text)[0]
+        if text.startswith("["):  # VLMEvalKit's cell of several pictures
+            texts = ast.literal_eval(text)
+            if self.place >= len(texts):
+                raise ValueError(f"picture {self.place + 1} of {len(texts)} is asked for")
+            text = texts[self.place]
         return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
 
     @contextmanager

@@ -68,7 +68,8 @@ class Benchmark(ABC):
         rules: scoring rules by the name on the command line, with the name and version that results carry; the first
             is the default.
         protocols: prompt protocols; the first is the default.
-        max_new_tokens: the generation limit of the protocol.
+        max_new_tokens: the generation limit of the chosen protocol.
+        limits: that of the protocols which have another one than the default.
         embedded: its file in the embedded data set.
         columns: columns without which a file is not this benchmark.
         list_columns: those of ``columns`` that may hold lists.
@@ -82,7 +83,8 @@ class Benchmark(ABC):
     name: ClassVar[str]
     rules: ClassVar[Mapping[str, str]]
     protocols: ClassVar[tuple[str, ...]] = ("llava",)
-    max_new_tokens: ClassVar[int]
+    max_new_tokens: int
+    limits: ClassVar[Mapping[str, int]] = {}
     embedded: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     list_columns: ClassVar[frozenset[str]] = frozenset()
@@ -104,6 +106,7 @@ class Benchmark(ABC):
         """
         self.chosen_rule = self._choose("rule", rule, tuple(self.rules))
         self.chosen_protocol = self._choose("protocol", protocol, self.protocols)
+        self.max_new_tokens = self.limits.get(self.chosen_protocol, self.max_new_tokens)
 
     def _choose(self, kind: str, name: str | None, names: tuple[str, ...]) -> str:
         if name is not None and name not in names:
@@ -159,8 +162,20 @@ class Benchmark(ABC):
         samples = self.samples(rows)
         if not with_images:
             return samples
-        pictures = row_pictures(rows, images or self.image_folder(data))
-        return [replace(sample, images=(picture,)) for sample, picture in zip(samples, pictures, strict=True)]
+        shown = self.pictures(rows, images or self.image_folder(data))
+        return [replace(sample, images=pictures) for sample, pictures in zip(samples, shown, strict=True)]
+
+    def pictures(self, rows: list[Row], folder: Path) -> list[tuple[Picture, ...]]:
+        """Find the pictures that the protocol shows with each row.
+
+        Args:
+            rows: normalised rows of a benchmark file.
+            folder: where image files lie.
+
+        Raises:
+            EvalError: naming the records whose picture is missing or broken.
+        """
+        return [(picture,) for picture in row_pictures(rows, folder)]
 
     def check_columns(self, rows: Sequence[Row], source: str) -> None:
         """Refuse rows that lack a column, saying which columns there are.

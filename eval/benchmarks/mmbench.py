@@ -55,6 +55,7 @@ class MMBench(Benchmark):
     rules = {name: f"mmbench-circular/{version}" for name, version in VERSIONS.items()}
     protocols = ("llava", "vlmevalkit", "vlmevalkit-llava", "lmms-eval")
     max_new_tokens = 1024
+    limits = {"vlmevalkit-llava": 2048}
     embedded = "mmbench.tsv"
     columns = ("question", "A", "B")  # test files have no answers
     submission = "submission.xlsx"

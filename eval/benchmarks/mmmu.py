@@ -6,6 +6,7 @@ Source: MMMU-Benchmark/MMMU ``eval_utils.py`` and ``main_eval_only.py``.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from eval.benchmarks.base import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
 from eval.errors import EvalError, some
 from eval.extraction import VERSIONS, vlmevalkit
+from eval.images import Picture, row_pictures
 from eval.judge import Judge
 from eval.report import write_json
 from eval.tables import Row, read_rows
@@ -42,8 +44,9 @@ class MMMU(Benchmark):
 
     name = "mmmu"
     rules = {"official": "mmmu-official", "vlmevalkit": f"mmmu/{VERSIONS['vlmevalkit']}"}
-    protocols = ("official-llava",)
+    protocols = ("official-llava", "lmms-eval")
     max_new_tokens = 1024
+    limits = {"lmms-eval": 128}
     embedded = "mmmu.tsv"
     columns = ("question_type", "gold")
     list_columns = frozenset({"gold"})
@@ -69,9 +72,19 @@ class MMMU(Benchmark):
         """Name kind of question, options, gold and subject alike."""
         return [_normal(row) for row in rows]
 
+    def pictures(self, rows: list[Row], folder: Path) -> list[tuple[Picture, ...]]:
+        """Find the first picture of each row, or with lmms-eval's protocol all those that question and options name."""
+        first = row_pictures(rows, folder)
+        if self.chosen_protocol != "lmms-eval":
+            return [(picture,) for picture in first]
+        shown = [named_pictures(row, picture) for row, picture in zip(rows, first, strict=True)]
+        for picture in (picture for pictures in shown for picture in pictures[1:]):
+            picture.check()
+        return shown
+
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word the prompts that MMMU's own code gives LLaVA 1.5."""
-        return [_prompt(sample.fields) for sample in samples]
+        """Word the prompts that MMMU's own code gives LLaVA 1.5, or lmms-eval's."""
+        return [_prompt(sample.fields, self.chosen_protocol) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score by subject, domain and over all, each question counting the same."""
@@ -265,14 +278,31 @@ def _shares(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, An
     return scores
 
 
-def _prompt(fields: Row) -> str:
+def named_pictures(row: Row, first: Picture) -> tuple[Picture, ...]:
+    """Return the pictures that ``<image n>`` stands for in a question or its options; the first where none is named.
+
+    Args:
+        row: a normalised row.
+        first: its first picture.
+    """
+    text = "\n".join([row.get("question", ""), *row["options"].values()])
+    pictures = []
+    for number in sorted({int(found) for found in re.findall(r"<image (\d+)>", text)} or {1}):
+        cell = row.get(f"image_{number}")
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        pictures.append(Picture(first.record, data) if data else replace(first, place=number - 1))
+    return tuple(pictures)
+
+
+def _prompt(fields: Row, protocol: str) -> str:
     if "question" not in fields:
         raise EvalError(
             "the file holds no questions, only gold answers; give MMMU's parquet files or VLMEvalKit's TSV."
         )
+    form, gap = ("{}. {}\n", "\n") if protocol == "lmms-eval" else ("({}) {}\n", "")
     if fields["question_type"] != MULTIPLE_CHOICE:
-        return f"{fields['question']}\n{SHORT_INSTRUCTION}"
-    listed = "".join(f"({letter}) {text}\n" for letter, text in fields["options"].items())
+        return f"{fields['question']}\n{gap}{SHORT_INSTRUCTION}"
+    listed = "".join(form.format(letter, text) for letter, text in fields["options"].items())
     return f"{fields['question']}\n{listed}\n{LETTER_INSTRUCTION}"
 
 

@@ -46,6 +46,7 @@ class MMStar(Benchmark):
     }
     protocols = ("skip-vision", "official", "vlmevalkit", "lmms-eval")
     max_new_tokens = 1024
+    limits = {"official": 32}
     embedded = "mmstar.tsv"
     columns = ("question", "answer", "category", "l2_category")
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements
+from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_pictures
 from eval.errors import EvalError
+from eval.images import Picture
 from eval.score import score_file
 
 CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}
@@ -128,6 +129,29 @@ def test_first_of_several_pictures(write_tsv: Callable[..., Path], picture: Call
     ]
     samples = MMMU().load(write_tsv(rows))
     assert [sample.images[0].open().getpixel((0, 0)) for sample in samples] == [(9, 8, 7), (1, 2, 3)]
+
+
+def test_lmms_eval_shows_all_pictures_that_are_named(
+    write_tsv: Callable[..., Path], picture: Callable[..., str]
+) -> None:
+    several = f"['{picture((1, 0, 0))}', '{picture((2, 0, 0))}', '{picture((3, 0, 0))}']"
+    rows = [
+        {"index": 0, "question": "Is <image 1> it?", "A": "<image 3>", "B": "no", "answer": "A", "image": several},
+        {"index": 1, "question": "How many?", "answer": "4", "image": several},
+    ]
+    benchmark = MMMU(protocol="lmms-eval")
+    samples = benchmark.load(write_tsv(rows))
+    assert [[p.open().getpixel((0, 0))[0] for p in sample.images] for sample in samples] == [[1, 3], [1]]
+    assert benchmark.max_new_tokens == 128 and MMMU().max_new_tokens == 1024
+    assert benchmark.prompts(samples) == [
+        "Is <image 1> it?\nA. <image 3>\nB. no\n\nAnswer with the option's letter from the given choices directly.",
+        "How many?\n\nAnswer the question using a single word or phrase.",
+    ]
+    parquet = {"question": "<image 2>?", "options": {}, "image_2": {"bytes": b"second"}}
+    assert [p.data for p in named_pictures(parquet, Picture("record 2", b"first"))] == [b"second"]
+    rows[1]["question"] = "How many in <image 1> and <image 4>?"
+    with pytest.raises(EvalError, match="record 1: its picture cannot be decoded .picture 4 of 3"):
+        benchmark.load(write_tsv(rows))
 
 
 def test_prompts_and_submission(tmp_path: Path) -> None:
