@@ -1,5 +1,6 @@
 import os
 import tempfile
+from pathlib import Path
 
 # Tables and reports of made-up data; started processes use it too.
 os.environ["HF_DATASETS_CACHE"] = (cache := tempfile.TemporaryDirectory(prefix="llava-skip-tests-")).name
@@ -8,9 +9,31 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, preset_config
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights with a tokenizer of single bytes."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    backend = Tokenizer(models.BPE({byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token) for token in ("<pad>", "</s>", "<image>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(0)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = preset_config("sv-llava-64", vocab_size=len(tokenizer), **ids)
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    LlavaSkipForConditionalGeneration(config).save_pretrained(folder)
+    LlavaSkipProcessor.for_config(config, tokenizer, "v1").save_pretrained(folder)
+    return folder

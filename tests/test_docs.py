@@ -1,7 +1,9 @@
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -22,3 +24,25 @@ def test_every_fault_has_a_test_that_exists():
     for file, name in (test for tests in named for test in tests):
         text = next(ROOT.glob(f"tests/**/{file}")).read_text(encoding="utf-8")
         assert not name or f"def {name}(" in text, f"{file}::{name}"
+
+
+def eval_commands():
+    """Module and arguments of each evaluation that a page or a job script shows."""
+    texts = [path.read_text(encoding="utf-8") for path in [*PAGES, *ROOT.glob("scripts/**/*")] if path.is_file()]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if shown := re.search(r"(?:-m (eval\.\w+)|(?:eval\.sbatch)|(?:make eval-\w+)) (.*)", line):
+            yield shown.group(1) or "eval.run", shown.group(2)
+
+
+def test_options_of_evaluations_exist():
+    commands = list(eval_commands())
+    assert {"eval.run", "eval.score"} <= {module for module, _ in commands} and len(commands) > 10
+    for module, arguments in commands:
+        known = {
+            name
+            for option in typer.main.get_command(import_module(module).app).params
+            for name in (*option.opts, *option.secondary_opts)
+        }
+        given = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", arguments)) - {"--dry-run"}
+        assert given <= known, (module, arguments)

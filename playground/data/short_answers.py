@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from .formats import base64_png, draw_questions, write_json, write_tsv
-from .questions import LETTERS, SHORT_INSTRUCTION, Question, make_choice, pick, scene_questions
+from .questions import SHORT_INSTRUCTION, Question, pick, scene_questions
 from .scenes import Pool, Scene, random_scene
 
 POPE_SPLITS = ("adversarial", "popular", "random")
@@ -36,7 +36,7 @@ MMMU_COUNTS = {"count": 30, "which": 30}
 
 POPE_COLUMNS = "index question answer category image_source image".split()
 MME_COLUMNS = "index question answer category image_path image".split()
-MMMU_COLUMNS = "index id question A B C D answer category l2-category question_type split image".split()
+MMMU_COLUMNS = "index id question answer category l2-category question_type split image".split()
 
 
 def write_pope(path: Path, pool: Pool, rng: Random) -> int:
@@ -131,18 +131,12 @@ def write_mathvista(folder: Path, pool: Pool, rng: Random) -> int:
 
 
 def write_mmmu(path: Path, pool: Pool, rng: Random) -> int:
-    """Write MMMU's TSV, every second question open and the others with options; return the number of questions."""
-    rows = []
+    """Write MMMU's TSV, open questions alone (its layout of options is not taught); return how many."""
+    rows: list[dict[str, object]] = []
     for number, (scene, question) in enumerate(draw_questions(MMMU_COUNTS, pool, rng)):
         row = {"index": number, "id": f"validation_Math_{number + 1}", "category": "Math", "l2-category": "Science"}
-        row |= {"question": question.text, "split": "validation", "image": base64_png(scene)}
-        if number % 2:
-            choice = make_choice(question, rng)
-            row |= {"question_type": "multiple-choice", "answer": choice.letter}
-            row |= dict(zip(LETTERS, choice.options, strict=False))
-        else:
-            row |= {"question_type": "open", "answer": question.answer}
-        rows.append(row)
+        row |= {"question": question.text, "answer": question.answer, "question_type": "open", "split": "validation"}
+        rows.append(row | {"image": base64_png(scene)})
     write_tsv(path, MMMU_COLUMNS, rows)
     return len(rows)
 

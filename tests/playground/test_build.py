@@ -280,7 +280,7 @@ def short_answers(digits):
     images = {row["pid"]: Image.open(folder / "mathvista" / row["image"]) for row in problems}
     yield "mathvista", [(row["question"], images[row["pid"]], row["answer"]) for row in problems]
     mmmu = read_tsv(folder / "mmmu.tsv")[1]
-    yield "mmmu", [(row["question"], decode_image(row["image"]), row.get(row["answer"], row["answer"])) for row in mmmu]
+    yield "mmmu", [(row["question"], decode_image(row["image"]), row["answer"]) for row in mmmu]
 
 
 def test_short_answers_are_right(digits, samples_by_pixels):

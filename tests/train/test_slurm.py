@@ -54,8 +54,8 @@ def test_a_dry_run_shows_the_commands_of_any_number_of_nodes():
 
 
 def test_a_dry_run_shows_the_command_of_an_evaluation():
-    shown = call("bash", "scripts/slurm/eval.sbatch", "--dry-run", "--benchmark", "mmstar", "--limit", "5")
-    assert shown.strip() == f"srun --ntasks=1 {sys.prefix}/bin/python -m eval.run --benchmark mmstar --limit 5"
+    shown = call("bash", "scripts/slurm/eval.sbatch", "--dry-run", "--benchmarks", "mmstar", "--limit", "5")
+    assert shown.strip() == f"srun --ntasks=1 {sys.prefix}/bin/python -m eval.run --benchmarks mmstar --limit 5"
 
 
 def test_a_job_that_is_not_submitted_from_the_project_says_so(tmp_path):
@@ -93,27 +93,13 @@ def digits(tmp_path_factory):
 
 
 class Job:
-    """A two-node training job of one process a node."""
+    """A job in the queue; `folder` is for its log."""
 
-    def __init__(self, cluster, digits, folder):
-        self.cluster, self.output, self.log = cluster, folder / "run", folder / "job.log"
+    def __init__(self, cluster, folder, *command, **variables):
+        self.cluster, self.log = cluster, folder / "job.log"
         folder.mkdir(exist_ok=True)
-        variables = {"DATA": str(digits / "train.json"), "IMAGES": str(digits / "images"), "OUTPUT": str(self.output)}
-        variables |= {"NPROC": "1", "BATCH": "4", "LOGS": str(folder / "logs"), **cluster}
-        arguments = ["--tokenizer", str(digits / "tokenizer"), "--max_steps", str(STEPS), "--logging_steps", "1"]
-        submit = [
-            "sbatch",
-            "--parsable",
-            "--nodes",
-            "2",
-            "--output",
-            str(self.log),
-            JOB,
-            *arguments,
-            "--save_steps",
-            "9",
-        ]
-        self.number = call(*submit, **variables).strip()
+        submit = ["sbatch", "--parsable", "--output", str(self.log), *command]
+        self.number = call(*submit, **variables, **cluster).strip()
 
     def wait(self, condition, seconds=240):
         end = time.monotonic() + seconds
@@ -128,22 +114,30 @@ class Job:
     def ended(self):
         return self.state()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
-    def result(self):
+    def result(self, file):
         assert self.state()["JobState"] == "COMPLETED", self.log.read_text()[-6000:]
-        return json.loads((self.output / "train_result.json").read_text())
+        return json.loads(file.read_text())
+
+
+def training(cluster, digits, folder):
+    """A two-node training of one process a node, into `folder / "run"`."""
+    variables = {"DATA": str(digits / "train.json"), "IMAGES": str(digits / "images"), "OUTPUT": str(folder / "run")}
+    variables |= {"NPROC": "1", "BATCH": "4", "LOGS": str(folder / "logs")}
+    arguments = ["--tokenizer", str(digits / "tokenizer"), "--max_steps", str(STEPS), "--logging_steps", "1"]
+    return Job(cluster, folder, "--nodes", "2", JOB, *arguments, "--save_steps", "9", **variables)
 
 
 @pytest.mark.slow
 def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluster, digits, tmp_path):
-    undisturbed = Job(cluster, digits, tmp_path / "undisturbed")
+    undisturbed = training(cluster, digits, tmp_path / "undisturbed")
     undisturbed.wait(undisturbed.ended)
-    expected = undisturbed.result()
-    job = Job(cluster, digits, tmp_path / "preempted")
-    job.wait((job.output / "checkpoint-9").exists)
+    expected = undisturbed.result(tmp_path / "undisturbed/run/train_result.json")
+    job = training(cluster, digits, tmp_path / "preempted")
+    job.wait((tmp_path / "preempted/run/checkpoint-9").exists)
     call("scancel", "--signal=USR1", "--batch", job.number, **cluster)  # what SLURM sends before the time limit
     job.wait(lambda: job.state()["Restarts"] == "1")
     job.wait(job.ended)
-    result = job.result()
+    result = job.result(tmp_path / "preempted/run/train_result.json")
     assert 9 <= result["continued_from_step"] < STEPS
     losses, expected_losses = ([e["loss"] for e in r["history"]] for r in (result, expected))
     assert len(losses) == STEPS and losses == pytest.approx(expected_losses, abs=1e-5)
@@ -155,12 +149,27 @@ def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluste
 
 @pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled(cluster, digits, tmp_path):
-    job = Job(cluster, digits, tmp_path / "run")
-    job.wait((job.output / "run.json").exists)
+    job = training(cluster, digits, tmp_path / "cancelled")
+    job.wait((tmp_path / "cancelled/run/run.json").exists)
     call("scancel", job.number, **cluster)
     job.wait(job.ended)
     time.sleep(3)
     assert job.state()["JobState"] == "CANCELLED" and job.state()["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_a_preempted_evaluation_is_requeued_and_loses_nothing(cluster, digits, saved, tmp_path):
+    given = ["--benchmarks", "mmstar", "--data", str(digits / "eval/mmstar.tsv"), "--model", str(saved)]
+    given += ["--output", str(tmp_path / "results"), "--batch-size", "4", "--max-new-tokens", "8"]
+    job = Job(cluster, tmp_path / "job", "scripts/slurm/eval.sbatch", *given)
+    folder = tmp_path / "results/mmstar" / saved.name
+    job.wait(lambda: (folder / "answers.jsonl").is_file() and (folder / "answers.jsonl").stat().st_size)
+    call("scancel", "--signal=USR1", "--batch", job.number, **cluster)
+    job.wait(lambda: job.state()["Restarts"] == "1")
+    job.wait(job.ended)
+    assert job.result(folder / "results.json")["counts"]["questions"] == 400
+    assert 0 < job.result(folder / "run_info.json")["resumed"] < 400
+    assert "goes back into the queue" in job.log.read_text()
 
 
 COMMANDS = [
