@@ -256,6 +256,7 @@ def test_errors_come_before_a_model_loads(
     assert "unknown benchmark 'mmstars'; choose one of" in message("mmstars")
     assert "--benchmarks is 'mmstar,mmstar'" in message("mmstar,mmstar")
     assert "with 2 benchmarks say whose: --data mmbench=" in message("mmbench,mmstar", "--data", data)
+    assert "say whose it is, --benchmarks NAME with one of mmbench" in message("all", "--data", data)
     assert "mmvet is not evaluated here" in message("mmstar", "--data", f"mmvet={data}")
     assert "--data is given twice for mmstar" in message("mmstar", "--data", data, "--data", data)
     assert "several models are called 1 (tiny)" in message("mmstar", "--data", data, "--model", model_folder)
