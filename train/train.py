@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.checkpoints import CheckpointError
+from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
     ConversationStream,
@@ -33,7 +35,6 @@ from train.data import (
 )
 from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
 from train.folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
-from train.llava_flags import EPILOG, translate
 from train.logs import check_reporters, keep_reports_in
 from train.lora import check_lora
 from train.plan import check_plan, show_plan
@@ -70,8 +71,8 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     Raises:
         ValueError: unknown flags or values out of range.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False, epilog=EPILOG)
-    return parser.parse_args_into_dataclasses(translate(command_line))
+    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
+    return model, data, run
 
 
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
@@ -227,8 +228,15 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
     show_result(result, run.output)
 
 
+def silence_libraries() -> None:
+    """Drop what DeepSpeed and PEFT call by its old name: a line for each call and process, and nothing to be done."""
+    for pattern in (r"`torch\.distributed\.\w+` is deprecated", "`is_gradient_checkpointing` is deprecated"):
+        warnings.filterwarnings("ignore", pattern, FutureWarning)
+
+
 def main() -> None:
     """Check, train, and leave the process group; a user's mistake is one message and exit code 2."""
+    silence_libraries()
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = check(*parse(sys.argv[1:]))
