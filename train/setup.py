@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from llava_skip.checkpoints import detect_layout, load_checkpoint
-from llava_skip.checkpoints.files import read_json
+from llava_skip.checkpoints.files import find_model_weights, read_json
 from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -68,6 +68,18 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     return config, processor
 
 
+def check_weights(arguments: ModelArguments) -> None:
+    """What a local --model and --projector are loaded from must be there.
+
+    Raises:
+        FileNotFoundError: no weights, an adapter alone, or a shard that is missing.
+    """
+    if arguments.model and Path(arguments.model).is_dir():
+        find_model_weights(Path(arguments.model))
+    if arguments.projector:
+        _check_source(arguments.projector, "projector")
+
+
 def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     source = arguments.tokenizer or arguments.model or str(EMBEDDED_TOKENIZER)
     if source == str(EMBEDDED_TOKENIZER) and not EMBEDDED_TOKENIZER.exists():
@@ -89,7 +101,8 @@ def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 def _check_source(source: str, what: str) -> None:
     """A path that looks local must exist; anything else is a hub name, which transformers looks up."""
-    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith((".bin", ".safetensors"))
+    if local and not Path(source).exists():
         name = what.replace("_", " ")
         raise FileNotFoundError(f"The {name} {source} does not exist: give a folder or a hub name (owner/name).")
 

@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 from unittest import mock
 
 import pytest
@@ -10,8 +11,8 @@ from llava_skip import LlavaSkipForConditionalGeneration
 from tests.llava_skip.test_processing import byte_tokenizer
 from tests.small_models import small_config, small_model
 from train.arguments import ModelArguments
-from train.setup import build_model, prepare
-from train.train import check_output, parse
+from train.setup import build_model, check_weights, prepare
+from train.train import check_output, main, parse
 
 
 @pytest.fixture
@@ -51,6 +52,29 @@ def test_a_model_that_is_nowhere_is_named(tokenizer_folder, monkeypatch, tmp_pat
         FileNotFoundError, match="neither --model nor --tokenizer.* run python -m playground.data.build"
     ):
         prepare(ModelArguments(template="v1"))
+
+
+def test_weights_are_looked_for_before_they_are_loaded(tmp_path):
+    saved_model(tmp_path)
+    check_weights(ModelArguments(model=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="The projector .*nowhere.bin does not exist"):
+        check_weights(ModelArguments(model=str(tmp_path), projector="checkpoints/nowhere.bin"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    with pytest.raises(FileNotFoundError, match=r"no model weights .* merge .*convert base OUTPUT --lora"):
+        check_weights(ModelArguments(model=str(tmp_path)))
+
+
+def test_one_rank_speaks_and_another_only_if_it_alone_lives(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--cache_dir", "x"])
+    waited = mock.Mock()
+    monkeypatch.setattr("time.sleep", waited)
+    for rank, start in (("0", "error: --cache_dir"), ("1", f"error: rank 1 on {socket.gethostname()}: --cache_dir")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2 and capsys.readouterr().err.startswith(start)
+        assert waited.called == (rank == "1")
 
 
 def test_tokenizer_without_the_image_token(tmp_path):
