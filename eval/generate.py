@@ -82,9 +82,10 @@ class Generator:
             loaded: Any = auto.from_pretrained(model.folder, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise EvalError(f"{model.folder}: cannot be loaded as a model with pictures and text: {error}") from error
-        if not self.takes_pictures and not self.processor.chat_template:
+        if not getattr(self.processor, "chat_template", None):
             raise EvalError(
-                f"{model.folder}: its tokenizer has no chat template; save it with the one it was trained on."
+                f"{model.folder}: its processor has no chat template; save it with the one it was trained on "
+                "(python -m llava_skip.convert SOURCE OUTPUT --template NAME does)."
             )
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self.model = loaded.to(device).eval()

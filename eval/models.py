@@ -91,6 +91,8 @@ def check_model(folder: Path) -> SavedModel:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise EvalError(f"{config_file}: not valid JSON ({error}); save the model again.") from error
+    if (folder / "adapter_config.json").is_file():
+        raise EvalError(f"{folder}: is a LoRA adapter; merge it: python -m train.merge_lora {folder} --output MERGED.")
     weights = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
     if not weights:
         raise EvalError(f"{folder}: holds no weights ({' or '.join(WEIGHTS)}); did the training finish?")

@@ -194,6 +194,10 @@ def chosen_benchmarks(text: str, data: Sequence[str]) -> list[str]:
     """
     if text == ALL:
         named = [name for name in BENCHMARKS if any(value.startswith(f"{name}=") for value in data)]
+        if data and not named:
+            raise EvalError(
+                f"--data {data[0]}: say whose it is, --benchmarks NAME with one of {', '.join(BENCHMARKS)}."
+            )
         names = named or [name for name, kind in BENCHMARKS.items() if (EMBEDDED / kind.embedded).exists()]
         if not names:
             raise EvalError(f"{EMBEDDED} does not exist; build it with 'python -m playground.data.build'.")

@@ -206,16 +206,27 @@ def skip_for_model(preset: str, config: LlavaSkipConfig) -> SkipConfig | None:
     """
     chosen = _choose(PRESETS, preset, "preset")
     resampler = config.resampler_config
-    scale = sum(chosen.queries) / sum(resampler.queries) if resampler else 1
-    if chosen.front_end != config.front_end or scale != int(scale):
-        fitting = [name for name, other in PRESETS.items() if other.front_end == config.front_end]
+    scale = _queries_ratio(chosen, config)
+    if scale is None:
+        fitting = [name for name, other in PRESETS.items() if _queries_ratio(other, config)]
+        queries = f" and {sum(resampler.queries)} queries" if resampler else ""
         raise ValueError(
-            f"The model has the front end {config.front_end!r}, the preset {preset!r} is for another one, whose "
-            f"projector would not fit; presets of the model's: {', '.join(fitting)}."
+            f"The model has the front end {config.front_end!r}{queries}, the preset {preset!r} is for another one, "
+            f"whose projector would not fit; presets of the model's: {', '.join(fitting)}."
         )
     if resampler:
-        return None if chosen.skip is None else _divide(chosen.skip, int(scale))
+        return None if chosen.skip is None else _divide(chosen.skip, scale)
     return preset_skip(preset, config.patches)
+
+
+def _queries_ratio(preset: Preset, config: LlavaSkipConfig) -> int | None:
+    """How many times the model's queries a preset has, 1 without a resampler; None: it is of another architecture."""
+    if preset.front_end != config.front_end:
+        return None
+    if config.resampler_config is None:
+        return 1
+    ratio, rest = divmod(sum(preset.queries), sum(config.resampler_config.queries))
+    return ratio if not rest else None
 
 
 def _divide(skip: SkipConfig, by: int) -> SkipConfig:

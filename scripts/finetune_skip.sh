@@ -24,6 +24,7 @@ cd "$(dirname "$0")/.."
 
 gpus=$($PYTHON -c 'import torch; print(torch.cuda.device_count())')
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 2))}
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC is '$NPROC'; it must be a number of processes, 1 or more." >&2; exit 2; }
 ZERO=${ZERO:-2}
 [ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2, 3, 2_offload or 3_offload." >&2; exit 2; }
 
@@ -47,7 +48,7 @@ if [ -z "${MODEL:-}" ]; then # a tiny model from scratch: it learns as small mod
     LR=${LR:-8e-4}
     arguments+=(--adam_beta2 0.99)
 else
-    arguments+=(--model "$MODEL" --gradient_checkpointing true)
+    arguments+=(--model "$MODEL" --activation_checkpointing true)
 fi
 [ -z "${VISION_TOWER:-}" ] || arguments+=(--vision_tower "$VISION_TOWER")
 [ -z "${PRESET:-}" ] || arguments+=(--preset "$PRESET")

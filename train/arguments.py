@@ -1,4 +1,4 @@
-"""Arguments of a training run: three dataclasses, read from the command line by transformers' HfArgumentParser."""
+"""Arguments of a training run: three dataclasses, read by `train.command_line`."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ class ModelArguments:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r is {self.lora_r}; it must be at least 1.")
+        _check_numbers(self, above_zero=("lora_r", "lora_alpha"), not_negative=("lora_dropout",))
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -91,6 +90,15 @@ class ModelArguments:
         if self.train_parts is not None:
             return tuple(self.train_parts)
         return PARTS if self.model is None else tuple(part for part in PARTS if part != "vision_tower")
+
+
+def _check_numbers(arguments: Any, above_zero: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+    """Refuse numbers with which a run would fail late, or do nothing and look finished."""
+    for name in (*above_zero, *not_negative):
+        value = getattr(arguments, name)
+        if not (0 <= value < math.inf) or (value == 0 and name in above_zero):
+            words = "above 0" if name in above_zero else "0 or more"
+            raise ValueError(f"--{name} is {value}; it must be {words}.")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -140,10 +148,16 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data is missing: give a LLaVA conversation JSON, or another set.")
-        if self.max_length < 1:
-            raise ValueError(f"--max_length is {self.max_length}; it must be at least 1.")
+        _check_numbers(self, above_zero=("max_length", "shuffle_buffer"), not_negative=("data_processes",))
         if self.streaming and self.group_by_modality_length:
             raise ValueError("--group_by_modality_length needs the length of every sample; leave out --streaming.")
+
+
+_ABOVE_ZERO = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "logging_steps",
+    "save_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "hang_timeout_seconds")
 
 
 @dataclass
@@ -189,6 +203,7 @@ class RunArguments(TrainingArguments):
         if self.deepspeed:
             prepare_deepspeed()
         super().__post_init__()
+        _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)
         self.learning_rates = _read_rates(self.learning_rates)
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
             raise ValueError(

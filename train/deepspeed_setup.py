@@ -1,8 +1,6 @@
-"""What DeepSpeed is told before it starts: which C++ operators to build, under which lock, and what not to say."""
+"""What DeepSpeed is told before it starts: which C++ operators to build, and under which lock."""
 
 from __future__ import annotations
-
-import warnings
 
 from filelock import FileLock
 from torch.utils import cpp_extension
@@ -41,6 +39,4 @@ def prepare_deepspeed() -> None:
     from deepspeed import ops
 
     ops.__compatible_ops__[UNUSED] = False
-    # It calls torch.distributed by names that are about to change, several times a step under ZeRO-3.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     cpp_extension.FileBaton = BuildLock  # type: ignore[assignment, misc]

@@ -49,11 +49,17 @@ class RunFolder:
         Raises:
             ValueError: the folder is in use, is not shared by all machines, or holds a checkpoint that does not fit.
         """
-        checkpoint = self._first_rank_does(self._open)
+        checkpoint = self._first_rank_does(self._open_or_explain)
         own = f"rank {self._arguments.process_index} on {socket.gethostname()}"
         if blind := [rank for rank in gather_object([None if (self.path / RECORD).is_file() else own]) if rank]:
             raise ValueError(f"OUTPUT {self.path} is not seen by {blind[0]}: give a folder that all machines share.")
         return checkpoint
+
+    def _open_or_explain(self) -> Path | None:
+        try:
+            return self._open()
+        except OSError as error:
+            raise ValueError(f"OUTPUT {self.path} cannot be written: {error}. Give a folder of your own.") from error
 
     def _open(self) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,7 @@ FLAGS: tuple[Renamed | Settled | Part | Rate, ...] = (
     Renamed("pretrain_mm_mlp_adapter", "projector"),
     Renamed("warmup_ratio", "warmup_steps"),
     Renamed("evaluation_strategy", "eval_strategy"),
+    Renamed("gradient_checkpointing", "activation_checkpointing"),
     Part("tune_mm_mlp_adapter", lambda parts: _PROJECTOR),
     Part("freeze_mm_mlp_adapter", lambda parts: tuple(p for p in parts if p != "multi_modal_projector")),
     Part("freeze_backbone", lambda parts: tuple(p for p in parts if p != "language_model")),
@@ -113,7 +114,10 @@ def translate(command_line: list[str]) -> list[str]:
     if rates := _rates({flag: value for flag, value in given.items() if isinstance(flag, Rate)}):
         made["--learning_rates"] = [json.dumps(rates)]
     if twice := sorted(name for name in made if any(word.partition("=")[0] == name for word in ours)):
-        raise ValueError(f"{', '.join(twice)} is given twice, once by its name in LLaVA: leave one out.")
+        raise ValueError(
+            f"{', '.join(twice)} is given twice, once by its name in LLaVA: use the name here alone, whose last value "
+            "counts (scripts/finetune_skip.sh gives some arguments itself)."
+        )
     return [*ours, *(word for name, values in made.items() for word in (name, *values))]
 
 

@@ -58,6 +58,7 @@ def show_result(result: dict[str, Any], output: Path) -> None:
         ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
         ("samples/s", f"{result['samples_per_second']:,.1f}"),
         ("tokens that skipped the FFN", f"{result['skipped_ffn_share']:.1%}"),
+        ("faulty records dropped", f"{result.get('dropped', 0)}"),
         ("samples cut to max_length", f"{result['truncated']:.0f}"),
         ("samples with nothing to learn", f"{result.get('unsupervised', 0):.0f}"),
         ("seconds", f"{result['seconds']:.1f}"),

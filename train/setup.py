@@ -6,13 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llava_skip.checkpoints import detect_layout, load_checkpoint
-from llava_skip.checkpoints.files import read_json
+from llava_skip.checkpoints.files import find_model_weights, read_json
 from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -38,14 +44,15 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     for what in ("model", "vision_tower"):
         if source := getattr(arguments, what):
             _check_source(source, what)
+    saved = _saved_config(arguments) if arguments.model else None
     tokenizer = _load_tokenizer(arguments)
-    if arguments.model is None:
+    if saved is None:
         preset = arguments.preset or DEFAULT_PRESET
         vocabulary = {"vocab_size": _padded_vocabulary(tokenizer), **_token_ids(tokenizer)}
         config = preset_config(preset, arguments.size, **vocabulary)
         config.image_token_index = find_image_token(tokenizer)
     else:
-        config = _config_of(arguments, tokenizer)
+        config = _config_of(arguments, saved, tokenizer)
     if config.text_config.vocab_size < len(tokenizer):
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}: "
@@ -61,10 +68,27 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     return config, processor
 
 
+def check_weights(arguments: ModelArguments) -> None:
+    """What a local --model and --projector are loaded from must be there.
+
+    Raises:
+        FileNotFoundError: no weights, an adapter alone, or a shard that is missing.
+    """
+    if arguments.model and Path(arguments.model).is_dir():
+        find_model_weights(Path(arguments.model))
+    if arguments.projector:
+        _check_source(arguments.projector, "projector")
+
+
 def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     source = arguments.tokenizer or arguments.model or str(EMBEDDED_TOKENIZER)
+    if source == str(EMBEDDED_TOKENIZER) and not EMBEDDED_TOKENIZER.exists():
+        raise FileNotFoundError(
+            f"There is neither --model nor --tokenizer, and {source} of the embedded data is not made yet: name the "
+            "model, or run python -m playground.data.build."
+        )
     _check_source(source, "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = _read(AutoTokenizer, source)
     if arguments.vision_tower and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -77,9 +101,20 @@ def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 def _check_source(source: str, what: str) -> None:
     """A path that looks local must exist; anything else is a hub name, which transformers looks up."""
-    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith((".bin", ".safetensors"))
+    if local and not Path(source).exists():
         name = what.replace("_", " ")
         raise FileNotFoundError(f"The {name} {source} does not exist: give a folder or a hub name (owner/name).")
+
+
+def _read(kind: type[AutoConfig] | type[AutoTokenizer], source: str) -> Any:
+    """What `source` holds of a kind; transformers' own errors do not always say which source was asked for."""
+    try:
+        return kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        what = "tokenizer" if kind is AutoTokenizer else "configuration"
+        seen = f"holds no {what} that can be read" if Path(source).exists() else "is neither a folder nor on the hub"
+        raise ValueError(f"{source} {seen}: {' '.join(str(error).split())}") from error
 
 
 def _padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -95,14 +130,25 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     }
 
 
-def _config_of(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
-    assert arguments.model is not None  # a new model needs no configuration of an old one
+def _saved_config(arguments: ModelArguments) -> Any:
+    """What --model holds: one of our models, or a language model that --vision_tower is joined to."""
+    assert arguments.model is not None  # a new model has none
     _check_layout(arguments.model)
-    config = AutoConfig.from_pretrained(arguments.model)
-    if config.model_type != LlavaSkipConfig.model_type:
-        return _joined_config(arguments, config, tokenizer)
-    if arguments.vision_tower:
+    config = _read(AutoConfig, arguments.model)
+    ours = config.model_type == LlavaSkipConfig.model_type
+    if ours and arguments.vision_tower:
         raise ValueError(f"{arguments.model} already has a vision tower: leave --vision_tower out.")
+    if not ours and not arguments.vision_tower:
+        raise ValueError(
+            f"{arguments.model} is a {config.model_type} model, not a {LlavaSkipConfig.model_type} one: name a CLIP "
+            "vision tower with --vision_tower to join the two."
+        )
+    return config
+
+
+def _config_of(arguments: ModelArguments, config: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
+    if arguments.vision_tower:
+        return _joined_config(arguments, config, tokenizer)
     if arguments.preset is None:
         return config
     skip = skip_for_model(arguments.preset, config)
@@ -122,13 +168,13 @@ def _check_layout(model: str) -> None:
 
 
 def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
-    if not arguments.vision_tower:
-        raise ValueError(
-            f"{arguments.model} is a {text.model_type} model, not a {LlavaSkipConfig.model_type} one: name a CLIP "
-            "vision tower with --vision_tower to join the two."
-        )
-    vision = AutoConfig.from_pretrained(arguments.vision_tower)
+    vision = _read(AutoConfig, str(arguments.vision_tower))
     vision = getattr(vision, "vision_config", vision)
+    if vision.model_type != CLIPVisionConfig.model_type:
+        raise ValueError(
+            f"The vision tower {arguments.vision_tower} is a {vision.model_type} model: give a CLIP tower, such as "
+            "openai/clip-vit-large-patch14-336."
+        )
     preset = arguments.preset or DEFAULT_PRESET
     text.vocab_size = max(text.vocab_size, _padded_vocabulary(tokenizer))
     return LlavaSkipConfig(
@@ -192,11 +238,13 @@ def make_learner(arguments: ModelArguments, run: RunArguments, config: LlavaSkip
     small steps of AdamW.
     """
     if run.deepspeed and torch.distributed.is_initialized():
+        import deepspeed  # takes seconds, and looks for devices aloud
+
         deepspeed.init_distributed(verbose=False)  # on a CPU nobody has; ZeRO-3 cuts weights apart while loading
     dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else torch.float32
     model: Any = build_model(arguments, config, dtype, quantization_config(arguments, dtype))
     if arguments.lora_enable:
-        model = add_lora(model, arguments, run.gradient_checkpointing)
+        model = add_lora(model, arguments, bool(run.activation_checkpointing))
         freeze_unused(model, config)
     if run.deepspeed is None:
         for parameter in model.parameters():

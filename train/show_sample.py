@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import HfArgumentParser
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.tokens import retained_order
 from train.arguments import DataArguments, ModelArguments
+from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records
 from train.setup import build_model, prepare
 
@@ -145,8 +145,7 @@ def main() -> None:
     try:
         if not sys.argv[1:] or not sys.argv[1].isdecimal():
             raise ValueError("Name the sample first: python -m train.show_sample 0 --data ...")
-        parser = HfArgumentParser((ModelArguments, DataArguments, ShowArguments))
-        model, data, own = parser.parse_args_into_dataclasses(sys.argv[2:])
+        model, data, own = read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[2:])
         show(int(sys.argv[1]), model, data, Path(own.output))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

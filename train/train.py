@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each process without a traceback of its own
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, set_seed
+from safetensors import SafetensorError
+from transformers import set_seed
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.checkpoints import CheckpointError
+from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
     ConversationStream,
+    RecordError,
     collate,
     collate_flat,
     dropped_report,
@@ -33,15 +41,18 @@ from train.data import (
 )
 from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR, leave
 from train.folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
-from train.llava_flags import EPILOG, translate
 from train.logs import check_reporters, keep_reports_in
 from train.lora import check_lora
 from train.plan import check_plan, show_plan
 from train.preemption import Preemption
 from train.report import as_json, draw_loss, load_json, show_result, write_json
-from train.setup import make_learner, prepare
+from train.setup import check_weights, make_learner, prepare
 from train.trainer import NonFiniteLoss, SkipTrainer
 from train.watchdog import Watchdog
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded, or whose parts do not fit each other."""
 
 
 @dataclass
@@ -70,8 +81,8 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     Raises:
         ValueError: unknown flags or values out of range.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False, epilog=EPILOG)
-    return parser.parse_args_into_dataclasses(translate(command_line))
+    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
+    return model, data, run
 
 
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
@@ -90,6 +101,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     sources = read_sources(data.data, data.images)
     records = None if data.streaming else load_tables(sources)
     config, processor = prepare(model)
+    check_weights(model)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
     if records is None:
@@ -104,6 +116,11 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     if data.group_by_modality_length:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
     dataset = ConversationDataset(records, processor, data.max_length, lengths)
+    step = run.per_device_train_batch_size * run.world_size
+    if run.dataloader_drop_last and len(dataset) < step:
+        raise ValueError(
+            f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
+        )
     return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
 
 
@@ -178,15 +195,21 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         Whether the run is finished; it is not if a signal asked it to leave.
 
     Raises:
+        ModelError: the model cannot be loaded.
+        RecordError: a record cannot be trained on, which the checks before the run did not look for.
         CheckpointError: a checkpoint could not be written.
         NonFiniteLoss: the loss is NaN or infinite.
     """
     arguments = run.arguments
     set_seed(arguments.seed)
     keep_reports_in(run.output)
+    try:
+        learner = make_learner(run.model_arguments, arguments, run.config)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ModelError(f"{run.model_arguments.model or 'a new model'} cannot be loaded: {error}") from error
     preemption = Preemption()
     trainer = SkipTrainer(
-        model=make_learner(run.model_arguments, arguments, run.config),
+        model=learner,
         args=arguments,
         train_dataset=run.dataset,
         data_collator=run.collator,
@@ -219,6 +242,7 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
         "parameters": sum(whole for whole, _ in run.parts.values()),
+        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else 0,
         "history": history,
         **counts,
     }
@@ -227,8 +251,25 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
     show_result(result, run.output)
 
 
+def silence_libraries() -> None:
+    """Drop what DeepSpeed and PEFT call by its old name: a line for each call and process, and nothing to be done."""
+    for pattern in (r"`torch\.distributed\.\w+` is deprecated", "`is_gradient_checkpointing` is deprecated"):
+        warnings.filterwarnings("ignore", pattern, FutureWarning)
+
+
+def _tell(error: Exception) -> None:
+    """Say what ended the run: rank 0 for all, whom the launcher then stops; a rank that lives on has failed alone."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(30)
+    whose = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+    sys.stderr.write(f"error: {whose}{error}\n")
+    sys.stderr.flush()
+
+
 def main() -> None:
     """Check and train; leave with the run's exit code."""
+    silence_libraries()
     code = _run(sys.argv[1:])
     if not torch.distributed.is_initialized():
         raise SystemExit(code)
@@ -252,10 +293,7 @@ def _run(command_line: list[str]) -> int:
         finished = folder.is_finished()
         checkpoint = None if finished else folder.open()
     except (ValueError, OSError) as error:  # transformers answers an unknown hub name with OSError
-        if rank == 0:
-            sys.stderr.write(f"error: {error}\n")
-        else:
-            time.sleep(30)  # rank 0 speaks for all; the launcher stops the others once it has
+        _tell(error)
         return USER_ERROR
     if finished:
         if rank == 0:
@@ -268,6 +306,16 @@ def _run(command_line: list[str]) -> int:
 def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     try:
         return train(run, checkpoint)
+    except ModelError as error:
+        _tell(error)
+        os._exit(USER_ERROR)
+    except RecordError as error:
+        sys.stderr.write(
+            f"\nerror: {error} train.validate_data with the same arguments finds all such records; training then "
+            "refuses them at its start, or drops them (--drop_faulty true).\n"
+        )
+        sys.stderr.flush()
+        os._exit(USER_ERROR)
     except (CheckpointError, NonFiniteLoss) as error:
         sys.stderr.write(f"\nerror: {error}\n")
         sys.stderr.flush()

@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from train.arguments import DataArguments, ModelArguments
+from train.command_line import read_command_line
 from train.data import load_records
 from train.data.checks import CONVERTED, ERRORS, WARNINGS, Examined, Finding, FullCheck
 from train.data.reports import examine, save_errors
@@ -137,8 +137,7 @@ def main() -> None:
     if line and not line[0].startswith("-"):
         line = ["--data", *line]
     try:
-        parser = HfArgumentParser((ModelArguments, DataArguments, ValidationArguments))
-        model, data, own = parser.parse_args_into_dataclasses(line)
+        model, data, own = read_command_line((ModelArguments, DataArguments, ValidationArguments), line)
         findings = validate(model, data)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -39,7 +39,7 @@ def export_llava_hf(
         raise ValueError(
             "The model skips: transformers' LLaVA merges no tokens, has no summary layer and runs the FFN on every "
             "row, so its logits would be others. Save it with save_pretrained, or load it "
-            "with preset='llava'."
+            "with preset='llava' (--preset llava)."
         )
     if config.front_end != "llava":
         raise ValueError(

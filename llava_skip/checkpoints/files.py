@@ -51,8 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_model_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a model folder: safetensors before pytorch_model.bin, in one file or in shards.
+def find_model_weights(folder: Path) -> list[Path]:
+    """The files of a model folder's weights: safetensors before pytorch_model.bin, one file or shards.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -63,18 +63,26 @@ def read_model_weights(folder: Path) -> dict[str, Tensor]:
             shards = sorted(set(read_json(index)["weight_map"].values()))
             if absent := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise FileNotFoundError(f"{folder} lacks the shards {absent} that {index.name} names.")
-            return {key: tensor for shard in shards for key, tensor in read_tensors(folder / shard).items()}
+            return [folder / shard for shard in shards]
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return [folder / name]
     hint = ""
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        hint = f" It holds a LoRA adapter: load its language model ({base}) and give this folder as lora."
+        hint = (
+            f" It holds a LoRA adapter: load its model ({base}) and give this folder as lora, or merge the two "
+            f"(python -m llava_skip.convert {base} OUTPUT --lora {folder})."
+        )
     elif (folder / "mm_projector.bin").is_file():
         hint = " It holds a projector: load its language model and give this folder as projector."
     raise FileNotFoundError(
         f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}"
     )
+
+
+def read_model_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a model folder; errors as `find_model_weights`."""
+    return {key: tensor for file in find_model_weights(folder) for key, tensor in read_tensors(file).items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 import base64
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def test_attention_and_number_format_can_be_chosen(saved: Path) -> None:
         numerics("int8")
     with pytest.raises(EvalError, match="cannot be loaded"):
         Generator(check_model(saved), numerics(attn="unheard of"))
+
+
+def test_a_model_without_a_chat_template_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "bare")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(EvalError, match="bare: its processor has no chat template; .* --template NAME"):
+        Generator(check_model(folder), numerics())
 
 
 def test_language_model_answers_without_pictures(saved: Path, tmp_path: Path) -> None:

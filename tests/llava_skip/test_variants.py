@@ -118,3 +118,10 @@ def test_a_dense_model_takes_the_numbers_of_a_preset_of_its_kind(model, preset, 
     assert (skip.retained, skip.skipped) == sizes
     with pytest.raises(ValueError, match="for another one, whose projector would not fit"):
         skip_for_model("sv-llava-hd", preset_config(model))
+
+
+def test_a_preset_of_more_queries_is_refused_and_those_that_fit_are_named():
+    with pytest.raises(
+        ValueError, match="'cos' and 5 queries, the preset 'sv-cos' .* presets of the model's: cos-80.$"
+    ):
+        skip_for_model("sv-cos", preset_config("cos-80"))

@@ -1,15 +1,18 @@
 import json
+import re
+import socket
+from unittest import mock
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from tests.llava_skip.test_processing import byte_tokenizer
 from tests.small_models import small_config, small_model
 from train.arguments import ModelArguments
-from train.setup import build_model, prepare
-from train.train import check_output, parse
+from train.setup import build_model, check_weights, prepare
+from train.train import check_output, main, parse
 
 
 @pytest.fixture
@@ -40,6 +43,40 @@ def test_mistakes_show_before_a_model_is_made(tokenizer_folder, arguments, messa
         prepare(ModelArguments(**{"tokenizer": tokenizer_folder, "template": "v1", **arguments}))
 
 
+def test_a_model_that_is_nowhere_is_named(tokenizer_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("We couldn't connect.")))
+    with pytest.raises(ValueError, match=r"checkpoints/mine is neither a folder nor on the hub: We couldn't connect\."):
+        prepare(ModelArguments(model="checkpoints/mine", tokenizer=tokenizer_folder, template="v1"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="neither --model nor --tokenizer.* run python -m playground.data.build"
+    ):
+        prepare(ModelArguments(template="v1"))
+
+
+def test_weights_are_looked_for_before_they_are_loaded(tmp_path):
+    saved_model(tmp_path)
+    check_weights(ModelArguments(model=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="The projector .*nowhere.bin does not exist"):
+        check_weights(ModelArguments(model=str(tmp_path), projector="checkpoints/nowhere.bin"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    with pytest.raises(FileNotFoundError, match=r"no model weights .* merge .*convert base OUTPUT --lora"):
+        check_weights(ModelArguments(model=str(tmp_path)))
+
+
+def test_one_rank_speaks_and_another_only_if_it_alone_lives(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--cache_dir", "x"])
+    waited = mock.Mock()
+    monkeypatch.setattr("time.sleep", waited)
+    for rank, start in (("0", "error: --cache_dir"), ("1", f"error: rank 1 on {socket.gethostname()}: --cache_dir")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2 and capsys.readouterr().err.startswith(start)
+        assert waited.called == (rank == "1")
+
+
 def test_tokenizer_without_the_image_token(tmp_path):
     byte_tokenizer(["<pad>", "<s>", "</s>"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not know the image token '<image>'"):
@@ -53,6 +90,24 @@ def test_unknown_parts_and_flags_are_refused():
         parse(["--data", "x", "--output_dir", "y", "--nonsense", "1"])
     with pytest.raises(ValueError, match="--data is missing"):
         parse(["--output_dir", "y"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0; it must be above 0"),
+        ("--num_train_epochs -1 --max_steps 3", "--num_train_epochs is -1.0; it must be above 0"),
+        ("--num_train_epochs 0", "--num_train_epochs is 0.0; it must be above 0"),
+        ("--learning_rate nan", "--learning_rate is nan; it must be above 0"),
+        ("--learning_rate inf", "--learning_rate is inf; it must be above 0"),
+        ("--max_grad_norm -1", "--max_grad_norm is -1.0; it must be 0 or more"),
+        ("--shuffle_buffer 0", "--shuffle_buffer is 0; it must be above 0"),
+        ("--lora_dropout -0.1", "--lora_dropout is -0.1; it must be 0 or more"),
+    ],
+)
+def test_numbers_that_make_no_run_are_refused(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--data", "x", "--output_dir", "y", "--use_cpu", "true", *words.split()])
 
 
 def saved_model(folder, skip_of=None):
@@ -132,11 +187,17 @@ def test_a_language_model_and_a_tower_are_joined(tmp_path):
         assert torch.equal(ours[f"model.vision_tower.{name}"], tensor), name
 
 
-def test_a_plain_language_model_needs_a_tower(tmp_path):
+def test_a_plain_language_model_needs_a_tower_and_a_tokenizer(tmp_path):
     small_model().model.language_model.config.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    CLIPVisionConfig().save_pretrained(tmp_path / "clip")
+    model, tower = str(tmp_path), str(tmp_path / "clip")
+    with pytest.raises(ValueError, match=f"{model} holds no tokenizer that can be read"):
+        prepare(ModelArguments(model=model, vision_tower=tower, template="v1"))
+    byte_tokenizer(["<pad>", "<s>", "</s>"]).save_pretrained(tmp_path)  # without the image token, which a tower brings
     with pytest.raises(ValueError, match="is a llama model.*--vision_tower"):
-        prepare(ModelArguments(model=str(tmp_path), template="v1"))
+        prepare(ModelArguments(model=model, template="v1"))
+    with pytest.raises(ValueError, match="The vision tower .* is a llama model: give a CLIP tower"):
+        prepare(ModelArguments(model=model, vision_tower=model, template="v1"))
 
 
 def run_record(folder, learning_rate):

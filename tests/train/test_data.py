@@ -1,3 +1,4 @@
+import codecs
 import json
 import re
 
@@ -95,6 +96,28 @@ def test_broken_data_files(tmp_path, content, message):
         load_records(str(path))
     with pytest.raises(FileNotFoundError, match="DATA .*nowhere.json does not exist"):
         load_records(str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", b"[\n{}\n]", "data.jsonl holds a list, not one object a line: name it .json.$"),
+        ("data.json", b"{}\n{}", r"Extra data: .* \(one object a line is named .jsonl\).$"),
+        ("data.json", "[{}]".encode("utf-16"), "data.json is not valid JSON: lexical error: invalid char in json text"),
+    ],
+)
+def test_a_file_of_another_form_says_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_records(str(tmp_path / name))
+
+
+def test_lines_as_other_systems_write_them(tmp_path):
+    lines = [json.dumps(record((), text), ensure_ascii=False).encode() for text in ("Größe?", "What?")]
+    (tmp_path / "data.jsonl").write_bytes(codecs.BOM_UTF8 + b"\r\n\r\n".join(lines) + b"\r\n" + "ü".encode("latin-1"))
+    records = load_records(str(tmp_path / "data.jsonl"))
+    assert [records.record(row)["messages"][0]["content"] for row in (0, 1)] == ["Größe?", "What?"]
+    assert len(records) == 3 and "line 4 is not valid JSON: 'utf-8' codec" in records.record(2)["fault"]
 
 
 def test_a_turns_only_picture_moves_to_its_front(images):

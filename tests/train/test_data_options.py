@@ -2,9 +2,13 @@ import json
 
 import pytest
 
+from llava_skip import LlavaSkipForConditionalGeneration
 from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.small_models import small_config
+from tests.train.interrupted import Attempts
 from tests.train.runs import train
 from tests.train.test_data import record
+from train.exits import USER_ERROR
 
 
 @pytest.fixture
@@ -19,14 +23,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, name, *options):
-    line = [
+def arguments(folder, *options):
+    return [
         "--data", str(folder / "data.json"), "--images", str(folder), "--tokenizer", str(folder / "tokenizer"),
         "--template", "v1", "--preset", "sv-llava-100", "--max_steps", "3",
         "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no",
         "--disable_tqdm", "true", "--learning_rate", "1e-3", *options,
     ]  # fmt: skip
-    return train(folder / name, *line)
+
+
+def run(folder, name, *options):
+    return train(folder / name, *arguments(folder, *options))
 
 
 def test_a_padding_free_run_learns_as_a_padded_one(folder):
@@ -45,14 +52,51 @@ def test_a_grouped_run_and_a_streamed_one(folder):
         run(folder, "endless", "--streaming", "true", "--max_steps", "-1")
     with pytest.raises(ValueError, match="needs the length of every sample"):
         run(folder, "both", "--streaming", "true", "--group_by_modality_length", "true")
+    with pytest.raises(ValueError, match="leaves no step: there are 24 samples, and one takes 32"):
+        run(folder, "short", "--dataloader_drop_last", "true", "--per_device_train_batch_size", "32")
 
 
-def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder):
+@pytest.fixture(scope="module")
+def attempt():
+    attempts = Attempts()
+    yield attempts
+    attempts.close()
+
+
+def in_folder(folder, *options):
+    place = ("--use_cpu", "true", "--dataloader_pin_memory", "false", "--output_dir", str(folder / "run"))
+    return [*place, *arguments(folder, *options)]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_broken_picture_that_nobody_looked_for_is_one_message(folder, attempt, workers):
+    (folder / "3.png").write_text("no picture")
+    whole = ("--per_device_train_batch_size", "24", "--dataloader_num_workers", workers)
+    end = attempt(in_folder(folder, *whole))
+    assert end["code"] == USER_ERROR and "Traceback" not in end["output"], end["output"]
+    assert end["output"].count("error:") == 1 and "train.validate_data" in end["output"]
+    assert "error: record 6 (id 'r1'): cannot identify image file" in end["output"]
+
+
+def test_a_model_that_does_not_load_is_one_message(folder, attempt):
+    config = small_config(vocab_size=400)
+    config.image_token_index = 3
+    LlavaSkipForConditionalGeneration(config).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    weights = folder / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    end = attempt(in_folder(folder, "--model", str(folder / "model"), "--preset", "llava"))
+    assert end["code"] == USER_ERROR and "Traceback" not in end["output"], end["output"]
+    assert f"error: {folder / 'model'} cannot be loaded: " in end["output"] and end["output"].count("error:") == 1
+
+
+def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder, capsys):
     (folder / "3.png").unlink()
     with pytest.raises(ValueError, match="1 of 24 records are faulty.*\n.*3.png does not exist\nRepair them"):
         run(folder, "strict")
     assert not (folder / "strict").exists()
-    run(folder, "lenient", "--drop_faulty", "true")
+    assert run(folder, "lenient", "--drop_faulty", "true")["dropped"] == 1
+    assert "faulty records dropped        │ 1 " in capsys.readouterr().out
     dropped = json.loads((folder / "lenient" / "dropped.json").read_text())
     assert dropped["counts"] == {"missing picture": 1} and dropped["records"][0]["row"] == 6
     picture().save(folder / "3.png")

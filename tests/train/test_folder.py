@@ -18,3 +18,12 @@ def test_overwriting_keeps_nothing_but_the_lock(tmp_path):
     run = RunFolder(RunArguments(output_dir=str(tmp_path), use_cpu=True, overwrite=True), {"model": {}}, None)
     assert not run.is_finished() and run.open() is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = RunFolder(RunArguments(output_dir=str(tmp_path / "file" / "run"), use_cpu=True), {"model": {}}, None)
+    with pytest.raises(
+        ValueError, match="OUTPUT .*file/run cannot be written: .*Not a directory.* Give a folder of your"
+    ):
+        run.open()

@@ -31,12 +31,13 @@ FINETUNE_LORA = """
 """
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_stage_1_of_llava():
     model, data, run = parse((COMMON + PRETRAIN).split())
     assert (model.model, model.template, data.data) == ("lmsys/vicuna-13b-v1.5", "plain", "blip_laion_cc_sbu_558k.json")
     assert (data.images, data.max_length, run.warmup_steps) == ("images", 2048, 0.03)
     assert model.trained_parts == ("multi_modal_projector", "summary")
-    assert run.learning_rate == 1e-3 and run.part_rates == {}
+    assert run.learning_rate == 1e-3 and run.part_rates == {} and run.activation_checkpointing
 
 
 @pytest.mark.parametrize(("version", "template"), [("v0", "v1"), ("chatml_direct", "chatml"), ("llama_2", "llama_2")])
@@ -98,6 +99,22 @@ def test_flags_of_nobody_and_abbreviations_are_refused():
     for flags in ("--mm_proj_lr 1", "--model_na m", "--lora_rank 4"):
         with pytest.raises(ValueError, match=flags.split()[0]):
             parse(["--data", "d", "--output_dir", "o", *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learning_rat 1", "unknown arguments: --learning_rat 1. Did you mean --learning_rate? --help lists"),
+        ("--image-foldr=x", "unknown arguments: --image-foldr=x. Did you mean --image_folder? --help lists"),
+        ("--zzz", "unknown arguments: --zzz. --help lists"),
+        ("--max_steps two", "argument --max_steps/--max-steps: invalid int value: 'two'. --help lists"),
+        ("--max_steps", "argument --max_steps/--max-steps: expected one argument. --help lists"),
+    ],
+)
+def test_a_mistake_in_an_argument_is_one_line(capsys, flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--data", "d", "--output_dir", "o", *flags.split()])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_both_rates_become_one_argument():

@@ -4,12 +4,14 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from filelock import FileLock
 
-from tests.train.interrupted import Attempts, outcome, write_inputs
+from tests.train.interrupted import ROOT, Attempts, environment, outcome, write_inputs
 from train.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
 
 KILLS = {
@@ -169,6 +171,16 @@ def test_two_runs_never_write_into_one_folder(attempt, given, tmp_path):
     with FileLock(tmp_path / "run/.lock"):
         end = attempt(given)
     assert end["code"] == USER_ERROR and "is in use by another run" in end["output"]
+
+
+def test_ctrl_c_ends_a_process_without_a_traceback(given, tmp_path):
+    command = [sys.executable, "-m", "train.train", *given, "--max_steps", "100000", "--save_total_limit", "2"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (tmp_path / "run/train_log.jsonl").is_file():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said, said
 
 
 def test_a_run_that_hangs_is_ended_and_shows_where(attempt, given):

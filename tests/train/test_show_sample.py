@@ -52,10 +52,15 @@ def test_text_alone_and_its_colours(tmp_path, monkeypatch, capsys, line):
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [("2", "There is no sample 2: the set has 2"), ("x", "Name the sample first")]
+    ("words", "message"),
+    [
+        (["2"], "There is no sample 2: the set has 2"),
+        (["x"], "Name the sample first"),
+        (["0", "--templat", "v1"], "unknown arguments: --templat v1. Did you mean --template?"),
+    ],
 )
-def test_mistakes(monkeypatch, capsys, line, number, message):
-    monkeypatch.setattr(sys, "argv", ["show_sample", number, *line])
+def test_mistakes(monkeypatch, capsys, line, words, message):
+    monkeypatch.setattr(sys, "argv", ["show_sample", *words, *line])
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2 and message in capsys.readouterr().err

@@ -95,6 +95,7 @@ def test_the_same_run_again_has_nothing_to_do(finished, digits):
         ((), {"IMAGES": "nowhere"}, "error: IMAGES nowhere does not exist"),
         ((), {"PRESET": "sv-llava"}, "error: Unknown preset 'sv-llava'; known: llava, sv-llava-64"),
         (("--bogus", "1"), {}, "--bogus"),
+        ((), {"NPROC": "0"}, "error: NPROC is '0'; it must be a number of processes, 1 or more."),
         ((), {"ZERO": "7"}, "error: ZERO is '7'; it must be 2, 3, 2_offload or 3_offload."),
     ],
 )

@@ -118,6 +118,7 @@ def test_stage_1_and_then_stage_2_by_the_scripts(parts, tmp_path):
         files = {"DATA": str(digits / data), "OUTPUT": str(tmp_path / output)}
         result = run("bash", f"scripts/{script}", "--max_steps", "2", **variables, **files)
         assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-4000:]
+        assert "FutureWarning" not in result.stderr  # nothing in it that a user could change
     one, two = (loaded(tmp_path / name) for name in ("one", "two"))
     before, after = one.state_dict(), two.state_dict()
     changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}

@@ -1,6 +1,6 @@
 """Sources of conversations -> a mixture -> samples -> batches."""
 
-from train.data.dataset import COUNTED, ConversationDataset, collate, collate_flat
+from train.data.dataset import COUNTED, ConversationDataset, RecordError, collate, collate_flat
 from train.data.lengths import sample_lengths
 from train.data.reports import dropped_report, usable_records
 from train.data.sources import RecordSet, load_records, load_tables, read_sources
@@ -10,6 +10,7 @@ __all__ = [
     "COUNTED",
     "ConversationDataset",
     "ConversationStream",
+    "RecordError",
     "RecordSet",
     "collate",
     "collate_flat",

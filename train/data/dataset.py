@@ -17,6 +17,15 @@ from llava_skip.processing import LlavaSkipProcessor
 from train.data.records import Record
 from train.data.sources import UNREADABLE, Pictures, RecordSet
 
+
+class RecordError(ValueError):
+    """A record that cannot be trained on, found when it was read; the message names it."""
+
+    def __str__(self) -> str:
+        """The message; a loader's worker hands it on below its traceback."""
+        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
+
+
 COUNTED = ("truncated", "unsupervised")
 """What is counted in a batch: samples that lost rows to max_length, and samples without a learnt token."""
 
@@ -38,16 +47,16 @@ def encode(
         (lost rows), `unsupervised` (whether nothing is learnt), `record_id` (the name).
 
     Raises:
-        ValueError: names the record whose picture cannot be read or would be cut.
+        RecordError: names the record whose picture cannot be read or would be cut.
     """
     try:
         images = [pictures.open(image) for image in record["images"]]
         sample = processor.encode_conversation(record["messages"], images)
     except UNREADABLE as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise RecordError(f"{name}: {error}") from error
     lost = max(0, len(sample["input_ids"]) - max_length)
     if lost and processor.image_token_id in sample["input_ids"][max_length:]:
-        raise ValueError(
+        raise RecordError(
             f"{name} is {len(sample['input_ids'])} rows long, and cutting it to --max_length {max_length} would cut a "
             "picture: raise --max_length."
         )

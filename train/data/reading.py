@@ -6,6 +6,7 @@ size and time; memory grows neither with the records nor with the processes that
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -29,9 +30,10 @@ SCHEMA = Features(
     }
 )
 """The columns of a table made of JSON."""
-FORMAT = 1
+FORMAT = 2
 """To be raised when the meaning of a table changes: tables of another number are not used again."""
 JSON_KINDS = (".json", ".jsonl")
+_MARK = codecs.BOM_UTF8
 
 
 def cache_folder() -> Path:
@@ -138,19 +140,21 @@ class _Broken(dict):
 
 
 def _lines(path: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # json passes over a byte order mark in bytes, but not in text
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
+                raise ValueError(f"DATA {path} holds a list, not one object a line: name it .json.")
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     fault = f"line {number} is not valid JSON: {error}"
                     yield _Broken(id=None, messages=[], images=[], fault=fault)
 
 
 def _items(path: str) -> Iterator[Any]:
     with open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
+        if file.read(len(_MARK)) != _MARK:
             file.seek(0)
         start = file.tell()
         try:
@@ -161,12 +165,15 @@ def _items(path: str) -> Iterator[Any]:
                 return
             json.load(file)
         except (ijson.JSONError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"DATA {path} is not valid JSON: {_one_line(error)}.") from error
+            hint = " (one object a line is named .jsonl)" if str(error).startswith("Extra data") else ""
+            raise ValueError(f"DATA {path} is not valid JSON: {_one_line(error)}{hint}.") from error
     raise ValueError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    said = error.args[0] if error.args else ""
+    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)  # ijson speaks in bytes
+    return " ".join(text.split())[:200]
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llava_skip.processing import LlavaSkipProcessor
-from train.data.dataset import encode
+from train.data.dataset import RecordError, encode
 from train.data.reading import SCHEMA, stream_table
 from train.data.records import find_fault, normalise
 from train.data.sources import Pictures, Source
@@ -55,7 +55,7 @@ class ConversationStream(IterableDataset):
         """Samples, as `encode` gives them.
 
         Raises:
-            ValueError: names a faulty record, unless they are passed over; or so many in a row were.
+            RecordError: names a faulty record, unless they are passed over; or so many in a row were.
         """
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
@@ -66,7 +66,7 @@ class ConversationStream(IterableDataset):
                 continue
             try:
                 sample = self._sample(row, source, pictures[source], place)
-            except ValueError as error:
+            except RecordError as error:
                 faulty += 1
                 if not self.drop_faulty or faulty == MOST_FAULTY:
                     raise
@@ -100,7 +100,7 @@ class ConversationStream(IterableDataset):
         record = row if row.keys() == SCHEMA.keys() else normalise(row)
         name = f"record {place} of the stream, of {self.sources[source].name} (id {record['id']!r})"
         if fault := find_fault(record, self.processor.image_seq_length, self.max_length):
-            raise ValueError(f"{name}: {fault.text}")
+            raise RecordError(f"{name}: {fault.text}")
         return encode(record, pictures, self.processor, self.max_length, name)
 
 
