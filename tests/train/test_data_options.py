@@ -32,8 +32,8 @@ def arguments(folder, *options):
     ]  # fmt: skip
 
 
-def run(folder, name, *options):
-    return train(folder / name, *arguments(folder, *options))
+def run(folder, name, *options, processes=1):
+    return train(folder / name, *arguments(folder, *options), processes=processes)
 
 
 def test_a_padding_free_run_learns_as_a_padded_one(folder):
@@ -88,6 +88,18 @@ def test_a_model_that_does_not_load_is_one_message(folder, attempt):
     end = attempt(in_folder(folder, "--model", str(folder / "model"), "--preset", "llava"))
     assert end["code"] == USER_ERROR and "Traceback" not in end["output"], end["output"]
     assert f"error: {folder / 'model'} cannot be loaded: " in end["output"] and end["output"].count("error:") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--padding_free", "--streaming", "--group_by_modality_length"])
+def test_two_deepspeed_processes_read_what_one_reads(folder, option):
+    alone = run(folder, "alone", option, "true")
+    zero = ("--deepspeed", "scripts/zero2.json", "--per_device_train_batch_size", "2")
+    together = run(folder, "together", option, "true", *zero, processes=2)
+    losses = [[entry["loss"] for entry in result["history"]] for result in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for name in ("rows", "samples", "supervised"):
+        assert alone[name] == together[name], name
 
 
 def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder, capsys):
