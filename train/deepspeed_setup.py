@@ -37,6 +37,8 @@ class BuildLock(FileBaton):
 def prepare_deepspeed() -> None:
     """Call this before DeepSpeed starts."""
     from deepspeed import ops
+    from deepspeed.accelerator import get_accelerator
 
-    ops.__compatible_ops__[UNUSED] = False
+    if get_accelerator().device_name() == "cpu":  # elsewhere DeepSpeed does not ask, and the table costs time to make
+        ops.__compatible_ops__[UNUSED] = False
     cpp_extension.FileBaton = BuildLock  # type: ignore[assignment, misc]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -112,8 +111,3 @@ def add_lora(
 def _has(model: LlavaSkipForConditionalGeneration, part: str) -> bool:
     """Whether a part is a module that is trained in full; a dense model has no summary layer."""
     return part != "language_model" and getattr(model.model, part) is not None
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (folder / "adapter_config.json").is_file()

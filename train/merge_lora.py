@@ -11,9 +11,9 @@ import typer
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, set_seed
 
+from llava_skip.checkpoints.files import is_adapter
 from llava_skip.convert import Precision
 from train.arguments import ModelArguments
-from train.lora import is_adapter
 from train.report import load_json
 from train.setup import build_model
 

@@ -50,6 +50,12 @@ from train.setup import check_weights, make_learner, prepare
 from train.trainer import NonFiniteLoss, SkipTrainer
 from train.watchdog import Watchdog
 
+FIND_RECORDS = (
+    " train.validate_data with the same arguments finds all such records; training then refuses them at its start, or "
+    "drops them (--drop_faulty true)."
+)
+"""What to do about a record that only failed when it was read."""
+
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded, or whose parts do not fit each other."""
@@ -309,18 +315,11 @@ def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     except ModelError as error:
         _tell(error)
         os._exit(USER_ERROR)
-    except RecordError as error:
-        sys.stderr.write(
-            f"\nerror: {error} train.validate_data with the same arguments finds all such records; training then "
-            "refuses them at its start, or drops them (--drop_faulty true).\n"
-        )
+    except (RecordError, CheckpointError, NonFiniteLoss) as error:
+        code = {RecordError: USER_ERROR, CheckpointError: NOT_SAVED, NonFiniteLoss: TRAINING_ERROR}[type(error)]
+        sys.stderr.write(f"\nerror: {error}{FIND_RECORDS if code == USER_ERROR else ''}\n")
         sys.stderr.flush()
-        os._exit(USER_ERROR)
-    except (CheckpointError, NonFiniteLoss) as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        sys.stderr.flush()
-        # The others wait for this process: it cannot take leave of them in good order.
-        os._exit(NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR)
+        os._exit(code)  # the others wait for this process: it cannot take leave of them in good order
 
 
 if __name__ == "__main__":

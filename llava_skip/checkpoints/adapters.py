@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llava_skip.checkpoints.files import find_folder, read_json, read_tensors
+from llava_skip.checkpoints.files import ADAPTER_CONFIG, find_folder, is_adapter, read_json, read_tensors
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -60,7 +60,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     adapter = next((path for path in files if path.is_file()), None)
-    if adapter is None or not (folder / "adapter_config.json").is_file():
+    if adapter is None or not is_adapter(folder):
         raise FileNotFoundError(f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors).")
     factors: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
         raise ImportError("Merging a LoRA adapter needs peft: pip install 'llava-skip[train]'.") from error
-    raw = read_json(folder / "adapter_config.json")
+    raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")
     # Whole module names: a bare q_proj would stand for the vision tower's as well.

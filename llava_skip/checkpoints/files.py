@@ -20,6 +20,13 @@ from llava_skip.processing import IMAGE_TOKEN
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+"""What a folder holds that PEFT has saved an adapter in."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def find_folder(source: str | Path) -> Path:
@@ -67,8 +74,8 @@ def find_model_weights(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     hint = ""
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if is_adapter(folder):
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         hint = (
             f" It holds a LoRA adapter: load its model ({base}) and give this folder as lora, or merge the two "
             f"(python -m llava_skip.convert {base} OUTPUT --lora {folder})."

@@ -17,6 +17,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.errors import EvalError
 from eval.score import score_file
 from eval.tables import CELL_LIMIT, StoredText, read_rows
+from tests.eval.test_score import write as write_rows
 
 Rows = list[dict[str, Any]]
 Write = Callable[..., Path]
@@ -181,20 +182,3 @@ def test_grades_that_occur_twice(tmp_path: Path, mmvet_data: Path) -> None:
     path = write_rows(tmp_path / "g.jsonl", [{"id": "v1_0", "score": 1}, {"id": 0, "score": 0}])
     with pytest.raises(EvalError, match="1 graded ids occur more than once"):
         score_file(MMVet(), path, mmvet_data, False, None)
-
-
-def write_rows(path: Path, rows: Rows) -> Path:
-    if path.suffix == ".xlsx":
-        book = openpyxl.Workbook()
-        book.active.append(list(rows[0]))
-        for row in rows:
-            book.active.append(list(row.values()))
-        book.save(path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
