@@ -26,7 +26,7 @@ eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DAT
 		$(foreach m,$(MODEL),--model "$(m)") $(foreach d,$(DATA),--data "$(d)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 bench: ## dense against skipping on random weights (DEVICE=cuda SIZE=llama3-8b for true widths)
-	@$(ENV) $$PYTHON -m llava_skip.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+	@$(ENV) $$PYTHON -m eval.study.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 conformance: ## compare the library with the golden tensors in GOLDENS=
-	@$(ENV) $$PYTHON -m llava_skip.conformance "$(or $(GOLDENS),tests/goldens)" $(ARGS)
+	@$(ENV) $$PYTHON -m tests.conformance "$(or $(GOLDENS),tests/goldens)" $(ARGS)

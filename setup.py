@@ -52,7 +52,11 @@ setup(
     packages=find_packages(
         include=["llava_skip", "llava_skip.*", "train", "train.*", "eval", "eval.*", "playground", "playground.*"]
     ),
-    package_data={"llava_skip": ["templates/*.jinja"], "eval": ["templates/*.jinja"]},
+    package_data={
+        "llava_skip": ["templates/*.jinja"],
+        "eval.showing": ["templates/*.jinja"],
+        "train": ["recipes/*.yaml", "recipes/*.json"],
+    },
     entry_points={"lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"]},
     install_requires=LIBRARY,
     extras_require={

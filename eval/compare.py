@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from eval.cli import fail
 from eval.errors import EvalError, some
-from eval.report import write_json
-from eval.results import Result
+from eval.options import fail
+from eval.showing.results import Result
+from eval.showing.score_table import write_json
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

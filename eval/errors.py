@@ -1,7 +1,9 @@
 """What can go wrong in an evaluation, as the command line tells it."""
 
+from llava_skip.errors import UserError
 
-class EvalError(ValueError):
+
+class EvalError(UserError):
     """A wrong path, file, column or option: the message says what was seen, what was expected and what to change."""
 
 

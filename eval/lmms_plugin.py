@@ -15,9 +15,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
+from eval.answering.generate import Generator, numerics
+from eval.answering.models import check_model
 from eval.errors import EvalError
-from eval.generate import Generator, numerics
-from eval.models import check_model
 from llava_skip.vision.pictures import to_rgb
 
 MAX_NEW_TOKENS = 1024

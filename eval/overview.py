@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.benchmarks import BENCHMARKS
-from eval.charts import FEWEST_AXES, bars, radar
-from eval.cli import fail
 from eval.errors import EvalError
-from eval.pages import write_pages
-from eval.report import write_json, write_whole
-from eval.results import Result, find_results
+from eval.options import fail
+from eval.showing.charts import FEWEST_AXES, bars, radar
+from eval.showing.pages import write_pages
+from eval.showing.results import Result, find_results
+from eval.showing.score_table import write_json, write_whole
 
 MOST_AXES = 24
 FOLDER = "overview"

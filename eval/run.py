@@ -11,10 +11,13 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from eval.answers import AnswerLog
+from eval.answering.answers import AnswerLog
+from eval.answering.plan import ALL, Run, chosen_benchmarks, prepare
+from eval.answering.workers import answer_jobs
+from eval.benchmark import Score
 from eval.benchmarks import BENCHMARKS
-from eval.benchmarks.base import Score
-from eval.cli import (
+from eval.errors import EvalError
+from eval.options import (
     NOT_SCORED,
     USAGE_ERROR,
     JudgeBudget,
@@ -27,16 +30,13 @@ from eval.cli import (
     fail,
     make_judge,
 )
-from eval.errors import EvalError
-from eval.judge import DEFAULT_JUDGE, Judge
 from eval.overview import FOLDER, print_overview, write_overview
-from eval.plan import ALL, Run, chosen_benchmarks, prepare
-from eval.report import score_table, write_json
-from eval.results import Result
-from eval.workers import answer_jobs
+from eval.scoring.judge import DEFAULT_JUDGE, Judge
+from eval.showing.results import Result
+from eval.showing.score_table import score_table, write_json
 
 if TYPE_CHECKING:
-    from eval.generate import Numerics
+    from eval.answering.generate import Numerics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -200,7 +200,7 @@ def main(
         sizes = output, batch_size, max_new_tokens, limit
         runs = prepare(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
         judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
-        from eval.generate import numerics  # slow to import, so only after all checks
+        from eval.answering.generate import numerics  # slow to import, so only after all checks
 
         outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
         finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from eval.benchmark import Benchmark, Sample, Score, match
 from eval.benchmarks import BENCHMARKS, get_benchmark
-from eval.benchmarks.base import Benchmark, Sample, Score, match
 from eval.benchmarks.mmstar import MMStar, gain_and_leakage
-from eval.cli import (
+from eval.errors import EvalError
+from eval.options import (
     JudgeBudget,
     JudgeConcurrency,
     JudgeDryRun,
@@ -27,11 +28,10 @@ from eval.cli import (
     fail,
     make_judge,
 )
-from eval.errors import EvalError
-from eval.judge import DEFAULT_JUDGE, Judge
-from eval.lmms_logs import by_number, lifted
-from eval.report import score_table, versions, write_json
-from eval.tables import Row, sha256
+from eval.reading.lmms_logs import by_number, lifted
+from eval.reading.tables import Row, sha256
+from eval.scoring.judge import DEFAULT_JUDGE, Judge
+from eval.showing.score_table import score_table, versions, write_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from llava_skip.errors import UserError
 from llava_skip.vision.resampler import ResamplerConfig
 
 IGNORE_INDEX = -100
@@ -61,21 +62,21 @@ class SkipConfig:
             _check_count("ffn_every", self.ffn_every, 2)
         for name in ("text_sees_skipped", "forget_cache"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"skip.{name} is {getattr(self, name)!r}; it must be true or false.")
+                raise UserError(f"skip.{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.summary_start not in SUMMARY_STARTS:
-            raise ValueError(f"skip.summary_start is {self.summary_start!r}; known: {', '.join(SUMMARY_STARTS)}.")
+            raise UserError(f"skip.summary_start is {self.summary_start!r}; known: {', '.join(SUMMARY_STARTS)}.")
         # JSON knows lists alone; tuples make the configuration hashable.
         for name in ("summaries", "layers"):
             object.__setattr__(self, name, _as_tuples(getattr(self, name)))
         self._check_summaries()
         self._check_layers()
         if not any(self.skipping):
-            raise ValueError(
+            raise UserError(
                 f"With ffn_head {self.ffn_head}, ffn_tail {self.ffn_tail} and ffn_every {self.ffn_every} each of the "
                 f"{self.skipped} skipped tokens takes the FFN: keep fewer, or use skip=None."
             )
         if not self.text_sees_skipped and not self.forget_cache:
-            raise ValueError(
+            raise UserError(
                 "skip.text_sees_skipped and forget_cache are both false: decoded text would see in the cache what text "
                 "of the prompt may not. Set forget_cache to true."
             )
@@ -84,11 +85,11 @@ class SkipConfig:
         tokens, last = self.retained + self.skipped, 0
         for span in self.spans:
             if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= tokens:
-                raise ValueError(
+                raise UserError(
                     f"skip.summaries has the span {span}; it must be first, end with 0 <= first < end <= {tokens}."
                 )
             if span[1] < last:
-                raise ValueError(f"skip.summaries is {self.spans}; the spans must be in the order of their ends.")
+                raise UserError(f"skip.summaries is {self.spans}; the spans must be in the order of their ends.")
             last = span[1]
 
     def _check_layers(self) -> None:
@@ -96,16 +97,14 @@ class SkipConfig:
         if layers is None:
             return
         if not layers or not all(isinstance(n, int) and n >= 0 for n in layers) or len(set(layers)) != len(layers):
-            raise ValueError(
-                f"skip.layers is {layers}; it must be different numbers from 0 on, or null for all layers."
-            )
+            raise UserError(f"skip.layers is {layers}; it must be different numbers from 0 on, or null for all layers.")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SkipConfig:
         """Build from the `skip` entry of a config.json; an unknown field is an error."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(data) - known):
-            raise ValueError(f"skip has the unknown fields {unknown}; known fields are {sorted(known)}.")
+            raise UserError(f"skip has the unknown fields {unknown}; known fields are {sorted(known)}.")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,19 +160,19 @@ class SkipConfig:
         return self.skipping_rows * (1.0 if self.layers is None else len(self.layers) / layers)
 
     def check_layers(self, layers: int) -> None:
-        """Raise ValueError if `layers` names a layer that a decoder of so many layers does not have."""
+        """Raise UserError if `layers` names a layer that a decoder of so many layers does not have."""
         if self.layers is not None and max(self.layers) >= layers:
-            raise ValueError(f"skip.layers names layer {max(self.layers)}, but the language model has {layers} layers.")
+            raise UserError(f"skip.layers names layer {max(self.layers)}, but the language model has {layers} layers.")
 
     def check_patches(self, patches: int) -> None:
-        """Raise ValueError if a picture of `patches` visual tokens cannot be split into R and S."""
+        """Raise UserError if a picture of `patches` visual tokens cannot be split into R and S."""
         if self.retained >= patches:
-            raise ValueError(
+            raise UserError(
                 f"skip.retained is {self.retained}, but the vision tower gives only {patches} tokens a picture: "
                 f"choose R below {patches}."
             )
         if self.retained + self.skipped > patches:
-            raise ValueError(
+            raise UserError(
                 f"skip.retained + skip.skipped is {self.retained} + {self.skipped}, but the vision tower gives only "
                 f"{patches} tokens a picture: merging can only make the {patches - self.retained} others fewer."
             )
@@ -181,7 +180,7 @@ class SkipConfig:
 
 def _check_count(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"skip.{name} is {value!r}; it must be a whole number of at least {least}.")
+        raise UserError(f"skip.{name} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def _as_tuples(value: Any) -> Any:
@@ -217,13 +216,13 @@ class LlavaSkipConfig(LlavaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.front_end not in FRONT_ENDS:
-            raise ValueError(f"front_end is {self.front_end!r}; known: {', '.join(FRONT_ENDS)}.")
+            raise UserError(f"front_end is {self.front_end!r}; known: {', '.join(FRONT_ENDS)}.")
         if not isinstance(self.vision_feature_layer, int):
-            raise ValueError(f"vision_feature_layer must be one number; got {self.vision_feature_layer!r}.")
+            raise UserError(f"vision_feature_layer must be one number; got {self.vision_feature_layer!r}.")
         if (self.front_end == "cos") != (self.resampler is not None):
-            raise ValueError("resampler belongs to front_end 'cos': give both or neither.")
+            raise UserError("resampler belongs to front_end 'cos': give both or neither.")
         if self.front_end == "hd" and self.max_tiles < 1:
-            raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1.")
+            raise UserError(f"max_tiles is {self.max_tiles}; it must be at least 1.")
         if (resampler := self.resampler_config) is not None:
             resampler.check(
                 self.vision_config.image_size // self.vision_config.patch_size, self.vision_config.num_hidden_layers
@@ -234,12 +233,12 @@ class LlavaSkipConfig(LlavaConfig):
 
     def _check_skip(self, skip: SkipConfig) -> None:
         if self.vision_feature_select_strategy != "default":
-            raise ValueError(
+            raise UserError(
                 "Skipping ranks patches against the class token, which must not be one of them: set "
                 f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
             )
         if self.front_end == "hd" and skip.retained != self.patches:
-            raise ValueError(
+            raise UserError(
                 f"skip.retained is {skip.retained}; front_end 'hd' retains the thumbnail, {self.patches} tokens: set "
                 "it to that."
             )

@@ -16,6 +16,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llava_skip.errors import UserError
+
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
@@ -53,10 +55,10 @@ def load_template(name: str) -> str:
     """A conversation template by name, with what it includes put in: one string, as a saved processor needs it.
 
     Raises:
-        ValueError: an unknown name, with the list of the known ones.
+        UserError: an unknown name, with the list of the known ones.
     """
     if name not in template_names():
-        raise ValueError(f"Unknown conversation template {name!r}; known: {', '.join(template_names())}.")
+        raise UserError(f"Unknown conversation template {name!r}; known: {', '.join(template_names())}.")
     text = (resources.files("llava_skip") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     return _INCLUDE.sub(lambda match: load_template(match[1]), text)
 
@@ -70,7 +72,7 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
         special_tokens: what templates know by name (`bos_token`, `eos_token`, ...).
 
     Raises:
-        ValueError: the template refuses the conversation, or has no `generation` blocks and renders an earlier turn
+        UserError: the template refuses the conversation, or has no `generation` blocks and renders an earlier turn
             differently once a later one follows, so that what is learnt cannot be found.
     """
 
@@ -86,7 +88,7 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
             return rendered(messages, mark=True)
         return _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, special_tokens.get("eos_token"))
     except TemplateError as error:
-        raise ValueError(f"The conversation template refuses this conversation: {error}") from error
+        raise UserError(f"The conversation template refuses this conversation: {error}") from error
 
 
 def _spans_by_prefixes(
@@ -99,7 +101,7 @@ def _spans_by_prefixes(
             continue
         before, after = text_of(messages[:place], True), text_of(messages[: place + 1])
         if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
-            raise ValueError(
+            raise UserError(
                 "The tokenizer's chat template has no {% generation %} blocks, and renders turn "
                 f"{place} differently alone than inside the conversation, so what is learnt cannot be found: name a "
                 f"template of the library with --template ({', '.join(template_names())})."

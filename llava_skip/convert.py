@@ -10,6 +10,7 @@ import torch
 import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, load_checkpoint, load_tokenizer
+from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
 
 
@@ -43,7 +44,7 @@ def convert(
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"{output} is not empty: name a new folder.")
+            raise UserError(f"{output} is not empty: name a new folder.")
         chosen = None if dtype is Precision.same else getattr(torch, dtype.value)
         model = load_checkpoint(
             source, preset, chosen, vision_tower=vision_tower, projector=projector, lora=lora, log=False

@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from llava_skip.configuration import SkipConfig
+from llava_skip.errors import UserError
 from llava_skip.routing import Route, add_rows, take_rows
 
 
@@ -118,10 +119,10 @@ def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = Non
     """The skipping language model of a text configuration, for the method `skip` (None: dense).
 
     Raises:
-        ValueError: the model type has no skipping twin, or its attention does not fit the cache that forgets.
+        UserError: the model type has no skipping twin, or its attention does not fit the cache that forgets.
     """
     if config.model_type not in LANGUAGE_MODELS:
-        raise ValueError(
+        raise UserError(
             f"No skipping decoder for language models of type {config.model_type!r}; "
             f"supported: {', '.join(LANGUAGE_MODELS)}. Their layers are x = x + Attention(norm1(x)), then "
             "x = x + FFN(norm2(x)), so that a row can leave out the FFN alone; layers that run both on the same x "
@@ -133,13 +134,13 @@ def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = Non
 
 
 def _check_window(config: PreTrainedConfig) -> None:
-    """Raise ValueError if a layer attends in a window: it would count stored rows, from which the skipped are gone."""
+    """Raise UserError if a layer attends in a window: it would count stored rows, from which the skipped are gone."""
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if window is None and kinds <= {"full_attention"}:
         return
     seen = f"sliding_window is {window}" + (f", layer_types has {', '.join(sorted(kinds))}" if kinds else "")
     cure = "use_sliding_window to false and layer_types to null" if kinds else "sliding_window to null"
-    raise ValueError(
+    raise UserError(
         f"The language model ({config.model_type}) attends in a sliding window ({seen}). It counts the rows that are "
         f"stored, and skip.forget_cache drops some of them: in text_config set {cure}, which changes nothing for "
         "sequences that fit the window, or set skip.forget_cache to false."

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from safetensors.torch import save_file
 
+from llava_skip.checkpoints.extension import EXTENSIONS, extend_resampler
 from llava_skip.checkpoints.files import read_tensors
-from llava_skip.vision.extension import EXTENSIONS, extend_resampler
+from llava_skip.errors import UserError
 
 
 def run(
@@ -22,13 +23,11 @@ def run(
     """Extend the resampler of the paper's code to more scales, queries and features, under its own names."""
     try:
         if rule not in EXTENSIONS:
-            raise ValueError(f"Unknown rule {rule!r}; known: {', '.join(EXTENSIONS)}.")
+            raise UserError(f"Unknown rule {rule!r}; known: {', '.join(EXTENSIONS)}.")
         weights = read_tensors(projector)
         query = next((name for name in weights if "cls_token_" in name), None)
         if query is None:
-            raise ValueError(
-                f"{projector} holds no resampler: none of its {len(weights)} tensors is a cls_token_w*_q*."
-            )
+            raise UserError(f"{projector} holds no resampler: none of its {len(weights)} tensors is a cls_token_w*_q*.")
         prefix = query[: query.index("cls_token_")]
         extended = extend_resampler(weights, EXTENSIONS[rule], prefix)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
+from llava_skip.errors import UserError
 from llava_skip.routing import Pictures, hidden_from, skipped_rows
 
 
@@ -61,7 +62,7 @@ def mask_skipped(
         position_ids: [B, T]; where they start again in a row and `mask` is None, another sample begins.
 
     Raises:
-        ValueError: the mask is 4-D already, or the attention implementation takes none.
+        UserError: the mask is 4-D already, or the attention implementation takes none.
     """
     total = pictures.is_image.shape[1]
     if skip is None or not skip.forget_cache or (skip.text_sees_skipped and pictures.prompt >= total):
@@ -92,12 +93,12 @@ def mask_skipped(
 
 def _check_maskable(config: PreTrainedConfig, mask: Any) -> None:
     if not is_two_dimensional(mask):
-        raise ValueError(
+        raise UserError(
             "Rows of this forward may not see skipped tokens: give a 2-D attention_mask, from which the model makes "
             "its own 4-D one."
         )
     if "flash" in (config._attn_implementation or ""):
-        raise ValueError(
+        raise UserError(
             f"Rows of this forward may not see skipped tokens, which needs a mask, and {config._attn_implementation} "
             "takes none. This is so with skip.text_sees_skipped false, in assisted decoding and in generate without a "
             "cache: set attn_implementation to sdpa, eager or flex_attention."

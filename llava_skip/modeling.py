@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
+from llava_skip.errors import UserError
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.routing import Pictures, Route, make_route
@@ -144,7 +145,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     ) -> Tensor | None:
         """Rows of all pictures [N * rows, D]: encoded now, or before (`generate` does, once for all beams)."""
         if encoded and pixel_values is not None:
-            raise ValueError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
+            raise UserError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, crop_counts, return_dict=True)}
         if encoded and encoded.get("image") is not None:
@@ -154,7 +155,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     def find_images(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the image tokens are [B, T], in ids [B, T] or in their embeddings [B, T, D]."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise UserError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             return input_ids == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -164,7 +165,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order; or add nothing."""
         rows = 0 if features is None else features.shape[0]
         if (placeholders := int(is_image.sum())) != rows:
-            raise ValueError(
+            raise UserError(
                 f"The text holds {placeholders} image placeholders, the pictures fill {rows} "
                 f"({self.config.image_seq_length} a picture): give text and pictures to the processor together."
             )

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.errors import UserError
 from llava_skip.vision.resampler import ResamplerConfig
 
 PAPER_PATCHES = 576
@@ -132,7 +133,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def _choose(table: dict[str, Any], name: str, what: str) -> Any:
     if name not in table:
-        raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(table)}.")
+        raise UserError(f"Unknown {what} {name!r}; known: {', '.join(table)}.")
     return table[name]
 
 
@@ -143,7 +144,7 @@ def preset_skip(preset: str, patches: int = PAPER_PATCHES) -> SkipConfig | None:
     proportion, rounded.
 
     Raises:
-        ValueError: an unknown preset, with the list of the known ones.
+        UserError: an unknown preset, with the list of the known ones.
     """
     chosen = _choose(PRESETS, preset, "preset")
     if chosen.skip is None or chosen.front_end == "cos" or patches == PAPER_PATCHES:
@@ -163,7 +164,7 @@ def preset_config(preset: str, size: str = "tiny", **overrides: Any) -> LlavaSki
         **overrides: fields of the language model that replace those of the size (for example `vocab_size`).
 
     Raises:
-        ValueError: an unknown preset or size.
+        UserError: an unknown preset or size.
     """
     numbers = _choose(SIZES, size, "size")
     return LlavaSkipConfig(
@@ -182,7 +183,7 @@ def fields_for_tower(preset: str, vision: CLIPVisionConfig, size: str = "vicuna-
         size: whose resampler is used, for `cos`.
 
     Raises:
-        ValueError: an unknown preset, or a tower that the resampler does not fit.
+        UserError: an unknown preset, or a tower that the resampler does not fit.
     """
     chosen, numbers = _choose(PRESETS, preset, "preset"), _choose(SIZES, size, "size")
     fields: dict[str, Any] = {"front_end": chosen.front_end, "preset": preset}
@@ -202,7 +203,7 @@ def skip_for_model(preset: str, config: LlavaSkipConfig) -> SkipConfig | None:
     """The `SkipConfig` of a preset for a model that exists: its architecture stays, its sizes are kept to.
 
     Raises:
-        ValueError: an unknown preset, or one of another architecture, whose projector would not fit.
+        UserError: an unknown preset, or one of another architecture, whose projector would not fit.
     """
     chosen = _choose(PRESETS, preset, "preset")
     resampler = config.resampler_config
@@ -210,7 +211,7 @@ def skip_for_model(preset: str, config: LlavaSkipConfig) -> SkipConfig | None:
     if scale is None:
         fitting = [name for name, other in PRESETS.items() if _queries_ratio(other, config)]
         queries = f" and {sum(resampler.queries)} queries" if resampler else ""
-        raise ValueError(
+        raise UserError(
             f"The model has the front end {config.front_end!r}{queries}, the preset {preset!r} is for another one, "
             f"whose projector would not fit; presets of the model's: {', '.join(fitting)}."
         )

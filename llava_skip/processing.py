@@ -10,6 +10,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, learnt_tokens, load_template, render
+from llava_skip.errors import UserError
 from llava_skip.vision.tiling import TilingImageProcessorPil
 
 IMAGE_TOKEN = "<image>"
@@ -45,10 +46,10 @@ class LlavaSkipProcessor(ProcessorMixin):
             **kwargs: unused fields of a saved processor.
 
         Raises:
-            ValueError: no `image_seq_length`, or a tokenizer that does not know the placeholder.
+            UserError: no `image_seq_length`, or a tokenizer that does not know the placeholder.
         """
         if image_seq_length is None:
-            raise ValueError("image_seq_length is missing: give the image_seq_length of the model's configuration.")
+            raise UserError("image_seq_length is missing: give the image_seq_length of the model's configuration.")
         self.image_seq_length = image_seq_length
         self.crop_rows = crop_rows
         self.image_token = image_token
@@ -68,7 +69,7 @@ class LlavaSkipProcessor(ProcessorMixin):
             template: name of a conversation template; None keeps the tokenizer's own.
 
         Raises:
-            ValueError: the tokenizer and the configuration disagree on the image token, or an unknown template.
+            UserError: the tokenizer and the configuration disagree on the image token, or an unknown template.
         """
         side = config.vision_config.image_size
         sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -79,7 +80,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         chat_template = load_template(template) if template else None
         processor = cls(pictures, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows)
         if processor.image_token_id != config.image_token_id:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, the model's "
                 f"image_token_index is {config.image_token_id}: they must be the same."
             )
@@ -114,7 +115,7 @@ class LlavaSkipProcessor(ProcessorMixin):
             [N, 3, side, side] if there are pictures.
 
         Raises:
-            ValueError: pictures and placeholders differ in number, or see `llava_skip.conversation.render`.
+            UserError: pictures and placeholders differ in number, or see `llava_skip.conversation.render`.
         """
         text, spans = self.render_conversation(messages)
         encoded = self(
@@ -160,11 +161,11 @@ def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAG
     """The id of the image token.
 
     Raises:
-        ValueError: the tokenizer does not know it as one token.
+        UserError: the tokenizer does not know it as one token.
     """
     ids = tokenizer.encode(image_token, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer does not know the image token {image_token!r} as one token (it encodes to {ids}): add it "
             f"with tokenizer.add_tokens([{image_token!r}], special_tokens=True) and resize the model's embeddings."
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llava_skip.errors import UserError
+
 
 def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:
     """Order tokens so that the `retained` highest-scored come first.
@@ -70,11 +72,11 @@ def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
         [N, S, C].
 
     Raises:
-        ValueError: `keep` is not between 1 and P.
+        UserError: `keep` is not between 1 and P.
     """
     total = tokens.shape[1]
     if not 1 <= keep <= total:
-        raise ValueError(f"Cannot merge {total} tokens to {keep}: keep must be between 1 and {total}.")
+        raise UserError(f"Cannot merge {total} tokens to {keep}: keep must be between 1 and {total}.")
     if keep == total:
         return tokens
     _, order, target = merge_choices(tokens, keep)

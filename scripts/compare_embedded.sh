@@ -16,4 +16,4 @@ for preset in $PRESETS; do
     MODELS+=(--model "$CHECKPOINTS/$preset")
 done
 "$PYTHON" -m eval.run "${MODELS[@]}" --output "$RESULTS"
-"$PYTHON" scripts/results_table.py --checkpoints "$CHECKPOINTS" --results "$RESULTS" --presets "$PRESETS" --output "$PAGE"
+"$PYTHON" eval/study/embedded.py --checkpoints "$CHECKPOINTS" --results "$RESULTS" --presets "$PRESETS" --output "$PAGE"

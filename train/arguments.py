@@ -10,10 +10,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llava_skip.conversation import template_names
+from llava_skip.errors import UserError
 from llava_skip.presets import PRESETS, SIZES
 from train.data.parallel import default_processes
-from train.deepspeed_setup import prepare_deepspeed
-from train.parts import PART_PREFIXES
+from train.recipe.parts import PART_PREFIXES
+from train.resilience.deepspeed_operators import prepare_deepspeed
 
 PARTS = tuple(PART_PREFIXES)
 """Parts of the model that can be trained or frozen; the head belongs to the language model."""
@@ -75,13 +76,13 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.train_parts or ()) - set(PARTS)):
-            raise ValueError(f"--train_parts has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
+            raise UserError(f"--train_parts has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
         for name in ("vision_tower", "projector"):
             if getattr(self, name) and not self.model:
-                raise ValueError(f"--{name} needs --model, the language model that it is joined to.")
+                raise UserError(f"--{name} needs --model, the language model that it is joined to.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
+                raise UserError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
         _check_numbers(self, above_zero=("lora_r", "lora_alpha"), not_negative=("lora_dropout",))
 
     @property
@@ -98,7 +99,7 @@ def _check_numbers(arguments: Any, above_zero: tuple[str, ...], not_negative: tu
         value = getattr(arguments, name)
         if not (0 <= value < math.inf) or (value == 0 and name in above_zero):
             words = "above 0" if name in above_zero else "0 or more"
-            raise ValueError(f"--{name} is {value}; it must be {words}.")
+            raise UserError(f"--{name} is {value}; it must be {words}.")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -147,10 +148,10 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise ValueError("--data is missing: give a LLaVA conversation JSON, or another set.")
+            raise UserError("--data is missing: give a LLaVA conversation JSON, or another set.")
         _check_numbers(self, above_zero=("max_length", "shuffle_buffer"), not_negative=("data_processes",))
         if self.streaming and self.group_by_modality_length:
-            raise ValueError("--group_by_modality_length needs the length of every sample; leave out --streaming.")
+            raise UserError("--group_by_modality_length needs the length of every sample; leave out --streaming.")
 
 
 _ABOVE_ZERO = (
@@ -206,11 +207,11 @@ class RunArguments(TrainingArguments):
         _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)
         self.learning_rates = _read_rates(self.learning_rates)
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
-            raise ValueError(
+            raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
         if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns must stay off: records are encoded as they are read.")
+            raise UserError("--remove_unused_columns must stay off: records are encoded as they are read.")
 
     @property
     def part_rates(self) -> dict[str, float]:
@@ -225,13 +226,13 @@ def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
         rates = json.loads(given) if isinstance(given, str) else given or {}
         rates = {part: float(rate) for part, rate in rates.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--learning_rates is {given!r}; it must be JSON such as '{{\"vision_tower\": 2e-6}}'."
         ) from error
     if unknown := sorted(set(rates) - set(PARTS)):
-        raise ValueError(f"--learning_rates has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
+        raise UserError(f"--learning_rates has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
     if wrong := {part: rate for part, rate in rates.items() if not 0 < rate < math.inf}:
-        raise ValueError(f"--learning_rates has {wrong}; rates must be above 0. A part is frozen by --train_parts.")
+        raise UserError(f"--learning_rates has {wrong}; rates must be above 0. A part is frozen by --train_parts.")
     return rates
 
 

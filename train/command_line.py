@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from llava_skip.errors import UserError
 from train.llava_flags import EPILOG, FLAGS, translate
 
 
@@ -16,7 +17,7 @@ class _Parser(HfArgumentParser):
     """argparse would print every argument, once for each process, and the mistake below them."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. --help lists all arguments.")
+        raise UserError(f"{message}. --help lists all arguments.")
 
 
 def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any, ...]:
@@ -27,7 +28,7 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
         words: the command line, without the program's name.
 
     Raises:
-        ValueError: unknown arguments or values, with what to use in their place.
+        UserError: unknown arguments or values, with what to use in their place.
     """
     parser = _Parser(kinds, allow_abbrev=False, epilog=EPILOG)
     *read, unknown = parser.parse_args_into_dataclasses(translate(list(words)), return_remaining_strings=True)
@@ -35,5 +36,5 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
         known = [field.name for kind in kinds for field in fields(kind)] + [flag.name for flag in FLAGS]
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}.{hint} --help lists all arguments.")
+        raise UserError(f"unknown arguments: {' '.join(unknown)}.{hint} --help lists all arguments.")
     return tuple(read)

@@ -18,7 +18,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from train.exits import EXPLAINED, PREEMPTED, STOP_SIGNALS
+from llava_skip.exits import EXPLAINED, PREEMPTED
+from train.resilience.exits import STOP_SIGNALS
 
 TAIL = 25
 """Lines of a failed process's log that are shown."""

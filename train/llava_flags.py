@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llava_skip.conversation import LLAVA_VERSIONS
+from llava_skip.errors import UserError
 
 EPILOG = "LLaVA's own flag names (--model_name_or_path, --data_path, --version, ...) work, too: see docs/training.md."
 
@@ -98,7 +99,7 @@ def translate(command_line: list[str]) -> list[str]:
     """A command line in which LLaVA's flags are replaced by the arguments that they stand for.
 
     Raises:
-        ValueError: a flag with a value that cannot be honoured (with what to use), or given twice under two names.
+        UserError: a flag with a value that cannot be honoured (with what to use), or given twice under two names.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for flag in FLAGS:
@@ -107,14 +108,14 @@ def translate(command_line: list[str]) -> list[str]:
     given = {flag: getattr(found, flag.name) for flag in FLAGS if hasattr(found, flag.name)}
     for flag, value in given.items():
         if isinstance(flag, Settled) and value.lower() not in flag.values:
-            raise ValueError(f"--{flag.name} {value} is not taken. Use {flag.instead}.")
+            raise UserError(f"--{flag.name} {value} is not taken. Use {flag.instead}.")
     renamed = {flag: value for flag, value in given.items() if isinstance(flag, Renamed)}
     made = {f"--{flag.ours}": [dict(flag.values).get(value, value)] for flag, value in renamed.items()}
     made |= _parts({flag: value for flag, value in given.items() if isinstance(flag, Part)})
     if rates := _rates({flag: value for flag, value in given.items() if isinstance(flag, Rate)}):
         made["--learning_rates"] = [json.dumps(rates)]
     if twice := sorted(name for name in made if any(word.partition("=")[0] == name for word in ours)):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(twice)} is given twice, once by its name in LLaVA: use the name here alone, whose last value "
             "counts (scripts/finetune_skip.sh gives some arguments itself)."
         )
@@ -126,7 +127,7 @@ def _parts(switches: dict[Part, str]) -> dict[str, list[str]]:
     parts: tuple[str, ...] = (*_PROJECTOR, "language_model")
     for switch, value in switches.items():
         if value.lower() not in _ANY_SWITCH:
-            raise ValueError(f"--{switch.name} is {value!r}; it must be true or false.")
+            raise UserError(f"--{switch.name} is {value!r}; it must be true or false.")
         if value.lower() == "true":
             parts = switch.parts(parts)
     if not any(value.lower() == "true" for value in switches.values()):
@@ -143,5 +144,5 @@ def _rates(given: dict[Rate, str]) -> dict[str, float]:
         try:
             rates[flag.part] = float(value)
         except ValueError as error:
-            raise ValueError(f"--{flag.name} is {value!r}; it must be a number.") from error
+            raise UserError(f"--{flag.name} is {value!r}; it must be a number.") from error
     return rates

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 
 from llava_skip.checkpoints.files import is_adapter
 from llava_skip.convert import Precision
+from llava_skip.errors import MissingFileError, UserError
 from train.arguments import ModelArguments
-from train.report import load_json
-from train.setup import build_model
+from train.recipe.model import build_model
+from train.reporting.result import load_json
 
 
 def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
@@ -27,10 +28,10 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
         dtype: of the weights; None takes the run's.
 
     Raises:
-        FileNotFoundError: the folder holds no adapter, no `run.json`, or names a model that is not there.
+        MissingFileError: the folder holds no adapter, no `run.json`, or names a model that is not there.
     """
     if not is_adapter(adapter) or not (adapter / "run.json").is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{adapter} must hold adapter_config.json and run.json: name the folder of a run with --lora_enable."
         )
     record = load_json(adapter / "run.json")
@@ -55,7 +56,7 @@ def merge(
     """Write the whole model, with the adapter merged into it, and its processor."""
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"{output} is not empty: name a new folder.")
+            raise UserError(f"{output} is not empty: name a new folder.")
         chosen = None if dtype is Precision.same else getattr(torch, dtype.value)
         model = PeftModel.from_pretrained(load_base(adapter, base, chosen), adapter).merge_and_unload()
         model.save_pretrained(output)

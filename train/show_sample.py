@@ -21,13 +21,14 @@ from rich.text import Text
 from torch import Tensor
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.tokens import retained_order
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records
-from train.setup import build_model, prepare
+from train.recipe.model import build_model, prepare
 
 USER_ERROR = 2
 LEARNT, NOT_LEARNT = "bold green", "dim"
@@ -110,11 +111,11 @@ def show(index: int, model_arguments: ModelArguments, data: DataArguments, outpu
     """Print sample `index` and save its pictures.
 
     Raises:
-        ValueError: no such sample, or see the message.
+        UserError: no such sample, or see the message.
     """
     records = load_records(data.data, data.images)
     if not 0 <= index < len(records):
-        raise ValueError(f"There is no sample {index}: the set has {len(records)}, counted from 0.")
+        raise UserError(f"There is no sample {index}: the set has {len(records)}, counted from 0.")
     config, processor = prepare(model_arguments)
     sample = ConversationDataset(records, processor, data.max_length)[index]
     row = records.row(index)
@@ -144,7 +145,7 @@ def main() -> None:
     """Show a sample; a user's mistake is one message and exit code 2."""
     try:
         if not sys.argv[1:] or not sys.argv[1].isdecimal():
-            raise ValueError("Name the sample first: python -m train.show_sample 0 --data ...")
+            raise UserError("Name the sample first: python -m train.show_sample 0 --data ...")
         model, data, own = read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[2:])
         show(int(sys.argv[1]), model, data, Path(own.output))
     except (ValueError, OSError) as error:

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.errors import UserError
+from llava_skip.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
 from llava_skip.processing import LlavaSkipProcessor
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
-from train.checkpoints import CheckpointError
 from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
@@ -39,16 +40,17 @@ from train.data import (
     sample_lengths,
     usable_records,
 )
-from train.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR, leave
-from train.folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
-from train.logs import check_reporters, keep_reports_in
-from train.lora import check_lora
-from train.plan import check_plan, show_plan
-from train.preemption import Preemption
-from train.report import as_json, draw_loss, load_json, show_result, write_json
-from train.setup import check_weights, make_learner, prepare
+from train.recipe.lora import check_lora
+from train.recipe.model import check_weights, make_learner, prepare
+from train.recipe.plan import check_plan, show_plan
+from train.reporting.callbacks import check_reporters, keep_reports_in
+from train.reporting.result import as_json, draw_loss, load_json, show_result, write_json
+from train.resilience.exits import leave
+from train.resilience.preemption import Preemption
+from train.resilience.resume import CheckpointError
+from train.resilience.run_folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
+from train.resilience.watchdog import Watchdog
 from train.trainer import NonFiniteLoss, SkipTrainer
-from train.watchdog import Watchdog
 
 FIND_RECORDS = (
     " train.validate_data with the same arguments finds all such records; training then refuses them at its start, or "
@@ -85,7 +87,7 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     """Arguments from the command line.
 
     Raises:
-        ValueError: unknown flags or values out of range.
+        UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
     return model, data, run
@@ -95,15 +97,15 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     """Everything that can be wrong without weights, in the order in which it is cheap to find.
 
     Raises:
-        ValueError: see the message.
-        FileNotFoundError: see the message.
+        UserError: see the message.
+        MissingFileError: see the message.
     """
     arguments = resolved(model, data, run)
     check_lora(model)
     check_reporters(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
     if data.streaming and run.max_steps < 1:
-        raise ValueError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
     sources = read_sources(data.data, data.images)
     records = None if data.streaming else load_tables(sources)
     config, processor = prepare(model)
@@ -124,7 +126,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     dataset = ConversationDataset(records, processor, data.max_length, lengths)
     step = run.per_device_train_batch_size * run.world_size
     if run.dataloader_drop_last and len(dataset) < step:
-        raise ValueError(
+        raise UserError(
             f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
         )
     return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
@@ -134,7 +136,7 @@ def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool)
     """Refuse to continue a run with other records than it began with: its data order would be another one.
 
     Raises:
-        ValueError: other records are dropped now than when the run began.
+        UserError: other records are dropped now than when the run began.
     """
     if overwrite or not (output / RECORD).is_file():
         return
@@ -142,7 +144,7 @@ def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool)
     before = load_json(record) if record.is_file() else None
     if before != as_json(dropped):
         counts = [0 if report is None else len(report["records"]) for report in (before, dropped)]
-        raise ValueError(
+        raise UserError(
             f"OUTPUT {output} began with {counts[0]} dropped records, and now {counts[1]} would be: restore the data "
             "as it was to continue, or start anew with another OUTPUT or --overwrite true."
         )
@@ -152,7 +154,7 @@ def check_same_records(run: Run) -> None:
     """Refuse processes that read other records than rank 0: their steps would be of other samples. Every rank calls it.
 
     Raises:
-        ValueError: names the first such process.
+        UserError: names the first such process.
     """
     if isinstance(run.dataset, ConversationStream):
         return
@@ -163,28 +165,28 @@ def check_same_records(run: Run) -> None:
             f"rank {rank} on {views[rank][0]} reads {views[rank][1]} records and drops {len(views[rank][2])}"
             for rank in (different[0], 0)
         ]
-        raise ValueError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
+        raise UserError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
 
 
 def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:
     """Refuse a folder that holds anything but this very run.
 
     Raises:
-        ValueError: says which arguments differ, or what else is in the folder.
+        UserError: says which arguments differ, or what else is in the folder.
     """
     if overwrite or not output.exists():
         return
     if not output.is_dir():
-        raise ValueError(f"OUTPUT {output} is a file: give a folder.")
+        raise UserError(f"OUTPUT {output} is a file: give a folder.")
     record = output / RECORD
     if not record.is_file():
         if any(path.name != LOCK for path in output.iterdir()):
-            raise ValueError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
+            raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
     before, now = _flat(identity(load_json(record))), _flat(identity(as_json(arguments)))
     if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
-        raise ValueError(
+        raise UserError(
             f"OUTPUT {output} holds another run ({changes}): give another OUTPUT, the same arguments to continue it, "
             "or --overwrite true to delete it."
         )

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import ProgressCallback
 
-from train.checkpoints import ResumableTrainer
+from llava_skip.errors import UserError
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.sampler import ModalityLengthSampler
-from train.logs import BriefProgress, JsonLines
-from train.metrics import COUNTS, Meter, peak_tflops, rates
-from train.parts import check_groups, count_parameters, parameter_groups
-from train.report import write_json
+from train.recipe.parts import check_groups, count_parameters, parameter_groups
+from train.reporting.callbacks import BriefProgress, JsonLines
+from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
+from train.reporting.result import write_json
+from train.resilience.resume import ResumableTrainer
 
 
 class NonFiniteLoss(RuntimeError):
@@ -58,14 +59,14 @@ class SkipTrainer(ResumableTrainer):
         """Trainer's optimizer, over groups by learning rate and weight decay.
 
         Raises:
-            ValueError: a parameter that learns is not in exactly one group, or the optimizer makes its own groups.
+            UserError: a parameter that learns is not in exactly one group, or the optimizer makes its own groups.
         """
         if self.optimizer is not None:
             return self.optimizer
         source = self.model if model is None else model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, source)
         if {"params", "model", "optimizer_dict"} & set(options):
-            raise ValueError(f"--optim {self.args.optim} makes groups of its own, without learning rates by part.")
+            raise UserError(f"--optim {self.args.optim} makes groups of its own, without learning rates by part.")
         decays, run = self.get_decay_parameter_names(source), self.args
         groups = parameter_groups(source, decays, run.part_rates, run.learning_rate, run.weight_decay)
         self.optimizer_cls_and_kwargs = (kind, options | {"params": groups})

@@ -21,9 +21,9 @@ from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import load_records
 from train.data.checks import CONVERTED, ERRORS, WARNINGS, Examined, Finding, FullCheck
-from train.data.reports import examine, save_errors
-from train.report import write_json
-from train.setup import prepare
+from train.data.usable import examine, save_errors
+from train.recipe.model import prepare
+from train.reporting.result import write_json
 
 FAULTY, USER_ERROR = 1, 2
 

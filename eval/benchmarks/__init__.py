@@ -1,6 +1,6 @@
 """The benchmarks by name."""
 
-from eval.benchmarks.base import Benchmark
+from eval.benchmark import Benchmark
 from eval.benchmarks.gqa import GQA
 from eval.benchmarks.mathvista import MathVista
 from eval.benchmarks.mmbench import MMBench

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
 from eval.errors import EvalError, some
-from eval.judge import Judge
-from eval.report import write_json
-from eval.tables import Row, read_rows
+from eval.reading.tables import Row, read_rows
+from eval.scoring.judge import Judge
+from eval.showing.score_table import write_json
 
 QUESTIONS = "testdev_balanced_questions.json"
 _NO_MARKS = str.maketrans("", "", string.punctuation)

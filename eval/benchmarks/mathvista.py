@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import Benchmark, Id, Sample, Score, as_list
 from eval.errors import EvalError, JudgeUnavailable, some
-from eval.extraction import VERSIONS, vlmevalkit
-from eval.judge import Judge, digest, read_replies
-from eval.report import write_json
-from eval.tables import Row, read_rows
+from eval.reading.tables import Row, read_rows
+from eval.scoring.extraction import VERSIONS, vlmevalkit
+from eval.scoring.judge import Judge, digest, read_replies
+from eval.showing.score_table import write_json
 
 HINTS = {
     "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",

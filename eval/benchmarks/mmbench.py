@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import (
+from eval.benchmark import (
     LETTER_INSTRUCTION,
     Benchmark,
     Id,
@@ -20,10 +20,10 @@ from eval.benchmarks.base import (
     options,
 )
 from eval.errors import EvalError, JudgeUnavailable, some
-from eval.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
-from eval.judge import Judge
-from eval.matching import CHINESE, Matches, match_choices
-from eval.tables import Row, write_xlsx
+from eval.reading.tables import Row, write_xlsx
+from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
+from eval.scoring.judge import Judge
+from eval.scoring.matching import CHINESE, Matches, match_choices
 
 PASS_STEP = 1_000_000
 CHINESE_INSTRUCTION = "请直接回答选项字母。"

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
 from eval.errors import EvalError, some
-from eval.judge import Judge
-from eval.tables import Row, read_rows
-from eval.vqa import yes_or_no
+from eval.reading.tables import Row, read_rows
+from eval.scoring.judge import Judge
+from eval.scoring.vqa import yes_or_no
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()

@@ -11,13 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from eval.benchmarks.base import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
+from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
 from eval.errors import EvalError, some
-from eval.extraction import VERSIONS, vlmevalkit
-from eval.images import Picture, row_pictures
-from eval.judge import Judge
-from eval.report import write_json
-from eval.tables import Row, read_rows
+from eval.reading.images import Picture, row_pictures
+from eval.reading.tables import Row, read_rows
+from eval.scoring.extraction import VERSIONS, vlmevalkit
+from eval.scoring.judge import Judge
+from eval.showing.score_table import write_json
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",

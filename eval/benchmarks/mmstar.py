@@ -7,11 +7,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from eval.benchmarks.base import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
+from eval.benchmark import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
 from eval.errors import EvalError, some
-from eval.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
-from eval.judge import Judge
-from eval.tables import Row
+from eval.reading.tables import Row
+from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
+from eval.scoring.judge import Judge
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
 OFFICIAL = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmarks.base import Benchmark, Id, Sample, Score
+from eval.benchmark import Benchmark, Id, Sample, Score
 from eval.errors import EvalError, JudgeUnavailable, some
-from eval.grading import Grades, grade, parse_grade
-from eval.judge import Judge, read_replies
-from eval.tables import Row
+from eval.reading.tables import Row
+from eval.scoring.grading import Grades, grade, parse_grade
+from eval.scoring.judge import Judge, read_replies
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

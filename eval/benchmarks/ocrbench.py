@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
 from eval.errors import EvalError, some
-from eval.judge import Judge
-from eval.tables import Row
+from eval.reading.tables import Row
+from eval.scoring.judge import Judge
 
 RECOGNITION = (
     "Regular Text Recognition",

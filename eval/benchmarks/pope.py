@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
 from eval.errors import EvalError, some
-from eval.judge import Judge
-from eval.tables import Row, read_rows
-from eval.vqa import yes_or_no
+from eval.reading.tables import Row, read_rows
+from eval.scoring.judge import Judge
+from eval.scoring.vqa import yes_or_no
 
 SPLITS = ("adversarial", "popular", "random")
 LABEL_FILE = "coco_pope_"

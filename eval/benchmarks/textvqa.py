@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmarks.base import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
 from eval.errors import EvalError, some
-from eval.judge import Judge
-from eval.tables import Row, read_rows
-from eval.vqa import normalise_answer, vlmevalkit_form
+from eval.reading.tables import Row, read_rows
+from eval.scoring.judge import Judge
+from eval.scoring.vqa import normalise_answer, vlmevalkit_form
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"

@@ -10,6 +10,7 @@ from torch import Tensor
 from llava_skip.checkpoints.files import ADAPTER_CONFIG, find_folder, is_adapter, read_json, read_tensors
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
+from llava_skip.errors import MissingFileError, MissingPackageError, UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 
 _WRAPPER = "base_model.model."
@@ -19,13 +20,13 @@ def find_projector(source: str | Path) -> Path:
     """The file of a projector: itself, or the `mm_projector.bin` of a folder or hub name.
 
     Raises:
-        FileNotFoundError: there is none.
+        MissingFileError: there is none.
     """
     path = Path(source).expanduser()
     if not path.is_file():
         path = find_folder(source) / "mm_projector.bin"
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+        raise MissingFileError(f"{path.parent} has no {path.name}.")
     return path
 
 
@@ -35,7 +36,7 @@ def read_projector(path: Path, report: LoadReport) -> dict[str, Tensor]:
     A tower beside it, as in files that were converted for the paper's own CLIP, is read too; anything else is listed.
 
     Raises:
-        ValueError: the file holds no projector.
+        UserError: the file holds no projector.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in read_tensors(path).items():
@@ -46,7 +47,7 @@ def read_projector(path: Path, report: LoadReport) -> dict[str, Tensor]:
         else:
             report.unused.append(f"{path.name}: {name}")
     if not any("mm_projector" in name for name in weights):
-        raise ValueError(f"{path} holds no weights of a projector (names with mm_projector).")
+        raise UserError(f"{path} holds no weights of a projector (names with mm_projector).")
     return weights
 
 
@@ -56,12 +57,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Whole tensors are those of `non_lora_trainables.bin` and the adapter's saved modules.
 
     Raises:
-        FileNotFoundError: the folder holds no adapter.
+        MissingFileError: the folder holds no adapter.
     """
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     adapter = next((path for path in files if path.is_file()), None)
     if adapter is None or not is_adapter(folder):
-        raise FileNotFoundError(f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors).")
+        raise MissingFileError(f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors).")
     factors: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in read_tensors(adapter).items():
@@ -77,20 +78,20 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
     """Add the product of the low-rank factors to the model's weights.
 
     Raises:
-        ValueError: another kind of adapter, or factors that no module of the model has.
+        UserError: another kind of adapter, or factors that no module of the model has.
     """
     try:
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
-        raise ImportError("Merging a LoRA adapter needs peft: pip install 'llava-skip[train]'.") from error
+        raise MissingPackageError("Merging a LoRA adapter needs peft: pip install 'llava-skip[train]'.") from error
     raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")
+        raise UserError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")
     # Whole module names: a bare q_proj would stand for the vision tower's as well.
     targets = sorted({name.split(".lora_")[0] for name in factors})
     modules = dict(model.named_modules())
     if unknown := [name for name in targets if name not in modules]:
-        raise ValueError(f"The LoRA adapter {folder} changes modules that the model does not have: {unknown}.")
+        raise UserError(f"The LoRA adapter {folder} changes modules that the model does not have: {unknown}.")
     kept = ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out")
     config = LoraConfig(
         **{key: raw[key] for key in kept if key in raw},
@@ -102,7 +103,7 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
     result: Any = set_peft_model_state_dict(wrapped, {f"{_WRAPPER}{name}": tensor for name, tensor in factors.items()})
     absent = [name for name in result.missing_keys if ".lora_" in name]
     if result.unexpected_keys or absent:
-        raise ValueError(
+        raise UserError(
             f"The LoRA adapter {folder} does not fit its adapter_config.json. Unknown: {result.unexpected_keys}. "
             f"Missing: {absent}."
         )

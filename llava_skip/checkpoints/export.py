@@ -8,6 +8,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import LlavaConfig, LlavaProcessor
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
 
@@ -32,17 +33,17 @@ def export_llava_hf(
         processor: the model's; with it theirs is written too.
 
     Raises:
-        ValueError: the model skips, or has another front end: transformers' LLaVA cannot compute that.
+        UserError: the model skips, or has another front end: transformers' LLaVA cannot compute that.
     """
     config = model.config
     if config.skip is not None:
-        raise ValueError(
+        raise UserError(
             "The model skips: transformers' LLaVA merges no tokens, has no summary layer and runs the FFN on every "
             "row, so its logits would be others. Save it with save_pretrained, or load it "
             "with preset='llava' (--preset llava)."
         )
     if config.front_end != "llava":
-        raise ValueError(
+        raise UserError(
             f"The front end is {config.front_end!r}; transformers' LLaVA has only one crop of CLIP patches and an MLP."
         )
     folder = Path(folder)
@@ -74,4 +75,4 @@ def _hub_name(name: str) -> str:
     for prefix, other in _HUB_NAMES:
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)
-    raise ValueError(f"transformers' LLaVA has no place for {name}.")
+    raise UserError(f"transformers' LLaVA has no place for {name}.")

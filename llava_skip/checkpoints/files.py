@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llava_skip.errors import MissingFileError, MissingPackageError, UserError
 from llava_skip.processing import IMAGE_TOKEN
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -33,14 +34,14 @@ def find_folder(source: str | Path) -> Path:
     """The folder of a checkpoint: a local one, or the download of a hub name (`owner/name`).
 
     Raises:
-        FileNotFoundError: neither.
+        MissingFileError: neither.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     name = str(source)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name} is no folder: give a checkpoint folder or a hub name (owner/name).")
+        raise MissingFileError(f"{name} is no folder: give a checkpoint folder or a hub name (owner/name).")
     folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
     if not any(folder.glob("*.safetensors")):  # only then the pickled weights, which would double the download
         snapshot_download(name, allow_patterns=["*.bin"])
@@ -51,10 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+        raise MissingFileError(f"{path.parent} has no {path.name}.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -62,14 +63,14 @@ def find_model_weights(folder: Path) -> list[Path]:
     """The files of a model folder's weights: safetensors before pytorch_model.bin, one file or shards.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that the index names is missing.
+        MissingFileError: no weights, or a shard that the index names is missing.
     """
     for name in _MODEL_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(read_json(index)["weight_map"].values()))
             if absent := [shard for shard in shards if not (folder / shard).is_file()]:
-                raise FileNotFoundError(f"{folder} lacks the shards {absent} that {index.name} names.")
+                raise MissingFileError(f"{folder} lacks the shards {absent} that {index.name} names.")
             return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
@@ -82,9 +83,7 @@ def find_model_weights(folder: Path) -> list[Path]:
         )
     elif (folder / "mm_projector.bin").is_file():
         hint = " It holds a projector: load its language model and give this folder as projector."
-    raise FileNotFoundError(
-        f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}"
-    )
+    raise MissingFileError(f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}")
 
 
 def read_model_weights(folder: Path) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, mapped into memory where its format allows.
 
     Raises:
-        ValueError: a pickle that holds anything but tensors and plain data.
+        UserError: a pickle that holds anything but tensors and plain data.
     """
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -104,9 +103,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # A pickle may run any code; weights_only refuses all but tensors. Old, unzipped files cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it does not hold plain tensors ({_first_line(error)})") from error
+        raise UserError(f"{path} is refused: it does not hold plain tensors ({_first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} is refused: it does not hold a dictionary of tensors.")
+        raise UserError(f"{path} is refused: it does not hold a dictionary of tensors.")
     return content
 
 
@@ -123,14 +122,14 @@ def load_tokenizer(folder: Path, text: PreTrainedConfig) -> PreTrainedTokenizerB
             its own config.json may be of a type that transformers does not know, or takes for another one.
 
     Raises:
-        ImportError: the folder has a SentencePiece tokenizer alone, and that package is not installed.
+        MissingPackageError: the folder has a SentencePiece tokenizer alone, and that package is not installed.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     sentencepiece_alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_alone and importlib.util.find_spec("sentencepiece") is None:
         # transformers would ask for another package here, with which it still could not read the file.
-        raise ImportError(f"The tokenizer.model of {folder} needs sentencepiece: pip install sentencepiece.")
+        raise MissingPackageError(f"The tokenizer.model of {folder} needs sentencepiece: pip install sentencepiece.")
     tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

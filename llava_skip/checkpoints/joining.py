@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, PreTrainedModel
 
 from llava_skip.checkpoints.names import native_name
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.vision.clip import resize_positions
 
@@ -22,7 +23,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
         may_miss: prefixes of parameters that may keep the values they have.
 
     Raises:
-        ValueError: lists what is missing, unknown or of another shape.
+        UserError: lists what is missing, unknown or of another shape.
     """
     own = model.state_dict()
     skipped = tuple(may_miss)
@@ -34,9 +35,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
         if name in own and weights[name].shape != own[name].shape
     ]
     if missing or unknown or reshaped:
-        raise ValueError(
-            f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}."
-        )
+        raise UserError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
     model.load_state_dict(weights, strict=False)
 
 
@@ -63,7 +62,7 @@ def build_from_parts(
         tower: a CLIP vision model of `config.vision_config`; its position table is resized if that has larger pictures.
 
     Raises:
-        ValueError: a weight of the two is missing, unknown or of another shape.
+        UserError: a weight of the two is missing, unknown or of another shape.
     """
     language.resize_token_embeddings(config.text_config.vocab_size)
     model = LlavaSkipForConditionalGeneration(config)

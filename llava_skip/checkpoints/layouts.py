@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.errors import UserError
 from llava_skip.presets import PRESETS, skip_for_model
 from llava_skip.vision.resampler import ResamplerConfig
 
@@ -36,7 +37,7 @@ def detect_layout(raw: Mapping[str, Any]) -> str:
     its own class and fills up with the sizes of a 7B model, whatever the file says.
 
     Raises:
-        ValueError: none that is known.
+        UserError: none that is known.
     """
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
     if kind == LlavaSkipConfig.model_type:
@@ -48,7 +49,7 @@ def detect_layout(raw: Mapping[str, Any]) -> str:
             return ORIGINAL
         if kind in CONFIG_MAPPING and kind != "llava" and "hidden_size" in raw:
             return LANGUAGE
-    raise ValueError(
+    raise UserError(
         f"The config.json (model_type {kind!r}, architectures {classes}) is of no known layout: it is neither "
         f"{NATIVE}, nor {LLAVA_HF} or {LLAVA_NEXT} (text_config), nor {ORIGINAL} (mm_vision_tower), nor a "
         "language model."
@@ -59,17 +60,17 @@ def text_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The language model's configuration from a flat config.json, LLaVA's own or a plain language model's.
 
     Raises:
-        ValueError: a size is missing (defaults would be those of another model), or an unknown kind.
+        UserError: a size is missing (defaults would be those of another model), or an unknown kind.
     """
     if absent := [name for name in _SIZES if name not in raw]:
-        raise ValueError(f"The config.json lacks {absent}; sizes are never guessed.")
+        raise UserError(f"The config.json lacks {absent}; sizes are never guessed.")
     kinds = [(raw.get("model_type") or "").removeprefix("llava_")]
     kinds += [found[1].lower() for name in raw.get("architectures") or [] if (found := _ORIGINAL_CLASS.match(name))]
     # "llava" alone says nothing of the language model; the class does, if it is one of LLaVA's.
     known = [{"qwen": "qwen2"}.get(kind, kind) for kind in kinds if kind != "llava"] or ["llama"]
     kind = known[-1] if known[-1] in CONFIG_MAPPING else known[0]
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"The language model of the config.json is of the unknown type {kind!r}.")
+        raise UserError(f"The language model of the config.json is of the unknown type {kind!r}.")
     return CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if not _NOT_OF_THE_TEXT.match(key)})
 
 
@@ -77,13 +78,13 @@ def tower_config(source: str) -> CLIPVisionConfig:
     """Configuration of a CLIP folder or hub name: of its vision side, if it holds both.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another kind of tower.
+        MissingFileError: no such folder.
+        UserError: another kind of tower.
     """
     config = AutoConfig.from_pretrained(find_folder(source))
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
-        raise ValueError(f"The vision tower {source} is of type {config.model_type!r}; only CLIP towers are supported.")
+        raise UserError(f"The vision tower {source} is of type {config.model_type!r}; only CLIP towers are supported.")
     return config
 
 
@@ -129,7 +130,7 @@ def flat_config(
         report: what is inferred or has no counterpart is noted there.
 
     Raises:
-        ValueError: a setting that the model cannot express.
+        UserError: a setting that the model cannot express.
     """
     _check_settings(raw, report)
     resolution = raw.get("backbone_resolution", -1)
@@ -154,9 +155,9 @@ def flat_config(
 def _check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
     kind = raw.get("mm_projector_type", "mlp2x_gelu")
     if kind == "identity" or re.fullmatch(r"mlp(?!2x)\d+x_gelu", kind):
-        raise ValueError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
+        raise UserError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
     if raw.get("s2"):
-        raise ValueError("s2 is set: the multi-scale tower is not supported.")
+        raise UserError("s2 is set: the multi-scale tower is not supported.")
     if raw.get("mm_use_im_start_end"):
         report.notes.append("mm_use_im_start_end is true: prompts here do not put those tokens around a picture.")
     if (merge := raw.get("mm_patch_merge_type", "flat")) != "flat":
@@ -182,7 +183,7 @@ def _resampler(
     if counts:
         order = [int(count) for count in counts[1].split("+")]
         if sorted(order) != sorted(queries for _, queries in scales):
-            raise ValueError(f"cos_config_version is {version!r}, but the weights have the (window, queries) {scales}.")
+            raise UserError(f"cos_config_version is {version!r}, but the weights have the (window, queries) {scales}.")
         scales.sort(key=lambda scale: order.index(scale[1]))
         if len(set(order)) < len(order):  # equal counts need not stand side by side
             left = list(scales)
@@ -228,13 +229,13 @@ def with_skip(
         report: what is inferred is noted there.
 
     Raises:
-        ValueError: a preset that does not fit, or a summary layer without a word on how many tokens skip.
+        UserError: a preset that does not fit, or a summary layer without a word on how many tokens skip.
     """
     if not preset and not skip and (not summary or config.skip is not None):
         return config
     if not preset and not skip:
         if not (raw.get("use_zip") or raw.get("use_hd")):
-            raise ValueError(
+            raise UserError(
                 "The checkpoint holds a summary layer (model.ada), but its config.json does not say how many tokens "
                 "skip: name the preset (sv-llava-...) or give skip."
             )

@@ -20,6 +20,7 @@ from llava_skip.checkpoints.joining import POSITIONS, fit_positions
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, fields_for_tower
 from llava_skip.processing import find_image_token
@@ -60,12 +61,12 @@ def load_checkpoint(
         log: log the report if there is anything to tell.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: an unknown layout, or weights that do not fit: all of them are listed.
-        ImportError: a package that a LoRA adapter or a tokenizer needs is not installed.
+        MissingFileError: a file is missing.
+        UserError: an unknown layout, or weights that do not fit: all of them are listed.
+        MissingPackageError: a package that a LoRA adapter or a tokenizer needs is not installed.
     """
     if preset and skip:
-        raise ValueError("Give preset or skip, not both.")
+        raise UserError("Give preset or skip, not both.")
     folder, report = find_folder(path), LoadReport(str(path))
     adapter = find_folder(lora) if lora else None
     raw, weights, factors, own_tower = _read(folder, adapter, find_projector(projector) if projector else None, report)
@@ -141,9 +142,7 @@ def _configure(
         config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
     else:
         if vision_tower:
-            raise ValueError(
-                f"{folder} has a vision tower of its own (layout {report.layout}): leave vision_tower out."
-            )
+            raise UserError(f"{folder} has a vision tower of its own (layout {report.layout}): leave vision_tower out.")
         config = LlavaSkipConfig.from_dict(raw) if report.layout == layouts.NATIVE else layouts.hf_config(raw)
         if report.layout == layouts.LLAVA_NEXT:
             report.notes.append("LlavaNext cuts pictures to tiles with image_newline; here a picture is one crop.")
@@ -154,7 +153,7 @@ def _configure(
 def _make_room(text: Any, weights: dict[str, Tensor], folder: Path) -> int:
     """Enlarge the vocabulary, to a multiple of 64, so that the image token has an id; returns the id."""
     if _EMBEDDING not in weights:
-        raise ValueError("The checkpoint has no embedding of the language model: is it a whole model?")
+        raise UserError("The checkpoint has no embedding of the language model: is it a whole model?")
     text.vocab_size = weights[_EMBEDDING].shape[0]
     tokenizer = load_tokenizer(folder, text)
     image_token = text.vocab_size if tokenizer is None else find_image_token(tokenizer)
@@ -180,7 +179,7 @@ def _tower(
         report.notes.append(f"The tower {source} is no folder: its sizes are read from its weights, heads of 64.")
         return layouts.tower_config_of_weights(weights), {}
     if source is None:
-        raise ValueError(f"{folder} holds no vision tower and names none: give vision_tower.")
+        raise UserError(f"{folder} holds no vision tower and names none: give vision_tower.")
     config = layouts.tower_config(source)
     if held:
         return config, {}
@@ -196,7 +195,7 @@ def _express_linear(weights: dict[str, Tensor], raw: dict[str, Any], report: Loa
     """A linear projector is the model's two layers with no activation between them, the second the identity."""
     if "model.mm_projector.weight" not in weights:
         if raw.get("mm_projector_type") == "linear":
-            raise ValueError("mm_projector_type is 'linear', but there is no model.mm_projector.weight.")
+            raise UserError("mm_projector_type is 'linear', but there is no model.mm_projector.weight.")
         return
     first = weights.pop("model.mm_projector.weight")
     width = first.shape[0]
@@ -224,7 +223,7 @@ def _fit(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadReport
 
 
 def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadReport, new_projector: bool) -> None:
-    """Fill the report's lists; raise ValueError for whatever would change what the checkpoint computes."""
+    """Fill the report's lists; raise UserError for whatever would change what the checkpoint computes."""
     with torch.device("meta"):
         model = LlavaSkipForConditionalGeneration(config)
     own = model.state_dict()
@@ -244,7 +243,7 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
     if _HEAD in tied and _HEAD in weights and not torch.equal(weights[_HEAD], weights[_EMBEDDING]):
         shapes.append(f"{_HEAD} differs from the embedding, although tie_word_embeddings is true")
     if missing or essential or shapes:
-        raise ValueError(
+        raise UserError(
             f"{report.source} (layout {report.layout}) does not fit the model of its config.json. Missing: {missing}. "
             f"Unknown: {essential}. Shape: {shapes}. Not used: {report.unused}."
         )

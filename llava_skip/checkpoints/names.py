@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from llava_skip.errors import UserError
+
 _TOWER, _PROJECTOR, _LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 _BLOCK = r"^model\.vision_tower\.transformer\.resblocks\.(\d+)\."
 
@@ -64,7 +66,7 @@ def native_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     `rotary_emb.inv_freq`, which old files hold, is left out: it is computed from the configuration.
 
     Raises:
-        ValueError: two tensors stand for the same weight.
+        UserError: two tensors stand for the same weight.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -72,7 +74,7 @@ def native_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         for native, part in (_split_attention(name, tensor) or {native_name(name): tensor}).items():
             if native in result:
-                raise ValueError(f"Two tensors of the checkpoint stand for {native}; one of them is {name}.")
+                raise UserError(f"Two tensors of the checkpoint stand for {native}; one of them is {name}.")
             result[native] = part
     return result
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from llava_skip.errors import UserError
+
 
 class ClipTower(CLIPVisionModel):
     """transformers' CLIPVisionModel that gives one layer's hidden states instead of the last layer's."""
@@ -28,7 +30,7 @@ class ClipTower(CLIPVisionModel):
             hidden states [N, 1 + P, C], the class token first; scores [N, P] (summed over heads) or None.
 
         Raises:
-            ValueError: pictures of another size than the tower's, or a layer that it does not have.
+            UserError: pictures of another size than the tower's, or a layer that it does not have.
         """
         hidden_states = self._embed(pixel_values)
         layers = self.encoder.layers[: self._used_layers(feature_layer, rank)]
@@ -47,7 +49,7 @@ class ClipTower(CLIPVisionModel):
     def _embed(self, pixel_values: Tensor) -> Tensor:
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
-            raise ValueError(
+            raise UserError(
                 f"Pictures are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
                 "set the image processor's crop_size to the tower's image_size."
             )
@@ -57,7 +59,7 @@ class ClipTower(CLIPVisionModel):
         depth = len(self.encoder.layers)
         used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
         if not (1 if rank else 0) <= used <= depth:
-            raise ValueError(f"vision_feature_layer is {feature_layer}, but the tower has {depth} layers.")
+            raise UserError(f"vision_feature_layer is {feature_layer}, but the tower has {depth} layers.")
         return used
 
 
@@ -89,11 +91,11 @@ def resize_positions(table: Tensor, patches: int) -> Tensor:
     align them and gives other numbers.
 
     Raises:
-        ValueError: one of the two grids is not a square.
+        UserError: one of the two grids is not a square.
     """
     old, new = round((table.shape[0] - 1) ** 0.5), round(patches**0.5)
     if old * old != table.shape[0] - 1 or new * new != patches:
-        raise ValueError(f"Positions of {table.shape[0] - 1} patches cannot become {patches}: both must be squares.")
+        raise UserError(f"Positions of {table.shape[0] - 1} patches cannot become {patches}: both must be squares.")
     grid = table[1:].float().T.reshape(1, -1, old, old)
     resized = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
     return torch.cat([table[:1], resized.flatten(2)[0].T.to(table.dtype)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.errors import UserError
 from llava_skip.tokens import retained_first
 from llava_skip.vision.clip import ClipTower
 
@@ -35,7 +36,7 @@ def visual_tokens(
         config: names the front end.
 
     Raises:
-        ValueError: `crop_counts` is missing, or does not add up.
+        UserError: `crop_counts` is missing, or does not add up.
     """
     if config.front_end == "hd":
         return _tiles(tower, projector, pixel_values, crop_counts, config)
@@ -60,7 +61,7 @@ def _tiles(
     """LLaVA-HD: the thumbnail leads, then the tiles; the tower runs once over all crops of the batch."""
     counts = [] if crop_counts is None else crop_counts.tolist()
     if sum(counts) != pixel_values.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"front_end 'hd' has {pixel_values.shape[0]} crops, and crop_counts says {counts or 'nothing'}: give the "
             "crop_counts of the processor along with its pixel_values."
         )

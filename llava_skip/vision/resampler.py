@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_skip.errors import UserError
 from llava_skip.tokens import free_parameter
 
 
@@ -38,19 +39,19 @@ class ResamplerConfig:
         for name in ("windows", "queries", "levels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.windows or len(self.windows) != len(self.queries):
-            raise ValueError(
+            raise UserError(
                 f"resampler.windows has {len(self.windows)} scales and resampler.queries {len(self.queries)}: "
                 "give both the same number, at least one."
             )
         if not self.levels:
-            raise ValueError("resampler.levels is empty: name at least one block of the tower.")
+            raise UserError("resampler.levels is empty: name at least one block of the tower.")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ResamplerConfig:
         """Build from the `resampler` entry of a config.json; an unknown field is an error."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(data) - known):
-            raise ValueError(f"resampler has the unknown fields {unknown}; known fields are {sorted(known)}.")
+            raise UserError(f"resampler has the unknown fields {unknown}; known fields are {sorted(known)}.")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,16 +64,16 @@ class ResamplerConfig:
         return tuple(level + self.level_offset for level in self.levels)
 
     def check(self, side: int, layers: int) -> None:
-        """Raise ValueError if the scales do not fit a tower of side x side features and so many layers."""
+        """Raise UserError if the scales do not fit a tower of side x side features and so many layers."""
         for window, queries in zip(self.windows, self.queries, strict=True):
             count = (side // window) ** 2
             if side % window or queries % count:
-                raise ValueError(
+                raise UserError(
                     f"resampler: windows of {window} with {queries} queries do not fit {side} x {side} features: the "
                     "window must divide the side, and the number of windows the queries."
                 )
         if not all(0 <= index <= layers for index in self.hidden_states):
-            raise ValueError(
+            raise UserError(
                 f"resampler.levels {list(self.levels)} with level_offset {self.level_offset} name layers that a tower "
                 f"of {layers} does not have."
             )

@@ -18,6 +18,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from llava_skip.errors import UserError
+
 from .formats import caption_record, training_records, write_json, write_mmbench, write_mmstar, write_mmvet
 from .scenes import digit_pools
 from .short_answers import (
@@ -46,7 +48,7 @@ def ensure_built(
     Several processes may call it at once: one builds, the others wait for it.
     """
     if train_images < 1:
-        raise ValueError(f"train_images is {train_images}, but a data set needs at least one picture")
+        raise UserError(f"train_images is {train_images}, but a data set needs at least one picture")
     output = Path(output)
     request = {
         "builder_version": BUILDER_VERSION,

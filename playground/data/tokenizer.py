@@ -8,6 +8,8 @@ from importlib.resources import files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llava_skip.errors import MissingFileError
+
 from .questions import INSTRUCTION, SHORT_INSTRUCTION
 
 VOCAB_SIZE = 1024
@@ -81,5 +83,5 @@ def load_chat_template() -> str:
     """The chat template of the library's Vicuna conversation format, the shortest one around a turn."""
     template = files("llava_skip") / "templates" / "v1.jinja"
     if not template.is_file():
-        raise FileNotFoundError(f"the chat template {template} is missing: is llava_skip installed completely?")
+        raise MissingFileError(f"the chat template {template} is missing: is llava_skip installed completely?")
     return template.read_text(encoding="utf-8")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers import AnswerLog
+from eval.answering.answers import AnswerLog
 from eval.errors import EvalError
 
 RUN = {"model_sha256": "m", "data_sha256": "d"}

@@ -15,8 +15,8 @@ from eval.benchmarks.mmbench import MMBench, llava_prompt, lmms_eval_prompt
 from eval.benchmarks.mmstar import MMStar
 from eval.benchmarks.mmvet import MMVet
 from eval.errors import EvalError
+from eval.reading.tables import CELL_LIMIT, StoredText, read_rows
 from eval.score import score_file
-from eval.tables import CELL_LIMIT, StoredText, read_rows
 from tests.eval.test_score import write as write_rows
 
 Rows = list[dict[str, Any]]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eval.compare import app, compare
-from eval.report import write_json
+from eval.showing.score_table import write_json
 
 FACTS: dict[str, Any] = {
     "benchmark": "mmstar",

@@ -1,7 +1,7 @@
 import pytest
 
 from eval.benchmarks.mmstar import is_right
-from eval.extraction import EXTRACTORS, is_lookalike, lmms_eval, lmms_eval_static, vlmevalkit, vlmevalkit_2024
+from eval.scoring.extraction import EXTRACTORS, is_lookalike, lmms_eval, lmms_eval_static, vlmevalkit, vlmevalkit_2024
 
 OPTIONS = {"A": "a red car", "B": "a blue boat", "C": "two dogs", "D": "nothing"}
 RULES = ("vlmevalkit", "vlmevalkit-2024", "lmms-eval", "lmms-eval-static", "mmstar-official")

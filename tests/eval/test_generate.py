@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval.answering.generate import Generator, conversation, numerics
+from eval.answering.models import check_model
 from eval.errors import EvalError
-from eval.generate import Generator, conversation, numerics
-from eval.images import Picture
-from eval.models import check_model
+from eval.reading.images import Picture
 
 
 def noise(seed: int) -> Picture:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from eval.errors import EvalError
-from eval.images import Picture, row_pictures
+from eval.reading.images import Picture, row_pictures
 from llava_skip.vision.pictures import to_rgb
 
 

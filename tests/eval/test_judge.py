@@ -20,8 +20,8 @@ import pytest
 
 from eval.benchmarks.mmvet import MMVet
 from eval.errors import EvalError, JudgeUnavailable
-from eval.grading import REASK
-from eval.judge import Judge, parse_retry_after
+from eval.scoring.grading import REASK
+from eval.scoring.judge import Judge, parse_retry_after
 
 ROOT = Path(__file__).parents[2]
 TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", "cut", "no choices", "list")

@@ -89,9 +89,9 @@ def test_a_task_of_lmms_eval_gets_the_answers_of_the_runner(
 
     (samples,) = (tmp_path / "out").rglob("*samples_digits.jsonl")
     answered = [json.loads(line) for line in samples.read_text().splitlines()]
-    from eval.generate import Generator, numerics
-    from eval.images import Picture
-    from eval.models import check_model
+    from eval.answering.generate import Generator, numerics
+    from eval.answering.models import check_model
+    from eval.reading.images import Picture
 
     generator = Generator(check_model(saved), numerics())
     expected = [generator.answer([r["question"]], [(Picture("", r["image"]),)], 4)[0] for r in rows]

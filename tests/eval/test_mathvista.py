@@ -14,8 +14,8 @@ from eval.benchmarks.mathvista import (
     prefetch,
 )
 from eval.errors import EvalError
-from eval.judge import Judge
 from eval.score import score_file
+from eval.scoring.judge import Judge
 
 CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["3/11", "8/11", "6"], "answer": "8/11"}
 INTEGER = {"question_type": "free_form", "answer_type": "integer", "choices": [], "answer": "14"}

@@ -5,12 +5,12 @@ from typing import Any
 import openpyxl
 import pytest
 
+from eval.benchmark import match
 from eval.benchmarks import BENCHMARKS, get_benchmark
-from eval.benchmarks.base import match
 from eval.benchmarks.mmbench import MMBench, edition, question_text, short_groups
 from eval.errors import EvalError
-from eval.judge import Judge
-from eval.tables import read_rows
+from eval.reading.tables import read_rows
+from eval.scoring.judge import Judge
 
 Rows = list[dict[str, Any]]
 PERFECT = {7: "A", 9: "C", 1000007: "B", 1000009: "A", 2000009: "B"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.benchmarks.base import match
+from eval.benchmark import match
 from eval.benchmarks.mme import MME, lmms_eval_answer, official_answer
 from eval.errors import EvalError
 from eval.score import score_file

@@ -8,7 +8,7 @@ import pytest
 
 from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_pictures
 from eval.errors import EvalError
-from eval.images import Picture
+from eval.reading.images import Picture
 from eval.score import score_file
 
 CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}

@@ -7,8 +7,8 @@ import pytest
 
 from eval.benchmarks.mmvet import MMVet
 from eval.errors import EvalError, JudgeUnavailable
-from eval.grading import WORKED_CASES, grading_prompt, parse_grade
-from eval.judge import Judge
+from eval.scoring.grading import WORKED_CASES, grading_prompt, parse_grade
+from eval.scoring.judge import Judge
 
 ANSWERS = {"v1_0": "-1 | and\n-5", "v1_1": "there", "v1_2": "thus"}
 Start = Callable[[list[str | int | bytes]], Any]

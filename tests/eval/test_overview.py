@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from eval.overview import app
-from eval.report import write_json, write_lines
-from eval.tables import sha256
+from eval.reading.tables import sha256
+from eval.showing.score_table import write_json, write_lines
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = (

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import eval.generate
-from eval.models import check_model, newest_model
+import eval.answering.generate
+from eval.answering.models import check_model, newest_model
 from eval.run import app
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ class Echo:
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(eval.generate, "Generator", Echo)
+    monkeypatch.setattr(eval.answering.generate, "Generator", Echo)
     monkeypatch.setattr(Echo, "batches", [])
     monkeypatch.setattr(Echo, "loaded", [])
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -310,7 +310,7 @@ def test_model_hash_leaves_logs_out(model_folder: Path) -> None:
 
 SLOW_RUN = textwrap.dedent("""
     import sys, time
-    import eval.generate
+    import eval.answering.generate
     from eval.run import app
 
     class Slow:
@@ -321,7 +321,7 @@ SLOW_RUN = textwrap.dedent("""
             time.sleep(0.2)
             return [prompt[9] + ". " + "x" * 2000 for prompt in prompts]
 
-    eval.generate.Generator = Slow
+    eval.answering.generate.Generator = Slow
     app(sys.argv[1:])
 """)
 

@@ -6,7 +6,7 @@ import openpyxl
 import pytest
 
 from eval.errors import EvalError
-from eval.tables import read_rows, sha256, write_xlsx
+from eval.reading.tables import read_rows, sha256, write_xlsx
 
 
 def test_words_that_look_missing_stay(tmp_path: Path) -> None:

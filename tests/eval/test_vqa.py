@@ -10,7 +10,7 @@ from eval.benchmarks.ocrbench import OCRBench, is_hit
 from eval.benchmarks.textvqa import TextVQA, asked_question, soft_accuracy
 from eval.errors import EvalError
 from eval.score import score_file
-from eval.vqa import normalise_answer, yes_or_no
+from eval.scoring.vqa import normalise_answer, yes_or_no
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 

@@ -3,9 +3,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip import SkipConfig, preset_config
-from llava_skip.analysis import decoder_flops, picture_cost
+from llava_skip.flops import decoder_flops, picture_cost
 from llava_skip.routing import skipped_rows
-from tests.small_models import batch_of, mixed_samples, small_model
+from tests.support.small_models import batch_of, mixed_samples, small_model
 
 
 @pytest.mark.parametrize("skip", [None, SkipConfig(5, 7)])

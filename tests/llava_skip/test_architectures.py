@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from tests.small_models import ARCHITECTURES, batch_of, mixed_samples, real_rows, small_model
+from tests.support.small_models import ARCHITECTURES, batch_of, mixed_samples, real_rows, small_model
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from llava_skip import ForgettingCache
 from llava_skip.cache import GROWTH, GrowingLayer
-from tests.small_models import Sample, batch_of, mixed_samples, small_model
+from tests.support.small_models import Sample, batch_of, mixed_samples, small_model
 
 PICTURES = (1, 2, 0, 2)
 

@@ -2,7 +2,7 @@ import pytest
 
 from llava_skip import LlavaSkipConfig, SkipConfig, preset_config
 from llava_skip.presets import PRESETS, SIZES, preset_skip
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 
 
 def test_presets_have_the_numbers_of_the_paper():

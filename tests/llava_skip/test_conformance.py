@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava_skip.conformance import GoldenFolder, check_golden
+from tests.conformance import GoldenFolder, check_golden
 
 GOLDENS = Path("tests/goldens")
 
@@ -20,7 +20,7 @@ def test_golden_is_reproduced(name):
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llava_skip.conformance", str(folder), *options]
+    command = [sys.executable, "-m", "tests.conformance", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 

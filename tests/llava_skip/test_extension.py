@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_skip.checkpoints import native_name
-from llava_skip.vision.extension import EXTENSIONS, extend_resampler
+from llava_skip.checkpoints.extension import EXTENSIONS, extend_resampler
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
 
 PREFIX = "model.mm_projector."

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from llava_skip import ForgettingCache, SkipConfig
 from llava_skip.routing import skipped_rows
-from tests.small_models import (
+from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
     Sample,

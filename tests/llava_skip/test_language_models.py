@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
-from llava_skip.analysis import decoder_flops
 from llava_skip.decoder import LANGUAGE_MODELS, build_language_model
-from tests.small_models import IMAGE_TOKEN_ID, SKIP, TEXT_SIZES, Sample, batch_of, small_config
+from llava_skip.flops import decoder_flops
+from tests.support.small_models import IMAGE_TOKEN_ID, SKIP, TEXT_SIZES, Sample, batch_of, small_config
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
 TEXTS = {

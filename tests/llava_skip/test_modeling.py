@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_skip import LlavaSkipForConditionalGeneration, SkipConfig, modeling
-from tests.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, real_rows, small_model
+from tests.support.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, real_rows, small_model
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
 

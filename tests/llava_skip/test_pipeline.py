@@ -6,7 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor
 from tests.llava_skip.test_processing import byte_tokenizer, picture
-from tests.small_models import ARCHITECTURES, small_config
+from tests.support.small_models import ARCHITECTURES, small_config
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False}
 

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, SkipConfig
 from llava_skip.conversation import load_template, template_names
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ROWS = 14

@@ -7,7 +7,7 @@ from transformers import LlamaTokenizer
 from llava_skip import LlavaSkipProcessor
 from llava_skip.conversation import LLAVA_VERSIONS, load_template, template_names
 from tests.llava_skip.test_processing import SPECIAL, TURNS, byte_tokenizer, picture, segments
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "

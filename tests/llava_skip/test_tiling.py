@@ -10,7 +10,7 @@ from llava_skip import LlavaSkipProcessor
 from llava_skip.vision.resampler import ResamplerConfig, cut_windows
 from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles
 from tests.llava_skip.test_processing import byte_tokenizer
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 
 
 def test_the_larger_grid_wins_a_tie_only_for_a_large_picture():

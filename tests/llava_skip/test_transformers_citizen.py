@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 from transformers.generation import CompileConfig
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipModel, SkipConfig
-from tests.small_models import (
+from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
     batch_of,

@@ -5,7 +5,7 @@ import torch
 
 from llava_skip import SkipConfig, preset_config
 from llava_skip.presets import skip_for_model
-from tests.small_models import batch_of, mixed_samples, real_rows, small_config, small_model
+from tests.support.small_models import batch_of, mixed_samples, real_rows, small_config, small_model
 
 SIZES = {"retained": 5, "skipped": 7}
 

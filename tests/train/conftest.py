@@ -3,7 +3,7 @@ from PIL import Image
 
 from llava_skip import LlavaSkipProcessor, SkipConfig
 from tests.llava_skip.test_processing import byte_tokenizer
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaCon
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from tests.llava_skip.test_processing import byte_tokenizer
-from tests.small_models import small_config, small_model
+from tests.support.small_models import small_config, small_model
 from train.arguments import ModelArguments
-from train.setup import build_model, check_weights, prepare
+from train.recipe.model import build_model, check_weights, prepare
 from train.train import check_output, main, parse
 
 

@@ -3,12 +3,12 @@ import json
 import pytest
 
 from llava_skip import LlavaSkipForConditionalGeneration
+from llava_skip.exits import USER_ERROR
 from tests.llava_skip.test_processing import byte_tokenizer, picture
-from tests.small_models import small_config
-from tests.train.interrupted import Attempts
-from tests.train.runs import train
+from tests.support.interrupted import Attempts
+from tests.support.runs import train
+from tests.support.small_models import small_config
 from tests.train.test_data import record
-from train.exits import USER_ERROR
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.train.interrupted import ROOT
+from tests.support.interrupted import ROOT
 
 BUILD = """
 import os, signal, sys
 from torch.utils import cpp_extension
-from train.deepspeed_setup import prepare_deepspeed
+from train.resilience.deepspeed_operators import prepare_deepspeed
 
 prepare_deepspeed()
 source, killed = sys.argv[1:]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from playground.data.build import ensure_built
-from tests.train.runs import ROOT, run, train
-from tests.train.stand_ins import language_model, vision_tower
+from tests.support.runs import ROOT, run, train
+from tests.support.stand_ins import language_model, vision_tower
 
 PAGE = (ROOT / "docs/training.md").read_text()
 

@@ -1,8 +1,8 @@
 import pytest
 
-from train import folder
 from train.arguments import RunArguments
-from train.folder import RunFolder
+from train.resilience import run_folder as folder
+from train.resilience.run_folder import RunFolder
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path, monkeypatch):

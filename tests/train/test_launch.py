@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.exits import NOT_SAVED
+from llava_skip.exits import NOT_SAVED
 from train.launch import find_cause
 
 
@@ -26,7 +26,7 @@ def test_the_rank_that_the_others_failed_over_is_named(ends, cause):
 
 TEARDOWN_THAT_ABORTS = """
 import atexit, os
-from train.exits import leave
+from train.resilience.exits import leave
 
 class Aborts:
     def __del__(self):

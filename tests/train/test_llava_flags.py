@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import ROOT
+from tests.support.runs import ROOT
 from train.llava_flags import FLAGS, Settled, translate
 from train.train import parse
 

@@ -10,13 +10,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from llava_skip.checkpoints import load_checkpoint
 from playground.data.build import ensure_built
-from tests.small_models import small_model
-from tests.train.runs import train
-from tests.train.stand_ins import language_model, vision_tower
+from tests.support.runs import train
+from tests.support.small_models import small_model
+from tests.support.stand_ins import language_model, vision_tower
 from train.arguments import ModelArguments
-from train.lora import check_lora, quantization_config
 from train.merge_lora import load_base, merge
-from train.report import load_json
+from train.recipe.lora import check_lora, quantization_config
+from train.reporting.result import load_json
 from train.train import parse
 
 

@@ -9,13 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
 
+from llava_skip.exits import TRAINING_ERROR
 from playground.data.build import ensure_built
-from tests.small_models import SKIP, batch_of, mixed_samples, small_model
-from tests.train.runs import losses, run, train
+from tests.support.runs import losses, run, train
+from tests.support.small_models import SKIP, batch_of, mixed_samples, small_model
 from train.arguments import RunArguments
-from train.exits import TRAINING_ERROR
-from train.logs import JsonLines, check_reporters
-from train.metrics import Meter, memory_peak, peak_tflops
+from train.reporting.callbacks import JsonLines, check_reporters
+from train.reporting.metrics import Meter, memory_peak, peak_tflops
 from train.train import main
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from playground.data.build import ensure_built
-from tests.train.runs import losses, train, train_many
+from tests.support.runs import losses, train, train_many
 
 STEPS = 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_skip import SkipConfig
-from tests.small_models import ARCHITECTURES, SKIP, mixed_samples, small_model
+from tests.support.small_models import ARCHITECTURES, SKIP, mixed_samples, small_model
 from train.data import collate, collate_flat
 
 VARIANTS = {name: {"architecture": name} for name in ARCHITECTURES}

@@ -1,10 +1,10 @@
 import pytest
 from transformers import Trainer
 
-from tests.small_models import SKIP, small_model
+from tests.support.small_models import SKIP, small_model
 from train.arguments import PARTS, ModelArguments, RunArguments
-from train.lora import add_lora, check_targets
-from train.parts import check_groups, choose_trained, count_parameters, freeze_unused, parameter_groups, part_of
+from train.recipe.lora import add_lora, check_targets
+from train.recipe.parts import check_groups, choose_trained, count_parameters, freeze_unused, parameter_groups, part_of
 
 
 def decays(model):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.train.interrupted import ROOT, Attempts, environment, outcome, write_inputs
-from train.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
+from llava_skip.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
+from tests.support.interrupted import ROOT, Attempts, environment, outcome, write_inputs
 
 KILLS = {
     "in the first step": ("training_step", 1),

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from tests.train.interrupted import ROOT, launch, launch_and_wait, outcome, write_inputs
-from train.exits import HUNG, PREEMPTED, USER_ERROR
+from llava_skip.exits import HUNG, PREEMPTED, USER_ERROR
+from tests.support.interrupted import ROOT, launch, launch_and_wait, outcome, write_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def given(tmp_path):
 
 
 def processes_of(launcher):
-    return [child for child in psutil.Process(launcher.pid).children() if "tests.train.strikes" in child.cmdline()]
+    return [child for child in psutil.Process(launcher.pid).children() if "tests.support.strikes" in child.cmdline()]
 
 
 def wait_for(path, launcher):

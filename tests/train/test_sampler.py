@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from llava_skip import LlavaSkipProcessor
 from tests.llava_skip.test_processing import byte_tokenizer
-from tests.small_models import small_config
+from tests.support.small_models import small_config
 from tests.train.test_data import record, stored
 from train.data import ConversationDataset, sample_lengths
 from train.data.sampler import ModalityLengthSampler, length_order, modality_order

@@ -10,7 +10,7 @@ from tests.llava_skip.test_processing import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments
 from train.data import ConversationDataset, load_records, usable_records
-from train.setup import prepare
+from train.recipe.model import prepare
 from train.validate_data import main, validate
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from train.watchdog import Report, find_culprits
+from train.resilience.watchdog import Report, find_culprits
 
 
 def report(ticks=9, marks=4, waiting=True):

@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from playground.data.build import ensure_built
-from tests.train.runs import ROOT, losses, run, train
-from tests.train.stand_ins import language_model, vision_tower
-from train.parts import part_of
+from tests.support.runs import ROOT, losses, run, train
+from tests.support.stand_ins import language_model, vision_tower
+from train.recipe.parts import part_of
 
 STEPS = 20
 # Of the four samples of a step, the first two go to rank 0 and the others to rank 1.

@@ -2,9 +2,9 @@
 
 from train.data.dataset import COUNTED, ConversationDataset, RecordError, collate, collate_flat
 from train.data.lengths import sample_lengths
-from train.data.reports import dropped_report, usable_records
 from train.data.sources import RecordSet, load_records, load_tables, read_sources
 from train.data.stream import ConversationStream, stream_loader
+from train.data.usable import dropped_report, usable_records
 
 __all__ = [
     "COUNTED",

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
+from llava_skip.errors import MissingFileError, UserError
 from train.data.records import Record, normalise
 
 SCHEMA = Features(
@@ -57,8 +58,8 @@ def read_table(path: str, split: str, config: str | None = None) -> Dataset:
         config: of a hub set that has several.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: what is there cannot be read.
+        MissingFileError: no such file.
+        UserError: what is there cannot be read.
     """
     local = Path(path)
     if local.suffix in JSON_KINDS:
@@ -69,7 +70,7 @@ def read_table(path: str, split: str, config: str | None = None) -> Dataset:
         return _load_folder(local, split)
     if local.exists() or local.is_absolute() or path.count("/") != 1 or path.startswith((".", "~")):
         _existing(local)
-        raise ValueError(f"DATA {path} is of an unknown kind: give .json, .jsonl, .parquet, a folder or a hub name.")
+        raise UserError(f"DATA {path} is of an unknown kind: give .json, .jsonl, .parquet, a folder or a hub name.")
     return datasets.load_dataset(path, config, split=split)
 
 
@@ -91,7 +92,7 @@ def stream_table(path: str, split: str, config: str | None = None) -> IterableDa
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"DATA {path} does not exist: give a LLaVA conversation JSON file, or another set.")
+        raise MissingFileError(f"DATA {path} does not exist: give a LLaVA conversation JSON file, or another set.")
     return path
 
 
@@ -99,13 +100,13 @@ def _load_folder(folder: Path, split: str) -> Dataset:
     if not ((folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()):
         files = sorted(str(file) for file in folder.glob("**/*.parquet"))
         if not files:
-            raise ValueError(f"DATA {folder} is a folder, but neither saved by `datasets` nor one of .parquet files.")
+            raise UserError(f"DATA {folder} is a folder, but neither saved by `datasets` nor one of .parquet files.")
         return datasets.load_dataset("parquet", data_files=files, split="train")
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, Dataset):
         return loaded
     if split not in loaded:
-        raise ValueError(f"DATA {folder} has the splits {', '.join(loaded)}, not {split!r}: name one with `split`.")
+        raise UserError(f"DATA {folder} has the splits {', '.join(loaded)}, not {split!r}: name one with `split`.")
     return loaded[split]
 
 
@@ -132,7 +133,7 @@ def _json_records(path: str, stamp: Any = None, version: int = FORMAT) -> Iterat
         record["images"] = [image if isinstance(image, str) else image["path"] for image in record["images"]]
         yield dict(record)
     if not found:
-        raise ValueError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
+        raise UserError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
 
 
 class _Broken(dict):
@@ -143,7 +144,7 @@ def _lines(path: str) -> Iterator[Any]:
     with open(path, "rb") as file:  # json passes over a byte order mark in bytes, but not in text
         for number, line in enumerate(file, start=1):
             if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
-                raise ValueError(f"DATA {path} holds a list, not one object a line: name it .json.")
+                raise UserError(f"DATA {path} holds a list, not one object a line: name it .json.")
             if line.strip():
                 try:
                     yield json.loads(line)
@@ -166,8 +167,8 @@ def _items(path: str) -> Iterator[Any]:
             json.load(file)
         except (ijson.JSONError, json.JSONDecodeError, UnicodeDecodeError) as error:
             hint = " (one object a line is named .jsonl)" if str(error).startswith("Extra data") else ""
-            raise ValueError(f"DATA {path} is not valid JSON: {_one_line(error)}{hint}.") from error
-    raise ValueError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
+            raise UserError(f"DATA {path} is not valid JSON: {_one_line(error)}{hint}.") from error
+    raise UserError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
 
 
 def _one_line(error: Exception) -> str:

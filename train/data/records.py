@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from llava_skip.errors import UserError
 from llava_skip.processing import IMAGE_TOKEN
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ def normalise(row: Any) -> Record:
 
 def _normalised(row: Any) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, not {_short(row)}")
+        raise UserError(f"a row must be an object, not {_short(row)}")
     if row.get("messages") is not None:
         messages = [_from_message(message) for message in _list_of_objects(row, "messages", ("role", "content"))]
     else:
@@ -49,7 +50,7 @@ def _normalised(row: Any) -> Record:
 def _list_of_objects(row: dict[str, Any], name: str, keys: tuple[str, str]) -> list[dict[str, Any]]:
     turns = row.get(name)
     if not isinstance(turns, list) or not all(isinstance(t, dict) and set(keys) <= set(t) for t in turns):
-        raise ValueError(f"'{name}' must be a list of turns with '{keys[0]}' and '{keys[1]}'")
+        raise UserError(f"'{name}' must be a list of turns with '{keys[0]}' and '{keys[1]}'")
     return turns
 
 
@@ -66,7 +67,7 @@ def _role(speaker: Any) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"a turn's text must be a string, not {_short(value)}")
+        raise UserError(f"a turn's text must be a string, not {_short(value)}")
     return value
 
 
@@ -78,7 +79,7 @@ def _images(row: dict[str, Any]) -> list[Any]:
     for image in images:
         named = isinstance(image, str) and image
         if not named and not (isinstance(image, dict) and (image.get("bytes") or image.get("path"))):
-            raise ValueError(f"an image must be a file name, or have bytes or a path; got {_short(image)}")
+            raise UserError(f"an image must be a file name, or have bytes or a path; got {_short(image)}")
     return images
 
 

@@ -29,6 +29,7 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 
+from llava_skip.errors import MissingFileError, UserError
 from llava_skip.vision.pictures import to_rgb
 from train.data.reading import SCHEMA, file_stamp, read_table
 from train.data.records import Record, normalise
@@ -64,12 +65,12 @@ class Source:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"source {self.name!r} has no path: give a file, a folder or a hub name.")
+            raise UserError(f"source {self.name!r} has no path: give a file, a folder or a hub name.")
         if not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1000:
-            raise ValueError(f"source {self.name!r} has the weight {self.weight!r}; it must be between 0 and 1000.")
+            raise UserError(f"source {self.name!r} has the weight {self.weight!r}; it must be between 0 and 1000.")
         for folder in self.images.values() if isinstance(self.images, dict) else [self.images]:
             if folder and not Path(folder).is_dir():
-                raise FileNotFoundError(f"IMAGES {folder} does not exist: give the folder that image paths start from.")
+                raise MissingFileError(f"IMAGES {folder} does not exist: give the folder that image paths start from.")
 
 
 def read_sources(data: str, images: str = "") -> list[Source]:
@@ -80,12 +81,12 @@ def read_sources(data: str, images: str = "") -> list[Source]:
         images: for one source: a folder, or a JSON object from the first component of picture names to folders.
 
     Raises:
-        ValueError: see the message.
-        FileNotFoundError: a file or folder that does not exist.
+        UserError: see the message.
+        MissingFileError: a file or folder that does not exist.
     """
     if Path(data).suffix in MIX_KINDS:
         if images:
-            raise ValueError(f"--images does not go with {data}: a mixture names the image folder of each source.")
+            raise UserError(f"--images does not go with {data}: a mixture names the image folder of each source.")
         return _read_mixture(Path(data))
     folders: str | dict[str, str] = _json_object(Path(images)) if images.endswith(".json") else images
     return [Source(Path(data).stem, data, folders)]
@@ -93,14 +94,14 @@ def read_sources(data: str, images: str = "") -> list[Source]:
 
 def _read_mixture(path: Path) -> list[Source]:
     if not path.is_file():
-        raise FileNotFoundError(f"DATA {path} does not exist: give a YAML with `sources`.")
+        raise MissingFileError(f"DATA {path} does not exist: give a YAML with `sources`.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"DATA {path} is not valid YAML: {error}") from error
+        raise UserError(f"DATA {path} is not valid YAML: {error}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries or set(content) != {"sources"}:
-        raise ValueError(f"DATA {path} must hold `sources:` alone, and under it each source's name with its fields.")
+        raise UserError(f"DATA {path} must hold `sources:` alone, and under it each source's name with its fields.")
     return [_read_source(str(name), entry, path) for name, entry in entries.items()]
 
 
@@ -108,7 +109,7 @@ def _read_source(name: str, entry: Any, mixture: Path) -> Source:
     known = [f.name for f in fields(Source) if f.name != "name"]
     if not isinstance(entry, dict) or (unknown := sorted(set(map(str, entry)) - set(known))):
         seen = f"the unknown fields {unknown}" if isinstance(entry, dict) else f"no fields, but {entry!r}"
-        raise ValueError(f"DATA {mixture}: source {name!r} has {seen}; known fields are {', '.join(known)}.")
+        raise UserError(f"DATA {mixture}: source {name!r} has {seen}; known fields are {', '.join(known)}.")
     placed = {key: _beside(mixture, value) for key, value in entry.items() if key in ("path", "images", "renames")}
     return Source(**{"name": name, "path": "", **entry, **placed})
 
@@ -128,11 +129,11 @@ def _json_object(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist: give a JSON object of names.") from error
+        raise MissingFileError(f"{path} does not exist: give a JSON object of names.") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise ValueError(f"{path} must hold a JSON object whose values are strings.")
+        raise UserError(f"{path} must hold a JSON object whose values are strings.")
     return content
 
 
@@ -152,7 +153,7 @@ class Pictures:
         """The file of a picture.
 
         Raises:
-            ValueError: the name leaves the image folder, or starts with a component that has none.
+            UserError: the name leaves the image folder, or starts with a component that has none.
         """
         name = self.renames.get("", {}).get(name, name)
         first, _, rest = name.partition("/")
@@ -164,10 +165,10 @@ class Pictures:
         root, below = self.roots, name
         if isinstance(root, dict):
             if first not in root:
-                raise ValueError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
+                raise UserError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
             root, below = root[first], rest
         if PurePosixPath(below).is_absolute() or ".." in PurePosixPath(below).parts:
-            raise ValueError(f"the image {name} leaves the image folder {root}")
+            raise UserError(f"the image {name} leaves the image folder {root}")
         return Path(root) / below
 
     def open_file(self, image: Any) -> Image.Image:
@@ -175,7 +176,7 @@ class Pictures:
 
         Raises:
             OSError: no such file, or not a picture.
-            ValueError: see `path`.
+            UserError: see `path`.
             Image.DecompressionBombError: more pixels than PIL accepts.
         """
         if isinstance(image, dict):
@@ -215,7 +216,7 @@ class RecordSet:
         if self.rows is None and any(source.weight != 1 for source in self.sources):
             self.rows = np.concatenate([self._share(number) for number in range(len(self.sources))])
         if not len(self):
-            raise ValueError(f"DATA {', '.join(source.path for source in self.sources)} has no records.")
+            raise UserError(f"DATA {', '.join(source.path for source in self.sources)} has no records.")
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.rows is None else len(self.rows)

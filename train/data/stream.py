@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
 from train.data.dataset import RecordError, encode
 from train.data.reading import SCHEMA, stream_table
@@ -94,7 +95,7 @@ class ConversationStream(IterableDataset):
                     row = dict(zip(batch, values, strict=True))
                     yield row
             if row is None:
-                raise ValueError(f"DATA {source.path} has no records.")
+                raise UserError(f"DATA {source.path} has no records.")
 
     def _sample(self, row: dict[str, Any], source: int, pictures: Pictures, place: int) -> dict[str, Any]:
         record = row if row.keys() == SCHEMA.keys() else normalise(row)

@@ -1,0 +1,1 @@
+"""Answering of questions with saved models: the plan, the workers, the answer log."""

@@ -1,0 +1,316 @@
+"""Which model answers which questions: the inputs of an evaluation, checked before anything heavy is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.answering.answers import AnswerLog
+from eval.answering.models import SavedModel, check_model, newest_model
+from eval.answering.workers import Job
+from eval.benchmark import Benchmark, Sample, Score
+from eval.benchmarks import BENCHMARKS, get_benchmark
+from eval.errors import EvalError, some
+from eval.reading.images import PLACEHOLDER
+from eval.reading.tables import sha256
+from eval.showing.score_table import versions
+
+if TYPE_CHECKING:
+    from eval.answering.generate import Numerics
+
+EMBEDDED = Path("playground/data/digits/eval")
+ALL = "all"
+BLIND = "-blind"
+
+
+@dataclass
+class Run:
+    """One model on one benchmark, its inputs checked.
+
+    Attributes:
+        benchmark: what to ask and how to score.
+        model: who answers.
+        data: the benchmark file.
+        images: folder of image files, or None for the one beside the data.
+        samples: the questions.
+        output: folder of all results.
+        batch_size: questions answered at once.
+        max_new_tokens: limit of an answer's length.
+        blind: whether the questions are asked without their pictures.
+    """
+
+    benchmark: Benchmark
+    model: SavedModel
+    data: Path
+    images: Path | None
+    samples: list[Sample]
+    output: Path
+    batch_size: int
+    max_new_tokens: int
+    blind: bool = False
+
+    @property
+    def name(self) -> str:
+        """The model's name in results."""
+        return f"{self.model.name}{BLIND if self.blind else ''}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the answers and the result go."""
+        return self.output / self.benchmark.name / self.name
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What is asked, in the order of the samples."""
+        return self.benchmark.prompts(self.samples)
+
+    def check_prompts(self) -> None:
+        """Refuse questions that name places for more or fewer pictures than they have.
+
+        Raises:
+            EvalError: naming them.
+        """
+        pairs = zip(self.samples, self.prompts, strict=True)
+        if unlike := [s.id for s, prompt in pairs if prompt.count(PLACEHOLDER) not in (0, len(s.images))]:
+            raise EvalError(
+                f"{self.data}: {some(unlike)} of {len(self.samples)} questions hold another number of {PLACEHOLDER} "
+                "than they have pictures; take it out, or put it once for each."
+            )
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash of the benchmark file."""
+        return sha256([self.data])
+
+    def identity(self, numerics: "Numerics") -> dict[str, Any]:
+        """Say what the answers depend on; only with all of it unchanged may a broken-off run go on."""
+        return {
+            "benchmark": self.benchmark.name,
+            "model": self.name,
+            "model_sha256": self.model.sha256,
+            "data_sha256": self.data_sha256,
+            "protocol": self.benchmark.protocol(self.samples),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,  # the neighbours in a batch decide the rounding
+            **asdict(numerics),
+        }
+
+    def jobs(self, number: int, log: AnswerLog) -> list[Job]:
+        """Cut the questions into batches, the longest first, and keep those that the log does not hold yet.
+
+        Batches are cut from all questions, not from the open ones: after a break, and with any number of processes,
+        each question then meets the same neighbours, and so the same rounding.
+
+        Args:
+            number: what the jobs call this run.
+            log: the answers so far.
+        """
+        pairs = zip(self.samples, self.prompts, strict=True)
+        asked = sorted(pairs, key=lambda pair: (len(pair[0].images), len(pair[1])), reverse=True)
+        jobs = []
+        for start in range(0, len(asked), self.batch_size):
+            samples, prompts = zip(*asked[start : start + self.batch_size], strict=True)
+            if any(sample.id not in log.records for sample in samples):
+                ids, images = tuple(s.id for s in samples), tuple(() if self.blind else s.images for s in samples)
+                jobs.append(Job(number, ids, prompts, images, self.model, self.max_new_tokens))
+        return jobs
+
+    def records(self, job: Job, texts: Sequence[str], log: AnswerLog) -> list[dict[str, Any]]:
+        """Word the lines of the log for the answers of a job that it does not hold yet.
+
+        Args:
+            job: the batch.
+            texts: its answers.
+            log: the answers so far.
+        """
+        return [
+            {**self._fields[id_], "index": id_, "prompt": prompt, "prediction": text}
+            for id_, prompt, text in zip(job.ids, job.prompts, texts, strict=True)
+            if id_ not in log.records
+        ]
+
+    def result(self, score: Score, numerics: "Numerics") -> dict[str, Any]:
+        """Put together everything that a reader of the number needs; nothing in it changes from run to run.
+
+        Args:
+            score: the outcome.
+            numerics: how the model computed.
+        """
+        values = {name: value for name, value in asdict(score).items() if name != "per_sample"}
+        images = None if self.images is None else str(self.images)
+        limits = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        return {
+            "benchmark": self.benchmark.name,
+            **values,
+            "full_score": self.benchmark.full_score,
+            "protocol": self.benchmark.protocol(self.samples),
+            "model": {**self.model.describe(), "name": self.name},
+            "data": {"path": str(self.data), "images": images, "sha256": self.data_sha256},
+            "generation": {**limits, "greedy": True, "blind": self.blind, **asdict(numerics)},
+            "versions": versions("torch", "transformers", "llava_skip"),
+        }
+
+    @cached_property
+    def _fields(self) -> dict[int | str, dict[str, Any]]:
+        return {sample.id: sample.fields for sample in self.samples}
+
+
+def assign(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Read an option that is a value, or NAME=VALUE for each of several benchmarks.
+
+    Args:
+        option: the option's name, for messages.
+        given: what was given for it.
+        names: the benchmarks.
+
+    Raises:
+        EvalError: if it is unclear which benchmark a value belongs to.
+    """
+    values: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in BENCHMARKS:
+            if len(names) != 1:
+                raise EvalError(f"{option} {text}: with {len(names)} benchmarks say whose: {option} {names[0]}={text}.")
+            name, value = names[0], text
+        if name not in names:
+            raise EvalError(f"{option} {text}: {name} is not evaluated here; add it to --benchmarks.")
+        if name in values:
+            raise EvalError(f"{option} is given twice for {name}.")
+        values[name] = value
+    return values
+
+
+def chosen_benchmarks(text: str, data: Sequence[str]) -> list[str]:
+    """Read the list of benchmarks; "all" means those that data is given for, else those of the embedded set.
+
+    Args:
+        text: names separated by commas.
+        data: values of ``--data``.
+
+    Raises:
+        EvalError: on an unknown or repeated name, or none.
+    """
+    if text == ALL:
+        named = [name for name in BENCHMARKS if any(value.startswith(f"{name}=") for value in data)]
+        if data and not named:
+            raise EvalError(
+                f"--data {data[0]}: say whose it is, --benchmarks NAME with one of {', '.join(BENCHMARKS)}."
+            )
+        names = named or [name for name, kind in BENCHMARKS.items() if (EMBEDDED / kind.embedded).exists()]
+        if not names:
+            raise EvalError(f"{EMBEDDED} does not exist; build it with 'python -m playground.data.build'.")
+        return names
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [get_benchmark(name).name for name in names]
+    if not names or len(set(names)) < len(names):
+        raise EvalError(f"--benchmarks is '{text}'; expected different names of {', '.join(BENCHMARKS)}, or {ALL}.")
+    return names
+
+
+def embedded_data(benchmark: Benchmark) -> Path:
+    """Find the benchmark's file in the embedded data set.
+
+    Args:
+        benchmark: whose file.
+
+    Raises:
+        EvalError: if the data set has not been built.
+    """
+    path = EMBEDDED / benchmark.embedded
+    if not path.exists():
+        raise EvalError(f"no --data given, and {path} does not exist; build it with 'python -m playground.data.build'.")
+    return path
+
+
+def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
+    """Check the models, by default the newest one; their names must differ, because results are filed under them.
+
+    Args:
+        folders: model folders.
+
+    Raises:
+        EvalError: if one is not whole, or two have one name.
+    """
+    models = [check_model(folder) for folder in folders or [newest_model()]]
+    names = [model.name for model in models]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise EvalError(
+            f"several models are called {some(doubled)}, so their results would share a folder; rename one, or "
+            "evaluate them apart with another --output each."
+        )
+    return models
+
+
+def prepare(
+    names: Sequence[str],
+    folders: Sequence[Path],
+    data: Sequence[str],
+    images: Sequence[str],
+    output: Path,
+    batch_size: int,
+    max_new_tokens: int | None,
+    limit: int | None,
+    blind: bool,
+    rules: Sequence[str],
+    protocols: Sequence[str],
+) -> list[Run]:
+    """Check all inputs, the cheap ones first, before a model is loaded.
+
+    Args:
+        names: the benchmarks.
+        folders: the model folders; none for the newest.
+        data: benchmark files, or none for the embedded ones.
+        images: folders of image files.
+        output: results go to ``<output>/<benchmark>/<model>``.
+        batch_size: questions answered at once.
+        max_new_tokens: limit of an answer's length, or None for the protocol's.
+        limit: how many questions of each benchmark, or None for all.
+        blind: ask without pictures.
+        rules: how to score, or none for the official rules.
+        protocols: how to ask, or none for the default protocols.
+
+    Returns:
+        A run for each model and benchmark, the benchmarks of one model together.
+
+    Raises:
+        EvalError: on the first thing that is wrong.
+    """
+    for name, value in {"--batch-size": batch_size, "--max-new-tokens": max_new_tokens, "--limit": limit}.items():
+        if value is not None and value < 1:
+            raise EvalError(f"{name} is {value}; expected 1 or more.")
+    files = {name: Path(path) for name, path in assign("--data", data, names).items()}
+    pictures = {name: Path(path) for name, path in assign("--images", images, names).items()}
+    rule, protocol = assign("--rule", rules, names), assign("--protocol", protocols, names)
+    benchmarks = [get_benchmark(name, rule.get(name), protocol.get(name)) for name in names]
+    for folder in pictures.values():
+        if not folder.is_dir():
+            raise EvalError(f"{folder}: no such image folder; check --images.")
+    if output.exists() and not output.is_dir():
+        raise EvalError(f"{output}: is a file; give a folder for the results with --output.")
+    models = checked_models(folders)
+    loaded = []
+    for benchmark in benchmarks:
+        path = files.get(benchmark.name) or embedded_data(benchmark)
+        samples = benchmark.load(path, pictures.get(benchmark.name))
+        loaded.append((benchmark, path, benchmark.limit(samples, limit) if limit else samples))
+    runs = [
+        Run(
+            benchmark,
+            model,
+            path,
+            pictures.get(benchmark.name),
+            samples,
+            output,
+            batch_size,
+            max_new_tokens or benchmark.max_new_tokens,
+            blind,
+        )
+        for model in models
+        for benchmark, path, samples in loaded
+    ]
+    for run in runs:
+        run.check_prompts()
+    return runs

@@ -1,0 +1,126 @@
+"""Answer batches in this process or in several, each with the model on a device of its own.
+
+Workers only compute. They give their answers back to the one process that writes, so a kill of any of them loses
+nothing but the batches under way, and no two write the same file.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eval.answering.models import SavedModel
+from eval.errors import EvalError
+from eval.reading.images import Picture
+
+if TYPE_CHECKING:
+    from eval.answering.generate import Numerics
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch of questions, with everything that answering them takes.
+
+    Attributes:
+        run: number of the evaluation that it belongs to.
+        ids: the questions' ids.
+        prompts: what is asked.
+        images: the pictures of each question.
+        model: who answers.
+        max_new_tokens: limit of an answer's length.
+    """
+
+    run: int
+    ids: tuple[int | str, ...]
+    prompts: tuple[str, ...]
+    images: tuple[tuple[Picture, ...], ...]
+    model: SavedModel
+    max_new_tokens: int
+
+
+class Answerer:
+    """Answers jobs one by one and keeps the model from one to the next."""
+
+    def __init__(self, numerics: "Numerics", rank: int = 0) -> None:
+        self.numerics = numerics
+        self.rank = rank
+        self._folder: Any = None
+        self._generator: Any = None
+
+    def __call__(self, job: Job) -> list[str]:
+        """Answer a job, with another model than before if it says so."""
+        from eval import generate  # torch and transformers: slow to import, and only needed here
+
+        if job.model.folder != self._folder:
+            self._generator = None  # frees the memory before the next one takes it
+            self._generator = generate.Generator(job.model, self.numerics, self.rank)
+            self._folder = job.model.folder
+        return self._generator.answer(job.prompts, job.images, job.max_new_tokens)
+
+
+def answer_jobs(jobs: Sequence[Job], processes: int, numerics: "Numerics") -> Iterator[tuple[Job, list[str]]]:
+    """Answer jobs, each as soon as a process is free.
+
+    Args:
+        jobs: the batches; started in this order, finished in any.
+        processes: how many to work in; with 1 it is this one.
+        numerics: how the models compute.
+
+    Yields:
+        Each job with its answers.
+
+    Raises:
+        EvalError: if a worker dies, or what it raises.
+    """
+    processes = min(processes, len(jobs))
+    if processes <= 1:
+        answerer = Answerer(numerics)
+        for job in jobs:
+            yield job, answerer(job)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ranks = context.SimpleQueue()
+    for rank in range(processes):
+        ranks.put(rank)
+    pool = ProcessPoolExecutor(processes, context, _start, (ranks, processes, numerics))
+    try:
+        open_jobs = {pool.submit(_answer, job): job for job in jobs}
+        for done in as_completed(list(open_jobs)):
+            yield open_jobs.pop(done), done.result()
+    except BrokenProcessPool as error:
+        raise EvalError(
+            "a worker process died (killed, or out of memory?); all finished batches are saved, run the same command "
+            "again to go on."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_answerer: Answerer
+
+
+def _start(ranks: Any, processes: int, numerics: "Numerics") -> None:
+    global _answerer
+    import torch
+
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _answerer = Answerer(numerics, ranks.get())
+
+
+def _answer(job: Job) -> list[str]:
+    return _answerer(job)
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone, even if it was killed; else it would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

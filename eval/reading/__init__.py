@@ -1,0 +1,1 @@
+"""Reading of benchmark files: tables, images, logs of other programs."""

@@ -1,0 +1,72 @@
+"""Read the sample logs of lmms-eval (``..._samples_TASK.jsonl``), whose rows hold answers and what its metrics used.
+
+Logs of lmms-eval up to 0.2 hold the record as ``doc``. Later ones hold only what the metrics of the task repeat of it,
+so most need the benchmark file; ``doc_id`` is the number of the record in that file.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from eval.benchmark import Id, Sample
+from eval.errors import EvalError
+from eval.reading.tables import Row, cell_text, column_name
+
+# The server's form of an answer, whose "answer" is the model's, and pictures.
+_NO_RECORDS = ("submission", "input_media")
+_IDS = ("index", "question_id", "id")
+_NAMES = {"ground_truth": "answer", "gt_answer": "answer", "capabilities": "capability"}
+_PLACEHOLDER = re.compile(r"<image ?\d*>")
+
+
+def lifted(rows: Sequence[Row]) -> list[Row]:
+    """Bring a sample log to plain rows with the answer as ``prediction``; rows of other files stay as they are.
+
+    Args:
+        rows: rows of a prediction file.
+    """
+    return [_lifted(row) if "doc_id" in row and "filtered_resps" in row else row for row in rows]
+
+
+def by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id, str] | None:
+    """Pair a log with the records of its numbers; None for other files, or where only the log's own ids can pair it.
+
+    Args:
+        rows: lifted rows.
+        samples: the questions of the benchmark file, in its order.
+
+    Raises:
+        EvalError: if the records of these numbers are other questions, and the log has no ids.
+    """
+    if "doc_id" not in rows[0]:
+        return None
+    numbers = [int(row["doc_id"]) for row in rows]
+    if len(set(numbers)) == len(rows) and max(numbers) < len(samples):
+        found = [samples[number] for number in numbers]
+        if all(_words(s.fields["question"]) in _words(row["question"]) for s, row in zip(found, rows, strict=True)):
+            return {sample.id: row["prediction"] for sample, row in zip(found, rows, strict=True)}
+    if not any(name in rows[0] for name in _IDS):
+        raise EvalError(
+            f"the log's {len(rows)} questions are not those that the {len(samples)} records of the benchmark file have "
+            "at its numbers (doc_id); give the file that lmms-eval read, in its order."
+        )
+    return None
+
+
+def _lifted(row: Row) -> Row:
+    prompt = row.get("input") or next(iter(row.get("arguments") or [""]))
+    fields: Row = {}
+    for part in (row.get("doc"), *(cell for name, cell in row.items() if name not in ("doc", *_NO_RECORDS))):
+        for name, cell in part.items() if isinstance(part, dict) else ():
+            fields.setdefault(_NAMES.get(column_name(name), column_name(name)), cell_text(cell))
+    return {"question": prompt, **fields, "doc_id": row["doc_id"], "prediction": _first(row["filtered_resps"])}
+
+
+def _first(reply: Any) -> str:
+    while isinstance(reply, list):
+        reply = reply[0] if reply else ""
+    return str(reply)
+
+
+def _words(text: Any) -> str:
+    return " ".join(_PLACEHOLDER.sub(" ", str(text)).lower().split())

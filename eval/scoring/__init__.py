@@ -1,0 +1,1 @@
+"""From answers to scores: extraction, matching, grading by a judge."""

@@ -1,0 +1,1 @@
+"""Result files, tables, charts and HTML pages."""

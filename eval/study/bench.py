@@ -1,0 +1,230 @@
+"""Dense against skipping on random weights, in one run: `python -m eval.study.bench`.
+
+Timed is everything behind the projector: merging, summaries, routing, decoder, head. The ideal is the same ratio
+counted in FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.flops import decoder_flops
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.presets import PRESETS, preset_config, preset_skip
+
+SMALL = "width-1024"
+"""A decoder of LLaMA3's proportions that a CPU can run: 6 layers, 4 of 16 key-value heads, FFN 3.5 times as wide."""
+
+
+def bench_config(preset: str, size: str) -> LlavaSkipConfig:
+    """A preset's model with 576 tokens a picture; its vision tower is not timed and kept as small as can be."""
+    if size == SMALL:
+        text = LlamaConfig(
+            vocab_size=2048,
+            hidden_size=1024,
+            intermediate_size=3584,
+            num_hidden_layers=6,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            max_position_embeddings=8192,
+        )
+        image_token = 2047
+    else:
+        whole = preset_config("llava", size)
+        text, image_token = whole.text_config, whole.image_token_id
+    tower = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=24, patch_size=1
+    )
+    skip = preset_skip(preset)
+    return LlavaSkipConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=image_token,
+        skip=None if skip is None else skip.to_dict(),
+    )
+
+
+class Candidate:
+    """One preset's model with inputs for both measurements."""
+
+    def __init__(self, preset: str, size: str, batch: int, text_rows: int, device: str, dtype: torch.dtype) -> None:
+        self.config = bench_config(preset, size)
+        torch.manual_seed(0)
+        with torch.device(device):
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            self.model = LlavaSkipForConditionalGeneration(self.config)
+            torch.set_default_dtype(default)
+        self.model.model.vision_tower.requires_grad_(False)
+        rows, width = self.config.image_seq_length, self.config.text_config.hidden_size
+        tokens = torch.randn(batch, self.config.patches, width, device=device, dtype=dtype)
+        self.tokens = tokens.requires_grad_()
+        text = torch.randint(0, 1000, (batch, text_rows), device=device)
+        picture = torch.full((batch, rows), self.config.image_token_id, device=device)
+        self.input_ids = torch.cat([text[:, :1], picture, text[:, 1:]], dim=1)
+        self.labels = torch.cat([torch.full_like(self.input_ids[:, : rows + 1], -100), text[:, 1:]], dim=1)
+
+    def _features(self) -> dict[str, Any]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=self.model.model.block(self.tokens))}
+
+    def train_step(self) -> None:
+        """Forward and backward of one batch, without an optimizer."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        self.model(self.input_ids, mm_encoder_outputs=self._features(), labels=self.labels).loss.backward()
+
+    @torch.no_grad()
+    def prefill(self) -> Tensor:
+        """A prompt into the cache and the logits of the first new token."""
+        self.model.eval()
+        outputs = self.model(self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1)
+        return outputs.logits
+
+    def flops(self, head_rows: int) -> int:
+        """FLOPs of a forward of the language model."""
+        samples, rows = self.input_ids.shape
+        skip = self.config.skip_config
+        ffn_rows = samples * (rows - (skip.skipping_rows if skip else 0))
+        return decoder_flops(self.config.text_config, rows, ffn_rows, head_rows, samples).total
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows that a layer's cache keeps of one picture."""
+        skip = self.config.skip_config
+        return self.config.image_seq_length if skip is None else skip.kept_rows
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
+    """Time of one call; on a GPU all work is waited for before each reading of the clock."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(candidates: dict[str, Candidate], kind: str, repeats: int, device: str) -> dict[str, float]:
+    """Fastest time of each candidate; they take turns, so that whatever else happens meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in tqdm(range(-2, repeats), desc=kind):
+        for name, candidate in candidates.items():
+            elapsed = seconds(getattr(candidate, kind), device)
+            if repeat >= 0:  # the first two calls warm up
+                times[name].append(elapsed)
+    return {name: min(values) for name, values in times.items()}
+
+
+def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list[dict[str, Any]]:
+    """A row for each measurement and preset: milliseconds, ratio to the dense model, ideal, and how far from it."""
+    rows = []
+    for kind in ("train_step", "prefill"):
+        times = measure(candidates, kind, repeats, device)
+        for name, candidate in candidates.items():
+            head_rows = {
+                n: int((c.labels[:, 1:] != -100).sum()) if kind == "train_step" else c.input_ids.shape[0]
+                for n, c in candidates.items()
+            }
+            ideal = candidate.flops(head_rows[name]) / candidates["llava"].flops(head_rows["llava"])
+            ratio = times[name] / times["llava"]
+            rows.append(
+                {
+                    "measurement": kind,
+                    "preset": name,
+                    "milliseconds": 1000 * times[name],
+                    "ratio": ratio,
+                    "flop_ratio": ideal,
+                    "over_ideal": ratio / ideal,
+                    "cache_rows_a_picture": candidate.cache_rows,
+                }
+            )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of the measured ratios beside the ideal ones."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["preset"] != "llava"]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    places = range(len(rows))
+    axes.bar([p - 0.2 for p in places], [row["ratio"] for row in rows], 0.4, label="measured")
+    axes.bar([p + 0.2 for p in places], [row["flop_ratio"] for row in rows], 0.4, label="FLOP ideal", color="lightgray")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(list(places), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
+    axes.set(ylabel="time, dense = 1", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def device_name(device: str) -> str:
+    """The processor's name, for people."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def run(
+    size: Annotated[str, typer.Option(help=f"{SMALL}, vicuna-7b or llama3-8b.")] = SMALL,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    presets: Annotated[str, typer.Option(help="Skipping presets, separated by commas.")] = "sv-llava-100,sv-llava-256",
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 2,
+    text_rows: Annotated[int, typer.Option(min=2, help="Rows of text of a sample.")] = 100,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each kind.")] = 8,
+    output: Annotated[Path, typer.Option(help="Folder of the JSON and the chart.")] = Path("results/bench"),
+) -> None:
+    """Time a training step and a prefill of the dense and the skipping decoder, as ratios beside the FLOP ideal."""
+    names = ["llava", *presets.split(",")]
+    # The front end does not take part in the bench; the numbers of the others belong to other dense models.
+    known = [name for name, preset in PRESETS.items() if preset.front_end == "llava"]
+    if unknown := [name for name in names if name not in known]:
+        typer.echo(f"error: unknown presets {unknown}; known: {', '.join(known)}", err=True)
+        raise typer.Exit(2)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    candidates = {name: Candidate(name, size, batch, text_rows, device, dtype) for name in names}
+    rows = compare(candidates, repeats, device)
+    table = Table(title=f"{size} on {device_name(device)}, batch {batch}, {text_rows} text rows")
+    for heading in ("measurement", "preset", "ms", "ratio", "FLOP ideal", "over ideal", "cache rows a picture"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            row["measurement"].replace("_", " "),
+            row["preset"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['flop_ratio']:.3f}",
+            f"{row['over_ideal']:.3f}",
+            str(row["cache_rows_a_picture"]),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    output.mkdir(parents=True, exist_ok=True)
+    result = {"size": size, "device": device_name(device), "dtype": str(dtype), "batch": batch, "text_rows": text_rows}
+    result |= {"torch": torch.__version__, "repeats": repeats, "rows": rows}
+    (output / f"{size}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    draw(rows, output / f"{size}.png", f"{size}, {device_name(device)}")
+    typer.echo(f"{output / size}.json, {output / size}.png")
+
+
+if __name__ == "__main__":
+    typer.run(run)

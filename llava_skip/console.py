@@ -1,0 +1,84 @@
+"""What the programs print: tables, the message of a user's mistake, figures as files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from llava_skip.errors import UserError
+from llava_skip.exits import USER_ERROR
+
+FILE_WIDTH = 160
+"""Columns of a table whose output is no terminal; rich would cut it at 80."""
+
+
+def output_console() -> Console:
+    """The console of standard output; wide where the output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+
+
+def make_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[Any]], right: int = 0) -> Table:
+    """A table for the terminal.
+
+    Args:
+        title: above the table.
+        headings: of the columns; columns of names and values need none ("", "").
+        rows: the cells, shown by `str`.
+        right: the last `right` columns are aligned to the right.
+    """
+    table = Table(title=title, show_header=any(headings), title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number >= len(headings) - right else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def print_error(message: Any) -> None:
+    """Print `error: message` to standard error."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+
+
+def fail(message: Any) -> NoReturn:
+    """Print the message of a user's mistake and exit with its code."""
+    print_error(message)
+    raise SystemExit(USER_ERROR)
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Around a program: a `UserError` is printed as one message, with exit code 2. Nothing else is caught."""
+    try:
+        yield
+    except UserError as error:
+        fail(error)
+
+
+@contextmanager
+def figure(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
+    """A matplotlib figure that is saved as a PNG; yields its axes (an array of them for several columns).
+
+    Args:
+        path: the file; its folder is made.
+        columns: axes side by side.
+        size: width and height in inches.
+    """
+    import matplotlib  # takes a second, and is in the extras of the programs that draw
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
+    try:
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing.savefig(path, dpi=120)
+    finally:
+        plt.close(drawing)

@@ -1,0 +1,18 @@
+"""Exit codes of all programs, beside 0 (finished) and 1 (a traceback says why)."""
+
+NOT_SCORED = 1
+"""An evaluation finished without a score: the judge did not grade every answer."""
+DISAGREES = 1
+"""The library does not agree with the golden tensors."""
+USER_ERROR = 2
+"""A mistake in the options, the data or the model; one message says what to change."""
+TRAINING_ERROR = 3
+"""A training run that cannot continue: its loss is not finite."""
+HUNG = 69
+"""No process made progress for `--hang_timeout_seconds`; EX_UNAVAILABLE of sysexits.h."""
+NOT_SAVED = 74
+"""A checkpoint could not be written; EX_IOERR of sysexits.h."""
+PREEMPTED = 75
+"""The run was asked to stop, and stopped: the same command continues it; EX_TEMPFAIL of sysexits.h."""
+EXPLAINED = (USER_ERROR, TRAINING_ERROR, HUNG, NOT_SAVED, PREEMPTED)
+"""Codes of a process that has printed why it ended."""

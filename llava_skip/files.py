@@ -1,0 +1,136 @@
+"""Files: the reader and the atomic writer of the project, and the rule for "local folder or hub name"."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_skip.errors import MissingFileError, UserError
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path.parent} has no {path.name}.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); correct it or write it again.") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number, from 1, and value of each line of a JSON-lines file; empty lines are left out.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: a line is not JSON.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}); correct the line.") from error
+        yield number, value
+
+
+def as_json(value: Any) -> Any:
+    """`value` as it is after it was written as JSON and read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def json_lines(records: Iterable[Any]) -> str:
+    """The text of a JSON-lines file, one record a line."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step: readers see the old content or the new one, never a part.
+
+    The temporary file has a name of its own, so that two processes can write the same path at once. The folder is made
+    if it does not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Write JSON in one step; what JSON does not know is written as its `str`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys, default=str) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write a JSON-lines file in one step."""
+    write_text(path, json_lines(records))
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The local path that `source` names, with `~` expanded; None for a hub name.
+
+    A path that exists is local. Anything else is a hub name if it has the form `owner/name`, and a local path that is
+    missing otherwise.
+    """
+    path = Path(source).expanduser()
+    text = str(source)
+    if path.exists() or isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        return path
+    return None
+
+
+def find_local(source: str | Path, what: str) -> Path | None:
+    """As `local_path`, for a folder or file that must exist.
+
+    Args:
+        source: a local path or a hub name.
+        what: what it is, for the message ("model", "vision tower").
+
+    Raises:
+        MissingFileError: it looks like a local path, and does not exist.
+    """
+    path = local_path(source)
+    if path is not None and not path.exists():
+        raise MissingFileError(f"The {what} {source} does not exist: give a folder or a hub name (owner/name).")
+    return path
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

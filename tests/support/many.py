@@ -1,0 +1,9 @@
+"""Several training runs in one set of processes: `torchrun -m tests.support.many '[["--data", ...], ...]'`."""
+
+import json
+import sys
+
+from train.train import check, parse, train
+
+for command in json.loads(sys.argv[1]):
+    train(check(*parse(command)))

@@ -1,9 +1,0 @@
-"""Several training runs in one set of processes: `torchrun -m tests.train.many '[["--data", ...], ...]'`."""
-
-import json
-import sys
-
-from train.train import check, parse, train
-
-for command in json.loads(sys.argv[1]):
-    train(check(*parse(command)))

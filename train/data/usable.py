@@ -1,0 +1,82 @@
+"""Reports of checks: kept in the cache, so that a set is looked at once, and what a run refuses or drops.
+
+The first process to come examines the set; the others, and later runs on the same set, read its report and examine
+again only the records that it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llava_skip.errors import UserError
+from llava_skip.processing import LlavaSkipProcessor
+from train.data.checks import Examined, Finding, FullCheck, QuickCheck
+from train.data.parallel import map_rows
+from train.data.reading import cache_file
+from train.data.sources import RecordSet
+from train.reporting.result import write_text
+
+SHOWN = 5
+"""Offenders that an error names."""
+
+
+def report_path(check: QuickCheck) -> Path:
+    """Where the report of a check lies in the cache."""
+    return cache_file(f"check-{check.key}.json")
+
+
+def examine(check: QuickCheck, processes: int, title: str) -> Iterator[Examined]:
+    """Every record that is read, examined once, in order."""
+    return map_rows(check, check.records.used_rows, processes, title)
+
+
+def save_errors(check: QuickCheck, errors: list[Finding]) -> None:
+    """Keep a report, whole or not at all."""
+    write_text(report_path(check), json.dumps([error._asdict() for error in errors]))
+
+
+def find_errors(records: RecordSet, processor: LlavaSkipProcessor, max_length: int, processes: int) -> list[Finding]:
+    """The errors of a set: from a full report on it, from a quick one, or by a quick check."""
+    full, quick = (kind(records, processor, max_length) for kind in (FullCheck, QuickCheck))
+    for check in (full, quick):
+        path = report_path(check)
+        with FileLock(f"{path}.lock"):
+            if path.is_file():
+                rows = [entry["row"] for entry in json.loads(path.read_text(encoding="utf-8"))]
+                return [f for row in rows for f in check(row).findings if f.is_error]
+            if check is quick:
+                errors = [f for e in examine(check, processes, "checking records") for f in e.findings]
+                save_errors(check, errors)
+                return errors
+    raise AssertionError("the quick check always answers")
+
+
+def usable_records(
+    records: RecordSet, processor: LlavaSkipProcessor, max_length: int, processes: int, drop_faulty: bool
+) -> tuple[RecordSet, list[Finding]]:
+    """The records that can be trained on, and the errors of those that were dropped.
+
+    Raises:
+        UserError: there are errors, and `drop_faulty` is not set; names the first ones and counts the others.
+    """
+    errors = find_errors(records, processor, max_length, processes)
+    if errors and not drop_faulty:
+        more = f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+        raise UserError(
+            f"{len({error.row for error in errors})} of {len(records.used_rows)} records are faulty:\n"
+            + "\n".join(f"{error.record}: {error.text}" for error in errors[:SHOWN])
+            + f"{more}\nRepair them, or leave them out with --drop_faulty true; train.validate_data lists all."
+        )
+    return records.without([error.row for error in errors]), errors
+
+
+def dropped_report(records: RecordSet, errors: list[Finding]) -> dict[str, Any]:
+    """What a run leaves behind about the records that it dropped."""
+    counts = dict(Counter(error.kind for error in errors))
+    return {"fingerprint": records.fingerprint, "counts": counts, "records": [error._asdict() for error in errors]}

@@ -1,0 +1,173 @@
+"""What a run measures of itself: counts of what was computed, rates, waiting, memory, and MFU.
+
+Counts are added up on the device and read once a logging window, so that measuring waits for no device.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.flops import decoder_flops
+from train.data import COUNTED
+
+COUNTS = ("rows", "squared_rows", "ffn_rows", "supervised", "samples", *COUNTED)
+"""Added up: real rows, squares of a sample's rows, rows that took the FFN, rows with a label, samples, `COUNTED`."""
+
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "A800": 312,
+    "H800": 989,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "RTX 6000 Ada": 364,
+    "RTX A6000": 155,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""Words in a device's name -> peak of dense bfloat16 products, of NVIDIA's data sheets; the first match counts."""
+
+
+def peak_tflops(device: torch.device, given: float | None = None) -> float | None:
+    """The bfloat16 peak of a device: the given one, else the table's; None if nobody knows it."""
+    if given is not None or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for words, peak in PEAK_TFLOPS.items() if words in name), None)
+
+
+def memory_peak(device: torch.device) -> float:
+    """GiB: on a GPU the most that was allocated since the last call, else the most this process ever had resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class Meter:
+    """Counts of one logging window on this rank, and totals of the run over all ranks.
+
+    Args:
+        config: the model's.
+        learns: whether the language model's own weights learn; it decides what a backward costs.
+        device: of this rank.
+        peak: bfloat16 peak of one device in TFLOPs a second, if known.
+        gather: a vector of this rank [n] -> those of all ranks [ranks, n].
+    """
+
+    def __init__(
+        self,
+        config: LlavaSkipConfig,
+        learns: bool,
+        device: torch.device,
+        peak: float | None,
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
+        skip = config.skip_config
+        self._text = config.text_config
+        self._skipping = skip.mean_skipping_rows(self._text.num_hidden_layers) if skip else 0.0
+        self._passes = 3 if learns else 2
+        self._device, self._peak, self._gather = device, peak, gather
+        self.totals: dict[str, float] = dict.fromkeys((*COUNTS, "seconds"), 0.0)
+        self._started: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+        self._waited = 0.0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; the time until each of them comes is counted as waiting for data."""
+        self._started = self._started or time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, inputs: dict[str, Tensor]) -> None:
+        """Add a micro batch."""
+        rows, squared_rows, samples = _sizes(inputs)
+        counted = inputs.get("crop_counts", inputs.get("pixel_values"))
+        pictures = 0 if counted is None else counted.shape[0]
+        self._counts["rows"] += rows
+        self._counts["squared_rows"] += squared_rows
+        self._counts["ffn_rows"] += rows - pictures * self._skipping
+        self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        self._counts["samples"] += samples
+        for name in COUNTED:
+            self._counts[name] += inputs.get(name, 0)
+
+    def _sums(self) -> tuple[dict[str, float], float, float]:
+        """Counts of the window over all ranks, with its seconds; the longest wait and the largest memory of a rank."""
+        seconds = time.perf_counter() - self._started if self._started else 0.0
+        own = [*(float(self._counts[name]) for name in COUNTS), self._waited, memory_peak(self._device)]
+        ranks = self._gather(torch.tensor([own], dtype=torch.float64, device=self._device))
+        counts = dict(zip(COUNTS, ranks.sum(dim=0).tolist(), strict=False)) | {"seconds": seconds}
+        self._ranks = ranks.shape[0]
+        return counts, ranks[:, -2].max().item(), ranks[:, -1].max().item()
+
+    def close_window(self) -> dict[str, float]:
+        """Metrics of the window, over all ranks; the next one begins. Every rank must call it."""
+        counts, waited, memory = self._sums()
+        self.totals = _added(self.totals, counts)
+        self._started = time.perf_counter()
+        self._reset()
+        metrics = rates(counts) | {"data_wait_seconds": waited, "memory_peak_gib": memory}
+        if self._peak and counts["seconds"]:
+            available = counts["seconds"] * self._peak * 1e12 * self._ranks
+            metrics["mfu"] = self._flops(counts) / available
+        return metrics
+
+    def _flops(self, counts: dict[str, float]) -> float:
+        """Matrix products of the language model in forward and backward, without padding and recomputation."""
+        rows = round(counts["rows"])
+        keys = round(counts["squared_rows"] / max(rows, 1))
+        once = decoder_flops(self._text, rows, counts["ffn_rows"], round(counts["supervised"]), keys=keys)
+        return self._passes * once.total
+
+    def so_far(self) -> dict[str, float]:
+        """Totals of the run over all ranks, the open window included. Every rank must call it."""
+        return _added(self.totals, self._sums()[0])
+
+
+def _sizes(inputs: dict[str, Tensor]) -> tuple[Any, Any, Any]:
+    """Real rows of a micro batch, the sum of the squares of its samples' rows, and its samples."""
+    if "attention_mask" in inputs:
+        lengths = inputs["attention_mask"].sum(dim=1, dtype=torch.float64)
+        return lengths.sum(), lengths.square().sum(), lengths.shape[0]
+    positions = inputs["position_ids"]  # samples one behind the other; 1 + 3 + 5 + ... up to n of them is n squared
+    return positions.numel(), (2 * positions.double() + 1).sum(), (positions == 0).sum()
+
+
+def rates(counts: dict[str, float]) -> dict[str, float]:
+    """Rates from counts and seconds: `tokens_per_second` counts rows of the language model, those of pictures too."""
+    seconds, rows = counts["seconds"], max(counts["rows"], 1.0)
+    return {
+        "tokens_per_second": counts["rows"] / seconds if seconds else 0.0,
+        "samples_per_second": counts["samples"] / seconds if seconds else 0.0,
+        "skipped_ffn_share": 1 - counts["ffn_rows"] / rows,
+    }
+
+
+def _added(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    return {name: first[name] + second[name] for name in first}

@@ -1,0 +1,1 @@
+"""Runs that are interrupted: checkpoints, the run folder, preemption, hangs and exit codes."""

@@ -1,0 +1,102 @@
+"""The folder of a run: taken by one run at a time, searched for what an earlier attempt left."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+
+from llava_skip.errors import UserError
+from train.arguments import RunArguments
+from train.reporting.result import write_json
+from train.resilience.resume import check_fits, find_checkpoint, zero_stage
+
+RECORD, DROPPED, RESULT, LOCK = "run.json", "dropped.json", "train_result.json", ".lock"
+"""Files in it: the run's arguments, the records it does without, what came out (written last), and the lock of the run
+that writes there."""
+LOCK_SECONDS = 15
+"""Processes that read data outlive a killed one by some seconds, and hold its lock."""
+
+
+class RunFolder:
+    """The folder of a run. Every rank calls every method.
+
+    Rank 0 looks and writes, and all ranks get what it found: their views of a network file system may differ.
+
+    Args:
+        arguments: of the run.
+        resolved: all arguments as plain data.
+        dropped: the faulty records that were dropped, and why; None if none was.
+    """
+
+    def __init__(self, arguments: RunArguments, resolved: dict[str, Any], dropped: dict[str, Any] | None) -> None:
+        self.path = Path(arguments.output_dir)
+        self._arguments, self._resolved, self._dropped = arguments, resolved, dropped
+        self._lock = FileLock(self.path / LOCK, timeout=LOCK_SECONDS)
+
+    def is_finished(self) -> bool:
+        """Whether it holds the run's result, and may keep it."""
+        return self._first_rank_does(lambda: (self.path / RESULT).is_file() and not self._arguments.overwrite)
+
+    def open(self) -> Path | None:
+        """Take the folder until this process ends, and find the checkpoint to continue from, if there is one.
+
+        Raises:
+            UserError: the folder is in use, is not shared by all machines, or holds a checkpoint that does not fit.
+        """
+        checkpoint = self._first_rank_does(self._open_or_explain)
+        own = f"rank {self._arguments.process_index} on {socket.gethostname()}"
+        if blind := [rank for rank in gather_object([None if (self.path / RECORD).is_file() else own]) if rank]:
+            raise UserError(f"OUTPUT {self.path} is not seen by {blind[0]}: give a folder that all machines share.")
+        return checkpoint
+
+    def _open_or_explain(self) -> Path | None:
+        try:
+            return self._open()
+        except OSError as error:
+            raise UserError(f"OUTPUT {self.path} cannot be written: {error}. Give a folder of your own.") from error
+
+    def _open(self) -> Path | None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(f"OUTPUT {self.path} is in use by another run: wait, or give another OUTPUT.") from None
+        if self._arguments.overwrite:
+            self._clear()
+        if self._dropped is not None:
+            write_json(self.path / DROPPED, self._dropped)
+        write_json(self.path / RECORD, self._resolved)
+        checkpoint, messages = find_checkpoint(self.path)
+        if checkpoint:
+            check_fits(checkpoint, self._arguments.world_size, zero_stage(self._arguments))
+            messages.append(f"continuing from {checkpoint}")
+        for message in messages:
+            sys.stderr.write(f"{message}\n")
+        return checkpoint
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def _first_rank_does(self, action: Callable[[], Any]) -> Any:
+        """What rank 0 gets from `action`; a user's mistake that it finds is raised on all ranks."""
+        outcome: list[Any] = [None]
+        if self._arguments.process_index == 0:
+            try:
+                outcome = [action()]
+            except (ValueError, OSError) as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
