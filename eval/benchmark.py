@@ -9,7 +9,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.images import Picture, row_pictures
 from eval.reading.tables import Row, StoredText, read_rows
 from eval.scoring.judge import Judge
@@ -227,7 +227,7 @@ class Benchmark(ABC):
         value = next((row[name] for name in self.id_columns if row.get(name, "") != ""), None)
         if value is None:
             raise EvalError(
-                f"a row has no id: expected a value in {' or '.join(self.id_columns)}, saw {some(list(row))}."
+                f"a row has no id: expected a value in {' or '.join(self.id_columns)}, saw {first_few(list(row))}."
             )
         text = str(value).removesuffix(".0")
         return int(text) if text.isascii() and text.isdigit() else text
@@ -312,7 +312,7 @@ class Benchmark(ABC):
             raise EvalError(f"{source}: is a file of questions (image and text), not of answers; give the answers.")
         nested = [number for number, row in enumerate(rows, start=1) if isinstance(row.get(column), list | dict)]
         if nested:
-            raise EvalError(f"{source}: the answers of rows {some(nested)} are lists or objects; expected texts.")
+            raise EvalError(f"{source}: the answers of rows {first_few(nested)} are lists or objects; expected texts.")
         return column
 
     def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
@@ -336,7 +336,7 @@ def refuse_doubles(ids: Sequence[Id], source: str) -> None:
     """Raise if an id occurs twice, because it is then unclear which record counts."""
     doubled = [id_ for id_, count in Counter(ids).items() if count > 1]
     if doubled:
-        raise EvalError(f"{source}: ids occur more than once: {some(doubled)}; remove the repeated rows.")
+        raise EvalError(f"{source}: ids occur more than once: {first_few(doubled)}; remove the repeated rows.")
 
 
 def match(
@@ -361,18 +361,18 @@ def match(
     if len(missing) == len(samples):
         raise EvalError(
             f"none of the {len(predictions)} prediction ids is in the benchmark file (predictions: "
-            f"{some(list(predictions), 3)}; file: {some(list(ids), 3)}); give the file they were made from."
+            f"{first_few(list(predictions), 3)}; file: {first_few(list(ids), 3)}); give the file they were made from."
         )
     if missing and not allow_missing:
         raise EvalError(
-            f"{some(missing)} of {len(samples)} predictions are missing; finish the run, give the benchmark file that "
+            f"{first_few(missing)} of {len(samples)} predictions are missing; finish the run, give the benchmark file that "
             "the predictions were made from, or use --allow-missing to count each as a wrong answer."
         )
     notes = []
     if missing:
-        notes.append(f"{some(missing)} of {len(samples)} predictions are missing and count as wrong.")
+        notes.append(f"{first_few(missing)} of {len(samples)} predictions are missing and count as wrong.")
     if unknown:
-        notes.append(f"{some(unknown)} of {len(predictions)} predictions are not in the benchmark file: left out.")
+        notes.append(f"{first_few(unknown)} of {len(predictions)} predictions are not in the benchmark file: left out.")
     answers = {sample.id: predictions.get(sample.id, "") for sample in samples}
     return answers, {"missing": len(missing), "unknown": len(unknown)}, notes
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.options import fail
 from eval.showing.results import Result
 from eval.showing.score_table import write_json
@@ -148,7 +148,9 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
         )
     lonely = sorted(a.values.keys() ^ b.values.keys())
     if lonely:
-        raise EvalError(f"{some(lonely)} questions are in one of the results only (a --limit?); evaluate both alike.")
+        raise EvalError(
+            f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
+        )
     ids = list(a.values)
     return np.array([a.values[id_] for id_ in ids]), np.array([b.values[id_] for id_ in ids])
 

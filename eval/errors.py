@@ -1,6 +1,8 @@
 """What can go wrong in an evaluation, as the command line tells it."""
 
-from llava_skip.errors import UserError
+from llava_skip.errors import UserError, first_few
+
+__all__ = ["EvalError", "JudgeUnavailable", "first_few"]
 
 
 class EvalError(UserError):
@@ -9,14 +11,3 @@ class EvalError(UserError):
 
 class JudgeUnavailable(RuntimeError):
     """The judge endpoint gave no usable reply, so grading is incomplete; this is never a score of zero."""
-
-
-def some(values: list, limit: int = 5) -> str:
-    """Name the first few of a list of offenders, with their total number.
-
-    Args:
-        values: ids, paths or names.
-        limit: how many to spell out.
-    """
-    names = ", ".join(str(value) for value in values[:limit])
-    return f"{len(values)} ({names}{', ...' if len(values) > limit else ''})"

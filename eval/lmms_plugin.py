@@ -18,7 +18,7 @@ from tqdm import tqdm
 from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
 from eval.errors import EvalError
-from llava_skip.vision.pictures import to_rgb
+from llava_skip.vision.rgb import to_rgb
 
 MAX_NEW_TOKENS = 1024
 

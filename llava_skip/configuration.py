@@ -123,12 +123,12 @@ class SkipConfig:
         return self.summaries
 
     @property
-    def rows(self) -> int:
+    def length(self) -> int:
         """Rows of one picture in the language model: R + S and the summaries."""
         return self.retained + self.skipped + len(self.spans)
 
     @property
-    def summary_rows(self) -> tuple[int, ...]:
+    def summary_positions(self) -> tuple[int, ...]:
         """The rows of a picture's block that are summaries: each behind its span and the summaries before it."""
         return tuple(end + number for number, (_, end) in enumerate(self.spans))
 
@@ -146,18 +146,18 @@ class SkipConfig:
         return tuple(rows)
 
     @property
-    def skipping_rows(self) -> int:
+    def num_skipping(self) -> int:
         """Rows of one picture that skip the FFN, and leave the cache if it forgets."""
         return sum(self.skipping)
 
     @property
-    def kept_rows(self) -> int:
+    def num_kept(self) -> int:
         """Rows of one picture that take the FFN in every layer: R, the summaries and the exceptions."""
-        return self.rows - self.skipping_rows
+        return self.length - self.num_skipping
 
-    def mean_skipping_rows(self, layers: int) -> float:
-        """`skipping_rows`, averaged over the layers of a decoder of so many layers."""
-        return self.skipping_rows * (1.0 if self.layers is None else len(self.layers) / layers)
+    def mean_num_skipping(self, layers: int) -> float:
+        """`num_skipping`, averaged over the layers of a decoder of so many layers."""
+        return self.num_skipping * (1.0 if self.layers is None else len(self.layers) / layers)
 
     def check_layers(self, layers: int) -> None:
         """Raise UserError if `layers` names a layer that a decoder of so many layers does not have."""
@@ -229,7 +229,7 @@ class LlavaSkipConfig(LlavaConfig):
             )
         if (skip := self.skip_config) is not None:
             self._check_skip(skip)
-        self.image_seq_length = self.picture_rows(self.most_crops)
+        self.image_seq_length = self.image_length(self.most_crops)
 
     def _check_skip(self, skip: SkipConfig) -> None:
         if self.vision_feature_select_strategy != "default":
@@ -283,7 +283,7 @@ class LlavaSkipConfig(LlavaConfig):
             return sum(resampler.queries)
         return self.patches * (crops if self.front_end == "hd" else 1)
 
-    def picture_rows(self, crops: int = 1) -> int:
+    def image_length(self, crops: int = 1) -> int:
         """Rows of a picture of so many crops in the language model."""
         skip = self.skip_config
-        return self.visual_tokens(crops) if skip is None else skip.rows
+        return self.visual_tokens(crops) if skip is None else skip.length

@@ -111,7 +111,7 @@ def _spans_by_prefixes(
     return text, spans
 
 
-def learnt_tokens(offsets: list[Span], spans: list[Span], replaced: list[dict[str, Any]]) -> np.ndarray:
+def supervised_tokens(offsets: list[Span], spans: list[Span], replaced: list[dict[str, Any]]) -> np.ndarray:
     """Which tokens [T] overlap a learnt span: bool.
 
     Args:

@@ -55,7 +55,7 @@ def decoder_flops(
 
 
 @dataclass(frozen=True)
-class PictureCost:
+class ImageCost:
     """What one picture costs in the language model.
 
     Attributes:
@@ -73,15 +73,15 @@ class PictureCost:
     prefill_flops: int
 
 
-def picture_cost(config: LlavaSkipConfig, text_rows: int = 100) -> PictureCost:
+def image_cost(config: LlavaSkipConfig, text_rows: int = 100) -> ImageCost:
     """The cost of a picture under a configuration, beside `text_rows` rows of text."""
     skip, text = config.skip_config, config.text_config
     rows = config.image_seq_length
-    ffn_rows = rows if skip is None else rows - skip.mean_skipping_rows(text.num_hidden_layers)
-    cache_rows = skip.kept_rows if skip is not None and skip.forget_cache else rows
+    ffn_rows = rows if skip is None else rows - skip.mean_num_skipping(text.num_hidden_layers)
+    cache_rows = skip.num_kept if skip is not None and skip.forget_cache else rows
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row_bytes = 2 * text.num_key_value_heads * head_width * torch.bfloat16.itemsize
-    return PictureCost(
+    return ImageCost(
         rows=rows,
         ffn_rows=ffn_rows,
         cache_rows=cache_rows,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
-from llava_skip.conversation import Messages, Span, learnt_tokens, load_template, render
+from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
 from llava_skip.errors import UserError
 from llava_skip.vision.tiling import TilingImageProcessorPil
 
@@ -92,14 +92,14 @@ class LlavaSkipProcessor(ProcessorMixin):
             return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
 
-    def picture_rows(self, width: int, height: int) -> int:
+    def image_length(self, width: int, height: int) -> int:
         """Rows that a picture of so many pixels takes in the language model."""
         if self.crop_rows is None:
             return self.image_seq_length
         return self.crop_rows * self.image_processor.count_crops(width, height)
 
     @property
-    def rows_depend_on_size(self) -> bool:
+    def length_depends_on_size(self) -> bool:
         """Whether pictures of different sizes take different numbers of rows."""
         return self.crop_rows is not None and not self.image_processor.do_pad
 
@@ -127,7 +127,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         )
         input_ids = encoded["input_ids"][0]
         replaced = encoded["text_replacement_offsets"] or [[]]
-        learnt = learnt_tokens(encoded["offset_mapping"][0], spans, replaced[0])
+        learnt = supervised_tokens(encoded["offset_mapping"][0], spans, replaced[0])
         labels = [
             token if learn and token != self.image_token_id else IGNORE_INDEX
             for token, learn in zip(input_ids, learnt, strict=True)
@@ -150,7 +150,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         special = self._adds_special_tokens(text)
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"])
-        return ids, learnt_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
+        return ids, supervised_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """As `apply_chat_template`: a template that writes the first token itself gets no second one."""

@@ -76,7 +76,7 @@ class Route:
 def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
     """True where a row is a skipped visual token.
 
-    Every picture takes `skip.rows` placeholders, so a placeholder's place in its picture is its count in the
+    Every picture takes `skip.length` placeholders, so a placeholder's place in its picture is its count in the
     sample modulo that number: any offset, any number of pictures a sample, adjacent pictures included.
 
     Args:
@@ -86,7 +86,7 @@ def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
     Returns:
         [B, W] bool.
     """
-    place = (is_image.cumsum(dim=1) - 1) % skip.rows
+    place = (is_image.cumsum(dim=1) - 1) % skip.length
     return is_image & _skipping(skip, is_image.device)[place]
 
 
@@ -108,7 +108,7 @@ def hidden_from(is_image: Tensor, skip: SkipConfig) -> tuple[Tensor, Tensor]:
         picture whose skipped row this is, 0 for every other row. Row i may see row j unless owner[j] is neither 0 nor
         viewer[i].
     """
-    number = torch.where(is_image, (is_image.cumsum(dim=1) - 1) // skip.rows + 1, 0)
+    number = torch.where(is_image, (is_image.cumsum(dim=1) - 1) // skip.length + 1, 0)
     return number, torch.where(skipped_rows(is_image, skip), number, 0)
 
 

@@ -111,7 +111,7 @@ class _Opened(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> int:
-        pictures = self.records.pictures_of(index)
+        pictures = self.records.images_of(index)
         return sum(pictures.open(image).width for image in self.records.record(index)["images"])
 
 
@@ -123,7 +123,7 @@ def per_second(dataset: Dataset, workers: int) -> float:
     return sum(loader) / (time.perf_counter() - started)
 
 
-def made_up_pictures(folder: Path, arguments: BenchArguments) -> RecordSet:
+def made_up_images(folder: Path, arguments: BenchArguments) -> RecordSet:
     """JPEGs with as much detail as photographs have, and a record for each."""
     chance, size = np.random.default_rng(0), (arguments.width, arguments.width * 3 // 4)
     records = []
@@ -147,7 +147,7 @@ def measure(model: ModelArguments, arguments: BenchArguments) -> dict[str, Any]:
         figures["json_mib"] = os.path.getsize(data) / MEBIBYTE
         figures["first_load"] = in_new_process(load_and_read, data, cache, reads)
         figures["later_load"] = in_new_process(load_and_read, data, cache, reads)
-        records = made_up_pictures(folder, arguments)
+        records = made_up_images(folder, arguments)
         samples = ConversationDataset(records, prepare(model)[1], 4096)
         figures["pictures_per_second"] = {n: per_second(_Opened(records), n) for n in arguments.workers}
         figures["samples_per_second"] = {n: per_second(samples, n) for n in arguments.workers}

@@ -41,7 +41,7 @@ from train.data import (
     usable_records,
 )
 from train.recipe.lora import check_lora
-from train.recipe.model import check_weights, make_learner, prepare
+from train.recipe.model import check_weights, make_trainable_model, prepare
 from train.recipe.plan import check_plan, show_plan
 from train.reporting.callbacks import check_reporters, keep_reports_in
 from train.reporting.result import as_json, draw_loss, load_json, show_result, write_json
@@ -212,7 +212,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     set_seed(arguments.seed)
     keep_reports_in(run.output)
     try:
-        learner = make_learner(run.model_arguments, arguments, run.config)
+        learner = make_trainable_model(run.model_arguments, arguments, run.config)
     except (ValueError, OSError, SafetensorError) as error:
         raise ModelError(f"{run.model_arguments.model or 'a new model'} cannot be loaded: {error}") from error
     preemption = Preemption()

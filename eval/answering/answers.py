@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.showing.score_table import json_lines, write_json, write_lines
 
 
@@ -110,4 +110,6 @@ class AnswerLog:
                 doubled.append(index)
             self.records[index] = record
         if doubled:
-            raise EvalError(f"{self.path}: answers occur twice for {some(doubled)}; remove the file to start over.")
+            raise EvalError(
+                f"{self.path}: answers occur twice for {first_few(doubled)}; remove the file to start over."
+            )

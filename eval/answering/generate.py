@@ -74,11 +74,9 @@ class Generator:
             options["attn_implementation"] = numerics.attn
         try:
             kind = type(AutoConfig.from_pretrained(model.folder))
-            self.takes_pictures = (
-                kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-            )
-            auto = AutoModelForImageTextToText if self.takes_pictures else AutoModelForCausalLM
-            self.processor = (AutoProcessor if self.takes_pictures else AutoTokenizer).from_pretrained(model.folder)
+            self.takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+            auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
+            self.processor = (AutoProcessor if self.takes_images else AutoTokenizer).from_pretrained(model.folder)
             loaded: Any = auto.from_pretrained(model.folder, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise EvalError(f"{model.folder}: cannot be loaded as a model with pictures and text: {error}") from error
@@ -105,7 +103,7 @@ class Generator:
         Raises:
             EvalError: if the batch does not fit into the GPU's memory, or a language model is shown a picture.
         """
-        if not self.takes_pictures and any(images):
+        if not self.takes_images and any(images):
             raise EvalError("a bare language model cannot see pictures; ask it with --blind.")
         return self.reply([conversation(*pair) for pair in zip(prompts, images, strict=True)], max_new_tokens)
 
@@ -118,7 +116,7 @@ class Generator:
             max_new_tokens: limit of an answer's length.
         """
         padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
-        if self.takes_pictures:
+        if self.takes_images:
             padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
         inputs = self.processor.apply_chat_template(
             conversations,

@@ -11,7 +11,7 @@ from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark, Sample, Score
 from eval.benchmarks import BENCHMARKS, get_benchmark
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.images import PLACEHOLDER
 from eval.reading.tables import sha256
 from eval.showing.score_table import versions
@@ -74,7 +74,7 @@ class Run:
         pairs = zip(self.samples, self.prompts, strict=True)
         if unlike := [s.id for s, prompt in pairs if prompt.count(PLACEHOLDER) not in (0, len(s.images))]:
             raise EvalError(
-                f"{self.data}: {some(unlike)} of {len(self.samples)} questions hold another number of {PLACEHOLDER} "
+                f"{self.data}: {first_few(unlike)} of {len(self.samples)} questions hold another number of {PLACEHOLDER} "
                 "than they have pictures; take it out, or put it once for each."
             )
 
@@ -238,7 +238,7 @@ def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise EvalError(
-            f"several models are called {some(doubled)}, so their results would share a folder; rename one, or "
+            f"several models are called {first_few(doubled)}, so their results would share a folder; rename one, or "
             "evaluate them apart with another --output each."
         )
     return models

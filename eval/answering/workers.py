@@ -54,7 +54,7 @@ class Answerer:
 
     def __call__(self, job: Job) -> list[str]:
         """Answer a job, with another model than before if it says so."""
-        from eval import generate  # torch and transformers: slow to import, and only needed here
+        import eval.answering.generate as generate  # torch and transformers: slow to import, and only needed here
 
         if job.model.folder != self._folder:
             self._generator = None  # frees the memory before the next one takes it

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.showing.score_table import write_json
@@ -53,7 +53,9 @@ class GQA(Benchmark):
         """Score the balanced questions by exact match, overall and by the kinds that the file names."""
         lacking = [s.id for s in samples if not s.fields["answer"].strip()]  # "none" is an answer
         if lacking:
-            raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give a split that has.")
+            raise EvalError(
+                f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give a split that has."
+            )
         balanced = [s for s in samples if s.fields.get("isbalanced", "True") in ("True", "")]
         hit = {s.id: self._is_right(answers[s.id], s.fields["answer"]) for s in balanced}
         right: dict[str, list[bool]] = defaultdict(list)

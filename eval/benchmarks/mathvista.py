@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, JudgeUnavailable, some
+from eval.errors import EvalError, JudgeUnavailable, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies
@@ -124,7 +124,7 @@ class MathVista(Benchmark):
     ) -> Score:
         lacking = [s.id for s in samples if not s.fields.get("answer")]
         if lacking:
-            raise EvalError(f"{some(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
+            raise EvalError(f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
         official = self.chosen_rule == "official"
         judged = is_right if official else is_right_vlmevalkit
         right = {s.id: judged(extracted[s.id], s.fields) for s in samples}

@@ -19,7 +19,7 @@ from eval.benchmark import (
     listed_options,
     options,
 )
-from eval.errors import EvalError, JudgeUnavailable, some
+from eval.errors import EvalError, JudgeUnavailable, first_few
 from eval.reading.tables import Row, write_xlsx
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.scoring.judge import Judge
@@ -65,7 +65,7 @@ class MMBench(Benchmark):
         samples = super().samples(rows)
         words = [sample.id for sample in samples if not isinstance(sample.id, int)]
         if words:
-            raise EvalError(f"MMBench indices are whole numbers, saw {some(words)}; is this an MMBench file?")
+            raise EvalError(f"MMBench indices are whole numbers, saw {first_few(words)}; is this an MMBench file?")
         gaps = [
             first
             for first, passes in group(samples).items()
@@ -73,7 +73,7 @@ class MMBench(Benchmark):
         ]
         if gaps:
             raise EvalError(
-                f"{some(gaps)} questions lack the main row or a copy before their last one; circular scoring needs "
+                f"{first_few(gaps)} questions lack the main row or a copy before their last one; circular scoring needs "
                 f"every pass (index + k*{PASS_STEP}). Give the whole file."
             )
         return samples
@@ -92,7 +92,7 @@ class MMBench(Benchmark):
         short = short_groups(samples)
         if short:
             raise EvalError(
-                f"{source}: {some(short)} questions have fewer passes than options, so circular scoring would be too "
+                f"{source}: {first_few(short)} questions have fewer passes than options, so circular scoring would be too "
                 "kind; give the file with a row for every pass, or the benchmark file with --data."
             )
 
@@ -342,10 +342,12 @@ def _notes(groups: Groups, graded: Groups, counts: Mapping[str, Any]) -> list[st
         notes.append(f"{lacking} of {len(groups)} questions have no gold answer (a test split?) and are not scored.")
     lone = [first for first, passes in groups.items() if len(passes) == 1]
     if lone:
-        notes.append(f"{some(lone)} questions have a single pass, so for them circular scoring is plain scoring.")
+        notes.append(f"{first_few(lone)} questions have a single pass, so for them circular scoring is plain scoring.")
     barred = [s.id for passes in graded.values() for s in passes if _gold(s) not in options(s.fields)]
     if barred:
-        notes.append(f"the gold letter of {some(barred)} rows is not among their options, so they cannot be right.")
+        notes.append(
+            f"the gold letter of {first_few(barred)} rows is not among their options, so they cannot be right."
+        )
     if counts["options_that_read_nan"]:
         notes.append(
             f"{counts['options_that_read_nan']} rows have an option that reads nan or none; it counts as an option, "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
@@ -73,7 +73,7 @@ class MME(Benchmark):
         odd = [f"{name}/{picture}" for name, own in pairs.items() for picture, two in own.items() if len(two) != 2]
         if odd:
             raise EvalError(
-                f"{some(odd)} pictures do not have two questions; MME asks two about each. Give the whole file."
+                f"{first_few(odd)} pictures do not have two questions; MME asks two about each. Give the whole file."
             )
         order = [name for name in (*PERCEPTION, *COGNITION) if name in pairs]
         order += [name for name in pairs if name not in order]
@@ -90,7 +90,7 @@ class MME(Benchmark):
         notes = ["the score is the sum over the perception categories, 2000 at most; cognition has 800."]
         lacking = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
         if lacking:
-            notes.append(f"no questions of {some(lacking)} categories: the sums are over the others.")
+            notes.append(f"no questions of {first_few(lacking)} categories: the sums are over the others.")
         if other:
             notes.append(f"{other} answers are neither yes nor no by the rule and count as wrong.")
         return Score("scored", self.rule, scores["perception"], scores, counts, notes, per_sample=dict(right))

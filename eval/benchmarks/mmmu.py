@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.images import Picture, row_pictures
 from eval.reading.tables import Row, read_rows
 from eval.scoring.extraction import VERSIONS, vlmevalkit
@@ -77,7 +77,7 @@ class MMMU(Benchmark):
         first = row_pictures(rows, folder)
         if self.chosen_protocol != "lmms-eval":
             return [(picture,) for picture in first]
-        shown = [named_pictures(row, picture) for row, picture in zip(rows, first, strict=True)]
+        shown = [named_images(row, picture) for row, picture in zip(rows, first, strict=True)]
         for picture in (picture for pictures in shown for picture in pictures[1:]):
             picture.check()
         return shown
@@ -102,7 +102,7 @@ class MMMU(Benchmark):
         bare = [s.id for s in own if s.fields["question_type"] == MULTIPLE_CHOICE and not s.fields["options"]]
         if bare:
             notes.append(
-                f"the options of {some(bare)} questions are not in the file: only a bare gold letter is right."
+                f"the options of {first_few(bare)} questions are not in the file: only a bare gold letter is right."
             )
         if drawn:
             notes.append(f"{drawn} answers named no option; like the official code, a letter was drawn (seed {SEED}).")
@@ -278,7 +278,7 @@ def _shares(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, An
     return scores
 
 
-def named_pictures(row: Row, first: Picture) -> tuple[Picture, ...]:
+def named_images(row: Row, first: Picture) -> tuple[Picture, ...]:
     """Return the pictures that ``<image n>`` stands for in a question or its options; the first where none is named.
 
     Args:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row
 from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
 from eval.scoring.judge import Judge
@@ -72,7 +72,7 @@ class MMStar(Benchmark):
         """Score by the chosen rule: fractions of all questions, of each category and of each sub-category."""
         lacking = [sample.id for sample in samples if is_missing(sample.fields["answer"])]
         if lacking:
-            raise EvalError(f"{some(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
+            raise EvalError(f"{first_few(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
         right = {s.id: self._is_right(answers[s.id], s.fields) for s in samples}
         hits: Counter[tuple[str, ...]] = Counter()
         totals = _totals(samples)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark import Benchmark, Id, Sample, Score
-from eval.errors import EvalError, JudgeUnavailable, some
+from eval.errors import EvalError, JudgeUnavailable, first_few
 from eval.reading.tables import Row
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
@@ -92,7 +92,9 @@ class MMVet(Benchmark):
         runs = max((len(entry.get("score", [])) for entry in grades.values()), default=0)
         short = [id_ for id_ in by_id if len(grades.get(id_, {}).get("score", [])) != runs]
         if short or not runs:
-            raise EvalError(f"{some(short)} of {len(samples)} questions lack grades of {runs} runs; finish grading.")
+            raise EvalError(
+                f"{first_few(short)} of {len(samples)} questions lack grades of {runs} runs; finish grading."
+            )
         # In the order of the grade file, like the official script, so that the last bit before rounding is the same.
         order = [id_ for id_ in grades if id_ in by_id]
         table = np.array([[_grade(id_, value) for value in grades[id_]["score"]] for id_ in order])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row
 from eval.scoring.judge import Judge
 
@@ -62,7 +62,7 @@ class OCRBench(Benchmark):
         unknown = sorted({s.fields["type"] for s in samples} - {*RECOGNITION, *OTHERS})
         if unknown:
             raise EvalError(
-                f"kinds that OCRBench does not have: {some(unknown)}; expected {RECOGNITION[0]} and others."
+                f"kinds that OCRBench does not have: {first_few(unknown)}; expected {RECOGNITION[0]} and others."
             )
         hits = {s.id: is_hit(answers[s.id], s.fields) for s in samples}
         by_kind = Counter(s.fields["type"] for s in samples if hits[s.id])

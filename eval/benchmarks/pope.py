@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
@@ -172,7 +172,7 @@ def _read_folder(folder: Path) -> list[Row]:
     lacking = [row.get("question_id", "?") for row in asked if _key(row) not in gold]
     if lacking:
         raise EvalError(
-            f"{questions}: {some(lacking)} of {len(asked)} questions have no label in {some([f.name for f in files])}; "
+            f"{questions}: {first_few(lacking)} of {len(asked)} questions have no label in {first_few([f.name for f in files])}; "
             "give the label files of the same release."
         )
     return [{**row, "label": gold[_key(row)]} for row in asked]
@@ -192,7 +192,9 @@ def _refuse_others(samples: Sequence[Sample], ids: Sequence[Id], asked: Sequence
         id_ for id_, question in zip(ids, asked, strict=True) if question and questions.get(id_, question) != question
     ]
     if others:
-        raise EvalError(f"{source}: {some(others)} rows have the id of another question; give the data that was asked.")
+        raise EvalError(
+            f"{source}: {first_few(others)} rows have the id of another question; give the data that was asked."
+        )
 
 
 def _asked(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import normalise_answer, vlmevalkit_form
@@ -77,7 +77,7 @@ class TextVQA(Benchmark):
         doubled = [key for key, count in Counter(keys).items() if count > max(1, len(ids.get(key, [])))]
         if doubled:
             raise EvalError(
-                f"{source}: questions are answered more than once: {some(doubled)}; remove the repeated rows."
+                f"{source}: questions are answered more than once: {first_few(doubled)}; remove the repeated rows."
             )
         places = (ids[key].pop(0) if ids.get(key) else key for key in keys)
         return {id_: str(row.get(column, "")) for id_, row in zip(places, rows, strict=True)}
@@ -86,7 +86,7 @@ class TextVQA(Benchmark):
         """Average the questions' soft accuracies, in percent."""
         lacking = [s.id for s in samples if not s.fields["references"]]
         if lacking:
-            raise EvalError(f"{some(lacking)} of {len(samples)} questions have no answers; give a split that has.")
+            raise EvalError(f"{first_few(lacking)} of {len(samples)} questions have no answers; give a split that has.")
         form = normalise_answer if self.chosen_rule == "official" else vlmevalkit_form
         parts: dict[Id, bool | float] = {
             s.id: soft_accuracy(answers[s.id], s.fields["references"], form) for s in samples

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
 
 PLACEHOLDER = "<image>"
@@ -33,7 +33,7 @@ class Picture:
 
     def open(self) -> Image.Image:
         """Decode the picture to RGB."""
-        from llava_skip.vision.pictures import to_rgb  # brings torch, which scoring does without
+        from llava_skip.vision.rgb import to_rgb  # brings torch, which scoring does without
 
         with self._readable():
             return to_rgb(Image.open(self._file()))
@@ -89,12 +89,14 @@ def row_pictures(rows: list[Row], folder: Path) -> list[Picture]:
             lacking.append(_name(row))
     if lacking:
         raise EvalError(
-            f"{some(lacking)} of {len(rows)} records have no picture: expected base64 in 'image', the index of the row "
+            f"{first_few(lacking)} of {len(rows)} records have no picture: expected base64 in 'image', the index of the row "
             "that owns the picture, or a file name in 'imagename' or 'image_path'."
         )
     missing = [str(p.data) for p in found if isinstance(p.data, Path) and not p.data.is_file()]
     if missing:
-        raise EvalError(f"{some(missing)} image files do not exist; looked in {folder}, set --images to their folder.")
+        raise EvalError(
+            f"{first_few(missing)} image files do not exist; looked in {folder}, set --images to their folder."
+        )
     checked: set[int] = set()
     for picture in found:
         if id(picture.data) not in checked:  # circular copies share one picture

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eval.errors import EvalError, some
+from eval.errors import EvalError, first_few
 
 Row = dict[str, Any]
 
@@ -169,7 +169,7 @@ def _column_names(path: Path, header: Iterable[str]) -> list[str]:
     names = [column_name(name) for name in header]
     doubled = sorted({name for name in names if name and names.count(name) > 1})
     if doubled:
-        raise EvalError(f"{path}: column names occur twice: {some(doubled)}; rename or drop one.")
+        raise EvalError(f"{path}: column names occur twice: {first_few(doubled)}; rename or drop one.")
     return names
 
 
@@ -265,7 +265,7 @@ class _DoubledKeys(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _DoubledKeys(some([key for key, count in Counter(key for key, _ in pairs).items() if count > 1]))
+        raise _DoubledKeys(first_few([key for key, count in Counter(key for key, _ in pairs).items() if count > 1]))
     return found
 
 

@@ -27,7 +27,7 @@ from tenacity import (
 )
 from tqdm import tqdm
 
-from eval.errors import EvalError, JudgeUnavailable, some
+from eval.errors import EvalError, JudgeUnavailable, first_few
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
@@ -265,7 +265,7 @@ def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, An
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
     if stale:
-        raise EvalError(f"{path}: its replies on {some(stale)} questions are of other answers; move it away.")
+        raise EvalError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
     return entries
 
 

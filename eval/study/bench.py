@@ -100,14 +100,14 @@ class Candidate:
         """FLOPs of a forward of the language model."""
         samples, rows = self.input_ids.shape
         skip = self.config.skip_config
-        ffn_rows = samples * (rows - (skip.skipping_rows if skip else 0))
+        ffn_rows = samples * (rows - (skip.num_skipping if skip else 0))
         return decoder_flops(self.config.text_config, rows, ffn_rows, head_rows, samples).total
 
     @property
     def cache_rows(self) -> int:
         """Rows that a layer's cache keeps of one picture."""
         skip = self.config.skip_config
-        return self.config.image_seq_length if skip is None else skip.kept_rows
+        return self.config.image_seq_length if skip is None else skip.num_kept
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.decoder import build_language_model
-from llava_skip.flops import decoder_flops, picture_cost
+from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.presets import PRESETS, SIZES, preset_config
 from llava_skip.routing import Route
 
@@ -46,7 +46,7 @@ def counted_flops(config: LlavaSkipConfig, text_rows: int) -> int:
         model = build_language_model(text).eval()
         embeddings = torch.empty(1, rows, text.hidden_size)
         mask = torch.empty(1, 1, rows, rows)  # given, since making one looks at values
-        ffn = torch.empty(rows - skip.skipping_rows, dtype=torch.long) if skip else None
+        ffn = torch.empty(rows - skip.num_skipping, dtype=torch.long) if skip else None
     route = Route(ffn_rows=ffn, layers=skip.layers if skip else None)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, route=route)
@@ -61,12 +61,12 @@ def line(preset: str, size: str) -> str:
     """
     config = preset_config(preset, size)
     dense = preset_config(DENSE[config.front_end], size)
-    cost, skip = picture_cost(config, TEXT_ROWS), config.skip_config
+    cost, skip = image_cost(config, TEXT_ROWS), config.skip_config
     rows, ffn_rows = cost.rows + TEXT_ROWS, cost.ffn_rows + TEXT_ROWS
     expected = decoder_flops(config.text_config, rows, ffn_rows, head_rows=0).total
     if (counted := counted_flops(config, TEXT_ROWS)) != expected:
         raise RuntimeError(f"{preset} at {size}: torch counts {counted} FLOPs, the formula gives {expected}.")
-    share = cost.prefill_flops / picture_cost(dense, TEXT_ROWS).prefill_flops
+    share = cost.prefill_flops / image_cost(dense, TEXT_ROWS).prefill_flops
     sizes = (skip.retained, skip.skipped) if skip else (cost.rows, "-")
     numbers = [*sizes, cost.rows, round(cost.ffn_rows), cost.cache_rows]
     cells = [f"{cost.cache_bytes / 2**20:.2f}", f"{cost.prefill_flops / 1e12:.3g}", f"{share:.1%}"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers import AutoConfig
 
 import llava_skip  # noqa: F401  registers the configuration
-from llava_skip.flops import picture_cost
-from train.reporting.result import load_json
+from llava_skip.files import read_json
+from llava_skip.flops import image_cost
 
 HEADER = """# The embedded run, dense against skipping
 
@@ -40,12 +40,13 @@ def main(
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/embedded.md"),
 ) -> None:
     """Write the table."""
-    lines, dense = [], {}
+    lines: list[str] = []
+    dense: dict[str, Any] = {}
     for name in presets.split():
-        run = load_json(checkpoints / name / "train_result.json")
-        scores = {b: load_json(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
+        run = read_json(checkpoints / name / "train_result.json")
+        scores = {b: read_json(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
         config = AutoConfig.from_pretrained(checkpoints / name)
-        cost = picture_cost(config, text_rows=TEXT_ROWS)
+        cost = image_cost(config, text_rows=TEXT_ROWS)
         flops = cost.prefill_flops / dense.setdefault(config.front_end, cost.prefill_flops)
         lines.append(
             f"| `{name}` | {scores['mmstar']['score']:.1f}% | {scores['mmbench']['score']:.1f}% | {run['steps']} "

@@ -67,14 +67,14 @@ def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dic
     text_only = round(images * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE))
     pictured = [True] * images + [False] * text_only
     rng.shuffle(pictured)
-    picture_number = 0
-    for number, with_picture in enumerate(pictured, start=1):
+    image_number = 0
+    for number, with_image in enumerate(pictured, start=1):
         record: dict[str, Any] = {"id": f"digits-{number:06d}"}
-        scene = varied(random_scene(pool, rng), rng) if with_picture else None
+        scene = varied(random_scene(pool, rng), rng) if with_image else None
         turns = _turns(scene_questions(scene) if scene else number_questions(), rng)
         if scene:
-            picture_number += 1
-            record["image"] = f"train/{picture_number:06d}.png"
+            image_number += 1
+            record["image"] = f"train/{image_number:06d}.png"
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
         record["conversations"] = turns
         yield record, scene

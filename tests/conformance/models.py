@@ -160,8 +160,8 @@ def check_end_to_end(golden: Golden) -> list[Comparison]:
     ]
     with torch.no_grad():
         outputs = model(**inputs, **_pictures(golden, model))
-    block = torch.as_tensor(outputs.image_hidden_states).unflatten(0, (-1, skip.rows))
-    tokens = block[:, [row for row in range(skip.rows) if row not in skip.summary_rows]]
+    block = torch.as_tensor(outputs.image_hidden_states).unflatten(0, (-1, skip.length))
+    tokens = block[:, [row for row in range(skip.length) if row not in skip.summary_positions]]
     expected = t["skip_argument_features"]
     results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
     order = output_order(entry | {"length": input_ids.shape[1]}, skip)

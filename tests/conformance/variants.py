@@ -95,10 +95,10 @@ def output_order(entry: dict[str, Any], skip: SkipConfig) -> Tensor:
         position = {row: place for place, row in enumerate(orders["attn_order"])} | {-1: -1}
         return torch.tensor([position[row] for row in orders["out_order"]])
     start, family = entry["image_start"], family_of(entry)
-    places = range(start, start + skip.rows)
+    places = range(start, start + skip.length)
     kept = [place for place, skipping in zip(places, skip.skipping, strict=True) if not skipping]
     if family in _KEPT_BEFORE_FIRST_SUMMARY:
-        summaries = [start + row for row in skip.summary_rows]
+        summaries = [start + row for row in skip.summary_positions]
         kept = [place for place in kept if place not in summaries] + summaries
-    zeros = [-1] * skip.skipping_rows
-    return torch.tensor([*range(start), *zeros, *kept, *range(start + skip.rows, entry["length"])])
+    zeros = [-1] * skip.num_skipping
+    return torch.tensor([*range(start), *zeros, *kept, *range(start + skip.length, entry["length"])])

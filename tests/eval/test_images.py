@@ -7,7 +7,7 @@ from PIL import Image
 
 from eval.errors import EvalError
 from eval.reading.images import Picture, row_pictures
-from llava_skip.vision.pictures import to_rgb
+from llava_skip.vision.rgb import to_rgb
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_pictures
+from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_images
 from eval.errors import EvalError
 from eval.reading.images import Picture
 from eval.score import score_file
@@ -148,7 +148,7 @@ def test_lmms_eval_shows_all_pictures_that_are_named(
         "How many?\n\nAnswer the question using a single word or phrase.",
     ]
     parquet = {"question": "<image 2>?", "options": {}, "image_2": {"bytes": b"second"}}
-    assert [p.data for p in named_pictures(parquet, Picture("record 2", b"first"))] == [b"second"]
+    assert [p.data for p in named_images(parquet, Picture("record 2", b"first"))] == [b"second"]
     rows[1]["question"] = "How many in <image 1> and <image 4>?"
     with pytest.raises(EvalError, match="record 1: its picture cannot be decoded .picture 4 of 3"):
         benchmark.load(write_tsv(rows))

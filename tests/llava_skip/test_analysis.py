@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip import SkipConfig, preset_config
-from llava_skip.flops import decoder_flops, picture_cost
+from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.routing import skipped_rows
 from tests.support.small_models import batch_of, mixed_samples, small_model
 
@@ -29,7 +29,7 @@ def test_padding_costs_no_ffn_and_counted_flops_equal_the_formula(skip, side):
 
 
 def test_paper_sized_models_cost_what_the_paper_says():
-    dense, skipping = (picture_cost(preset_config(name, "llama3-8b"), 0) for name in ("llava", "sv-llava-100"))
+    dense, skipping = (image_cost(preset_config(name, "llama3-8b"), 0) for name in ("llava", "sv-llava-100"))
     assert (dense.rows, dense.cache_rows) == (576, 576)
     assert (skipping.rows, skipping.ffn_rows, skipping.cache_rows) == (258, 102, 102)
     assert skipping.prefill_flops / dense.prefill_flops == pytest.approx(0.23, abs=0.03)

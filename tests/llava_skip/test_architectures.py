@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from tests.support.small_models import ARCHITECTURES, batch_of, mixed_samples, real_rows, small_model
+from tests.support.small_models import ARCHITECTURES, batch_of, mixed_samples, real_tokens, small_model
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -20,7 +20,7 @@ def test_a_row_in_a_mixed_padded_batch_equals_the_row_alone(architecture, side, 
     together = model(**batch).logits
     for index, sample in enumerate(samples):
         alone = model(**sample.alone()).logits[0]
-        torch.testing.assert_close(real_rows(together, batch, index), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(real_tokens(together, batch, index), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_generation_in_a_batch_equals_generation_alone(architecture):
@@ -51,7 +51,7 @@ def test_after_the_prefill_the_cache_holds_only_what_is_kept(architecture):
     sample = mixed_samples(model)[3]
     cache = model(**sample.alone(), use_cache=True).past_key_values
     skip = model.config.skip_config
-    dropped = 2 * skip.skipping_rows if skip else 0
+    dropped = 2 * skip.num_skipping if skip else 0
     assert [layer.keys.shape[-2] for layer in cache.layers] == [len(sample.input_ids) - dropped] * 3
     assert cache.get_seq_length() == len(sample.input_ids)
 

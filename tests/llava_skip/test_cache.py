@@ -19,7 +19,7 @@ def test_after_the_prefill_only_unskipped_rows_are_held_in_every_layer(side):
     cache = model(**batch_of(samples, side)).past_key_values
     assert isinstance(cache, ForgettingCache)
     skip = model.config.skip_config
-    text = [len(sample.input_ids) - pictures * skip.rows for sample, pictures in zip(samples, PICTURES, strict=True)]
+    text = [len(sample.input_ids) - pictures * skip.length for sample, pictures in zip(samples, PICTURES, strict=True)]
     expected = [words + pictures * (skip.retained + 2) for words, pictures in zip(text, PICTURES, strict=True)]
     assert cache.mask.sum(1).tolist() == expected
     assert [layer.keys.shape[-2] for layer in cache.layers] == [max(expected)] * 3

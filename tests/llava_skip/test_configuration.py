@@ -16,7 +16,7 @@ def test_presets_have_the_numbers_of_the_paper():
     }
     sv_cos = PRESETS["sv-cos"].skip
     assert sv_cos.spans == ((16, 272), (272, 528)) and sv_cos.skipping.index(True) == 273 and not sv_cos.skipping[528]
-    assert (sv_cos.rows, sv_cos.kept_rows, sv_cos.skipping_rows) == (530, 275, 255)  # method, section 0: C
+    assert (sv_cos.length, sv_cos.num_kept, sv_cos.num_skipping) == (530, 275, 255)  # method, section 0: C
 
 
 # Rows of a picture in the language model (method, section 0; the paper's tables).

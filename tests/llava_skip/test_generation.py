@@ -13,8 +13,8 @@ from tests.support.small_models import (
     IMAGE_TOKEN_ID,
     Sample,
     batch_of,
+    images_of,
     mixed_samples,
-    pictures_of,
     small_model,
 )
 
@@ -102,9 +102,9 @@ def test_a_second_turn_with_a_new_picture_goes_on_behind_a_cache(architecture, c
     options = {**LOGITS, "suppress_tokens": [IMAGE_TOKEN_ID], "past_key_values": cache(model)}
     one = model.generate(**first.alone(), **options, **chunks)
     input_ids = torch.cat([one.sequences, second.input_ids[None]], dim=1)
-    two = model.generate(input_ids, **pictures_of([second]), **options, **chunks)
+    two = model.generate(input_ids, **images_of([second]), **options, **chunks)
     phases = [len(first.input_ids), 5, 1 + len(second.input_ids), 6]  # the last token of an answer is not stored yet
-    expected = one_forward(model, two.sequences[0], pictures_of([first, second]), phases)
+    expected = one_forward(model, two.sequences[0], images_of([first, second]), phases)
     torch.testing.assert_close(torch.cat(one.logits), expected[phases[0] - 1 :][:6], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(two.logits), expected[-7:-1], atol=1e-5, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_a_second_turn_with_a_new_picture_goes_on_behind_a_cache(architecture, c
 def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
     batch = batch_of(mixed_samples(model), "left")
     images = batch["input_ids"] == IMAGE_TOKEN_ID
-    features = torch.cat(list(model.get_image_features(**pictures_of(mixed_samples(model))).pooler_output))
+    features = torch.cat(list(model.get_image_features(**images_of(mixed_samples(model))).pooler_output))
     whole = ForgettingCache()
     expected = model(**batch, past_key_values=whole).logits
     # Features belong to placeholders in the order of the batch: those of a chunk are not next to each other.

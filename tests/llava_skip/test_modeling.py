@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_skip import LlavaSkipForConditionalGeneration, SkipConfig, modeling
-from tests.support.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, real_rows, small_model
+from tests.support.small_models import IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, real_tokens, small_model
 
 NOT_FORGETTING = SkipConfig(5, 7, forget_cache=False)
 
@@ -38,7 +38,7 @@ def test_a_row_in_a_mixed_padded_batch_equals_the_row_alone(side, attention):
     logits = model(**inputs).logits
     for index, sample in enumerate(samples):
         alone = model(**sample.alone()).logits[0]
-        assert torch.allclose(real_rows(logits, inputs, index), alone, atol=1e-5), f"sample {index}"
+        assert torch.allclose(real_tokens(logits, inputs, index), alone, atol=1e-5), f"sample {index}"
 
 
 @pytest.mark.parametrize("skip", [None, SkipConfig(5, 7), NOT_FORGETTING])
@@ -182,9 +182,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_text_only_training_reaches_every_parameter_that_pictures_reach():
     model = small_model().train()
     samples = mixed_samples(model)
-    with_pictures = samples[0].alone()
+    with_images = samples[0].alone()
     text = samples[2].alone()
-    reached = gradients(model, with_pictures, with_pictures["input_ids"]).keys()
+    reached = gradients(model, with_images, with_images["input_ids"]).keys()
     zeros = gradients(model, text, text["input_ids"])
     assert zeros.keys() == reached
     for name, gradient in zeros.items():

@@ -43,7 +43,7 @@ def test_processor_writes_the_rows_that_the_model_fills(architecture, padded, tm
     crops = inputs["crop_counts"].tolist()
     assert crops == ([5, 5] if padded else [4, 2])
     rows = (inputs["input_ids"] == config.image_token_id).sum(dim=1).tolist()
-    assert rows == [config.picture_rows(count) for count in crops]
+    assert rows == [config.image_length(count) for count in crops]
     assert inputs["pixel_values"].shape == (sum(crops), 3, 16, 16)
 
 

@@ -14,8 +14,8 @@ from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
     batch_of,
+    images_of,
     mixed_samples,
-    pictures_of,
     small_config,
     small_model,
 )
@@ -136,7 +136,7 @@ def test_outputs_are_tuples_where_asked_for(model):
     outputs = model(**inputs)
     assert torch.equal(model(**inputs, return_dict=False)[0], outputs.logits)
     assert torch.equal(model.model(**inputs, return_dict=False)[0], model.model(**inputs).last_hidden_state)
-    pictures = pictures_of(mixed_samples(model)[:1])
+    pictures = images_of(mixed_samples(model)[:1])
     rows = model.get_image_features(**pictures).pooler_output
     assert torch.equal(model.get_image_features(**pictures, return_dict=False)[0], rows)
     model.config.return_dict = False
@@ -231,7 +231,7 @@ def test_generation_goes_on_behind_a_cache(model, again):
     expected = model.generate(**inputs, **LOGITS)
     start = model.generate(**inputs, **LOGITS | {"max_new_tokens": 2})
     more = {"input_ids": start.sequences, "past_key_values": copy.deepcopy(start.past_key_values)}
-    pictures = pictures_of([mixed_samples(model)[3]]) if again else {}
+    pictures = images_of([mixed_samples(model)[3]]) if again else {}
     rest = model.generate(**more, **pictures, **LOGITS | {"max_new_tokens": 4})
     assert torch.equal(rest.sequences, expected.sequences)
     assert_near(torch.cat(rest.logits), torch.cat(expected.logits[2:]))

@@ -5,7 +5,7 @@ import torch
 
 from llava_skip import SkipConfig, preset_config
 from llava_skip.presets import skip_for_model
-from tests.support.small_models import batch_of, mixed_samples, real_rows, small_config, small_model
+from tests.support.small_models import batch_of, mixed_samples, real_tokens, small_config, small_model
 
 SIZES = {"retained": 5, "skipped": 7}
 
@@ -37,7 +37,7 @@ def layout(skip: SkipConfig) -> str:
 def test_a_block_is_laid_out_as_configured(fields, expected):
     skip = SkipConfig(**SIZES, **fields)
     assert layout(skip) == expected
-    assert skip.rows == len(expected) and skip.skipping_rows == expected.count("S")
+    assert skip.length == len(expected) and skip.num_skipping == expected.count("S")
     assert SkipConfig.from_dict(skip.to_dict()) == skip
 
 
@@ -90,7 +90,7 @@ def test_a_variant_in_a_mixed_batch_equals_itself_alone(fields, attention):
     generated = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
     for index, sample in enumerate(samples):
         alone = model(**sample.alone()).logits[0]
-        torch.testing.assert_close(real_rows(together, batch, index), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(real_tokens(together, batch, index), alone, atol=1e-5, rtol=1e-5)
         assert generated[index].tolist() == model.generate(**sample.alone(), **options)[0, len(alone) :].tolist()
 
 

@@ -83,7 +83,7 @@ class Sample:
         for index, words in enumerate(text):
             parts.append(torch.randint(2, 80, (words,), generator=generator))
             if index < pictures:
-                parts.append(torch.full((model.config.picture_rows(crops[index]),), IMAGE_TOKEN_ID))
+                parts.append(torch.full((model.config.image_length(crops[index]),), IMAGE_TOKEN_ID))
         self.input_ids = torch.cat(parts)
         self.pixel_values = torch.randn(sum(crops), 3, 16, 16, generator=generator) if pictures else None
         self.crop_counts = torch.tensor(crops) if hd and pictures else None
@@ -91,17 +91,17 @@ class Sample:
     def alone(self) -> dict:
         """The inputs of the sample by itself."""
         inputs = {"input_ids": self.input_ids[None], "attention_mask": torch.ones_like(self.input_ids)[None]}
-        return inputs | pictures_of([self])
+        return inputs | images_of([self])
 
 
-def pictures_of(samples: "list[Sample]") -> dict:
+def images_of(samples: "list[Sample]") -> dict:
     """The pictures of samples, as the model takes them."""
-    with_pictures = [sample for sample in samples if sample.pixel_values is not None]
+    with_images = [sample for sample in samples if sample.pixel_values is not None]
     inputs = {}
-    if with_pictures:
-        inputs["pixel_values"] = torch.cat([sample.pixel_values for sample in with_pictures])
-        if with_pictures[0].crop_counts is not None:
-            inputs["crop_counts"] = torch.cat([sample.crop_counts for sample in with_pictures])
+    if with_images:
+        inputs["pixel_values"] = torch.cat([sample.pixel_values for sample in with_images])
+        if with_images[0].crop_counts is not None:
+            inputs["crop_counts"] = torch.cat([sample.crop_counts for sample in with_images])
     return inputs
 
 
@@ -124,9 +124,9 @@ def batch_of(samples: list[Sample], side: str) -> dict:
         size = len(sample.input_ids)
         place = slice(0, size) if side == "right" else slice(length - size, length)
         input_ids[index, place], mask[index, place] = sample.input_ids, 1
-    return {"input_ids": input_ids, "attention_mask": mask} | pictures_of(samples)
+    return {"input_ids": input_ids, "attention_mask": mask} | images_of(samples)
 
 
-def real_rows(tensor: torch.Tensor, inputs: dict, index: int) -> torch.Tensor:
+def real_tokens(tensor: torch.Tensor, inputs: dict, index: int) -> torch.Tensor:
     """The rows of one sample of a batch that are not padding."""
     return tensor[index][inputs["attention_mask"][index].bool()]

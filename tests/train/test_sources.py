@@ -58,7 +58,7 @@ def test_messages_and_images_of_every_kind_of_set(folder, kind, messages):
     assert len(records) == 3
     found = records.record(2)
     assert found["messages"] == TURNS and found["fault"] is None
-    picture = records.pictures_of(2).open(found["images"][0])
+    picture = records.images_of(2).open(found["images"][0])
     inside = messages is TURNS and kind not in ("json", "jsonl")
     assert picture.mode == "RGB" and picture.getpixel((0, 0)) == ((1, 2, 3) if inside else (9, 8, 7))
 
@@ -124,7 +124,7 @@ def test_images_by_first_component_and_new_names(folder):
         folder,
         "sources: {a: {path: a.json, images: {coco: coco, ocr: gqa}, renames: {ocr: renames.json}}}",
     )
-    pictures = load_records(path).pictures_of(0)
+    pictures = load_records(path).images_of(0)
     assert pictures.path("coco/1.png") == folder / "coco/1.png"
     assert pictures.path("ocr/old.png") == folder / "gqa/1.png"
     assert pictures.path("coco/old.png") == folder / "coco/old.png"  # renamed in its own part alone
@@ -138,7 +138,7 @@ def test_images_by_first_component_and_new_names(folder):
 def test_a_folder_map_as_a_json_file(folder):
     (folder / "a.json").write_text(json.dumps([record(("coco/1.png",))]))
     (folder / "image_folder.json").write_text(json.dumps({"coco": str(folder / "gqa")}))
-    pictures = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).pictures_of(0)
+    pictures = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).images_of(0)
     assert pictures.path("coco/1.png") == folder / "gqa/1.png"
     with pytest.raises(ValueError, match="--images does not go with"):
         load_records(mixture(folder, "sources: {a: {path: a.json}}"), str(folder))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_skip.vision.pictures import to_rgb
+from llava_skip.vision.rgb import to_rgb
 from tests.llava_skip.test_processing import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.vision.pictures import is_deep, is_turned
+from llava_skip.vision.rgb import is_deep, is_turned
 from train.data.measure import Measure, measure
 from train.data.records import Fault, Record, find_fault
 from train.data.sources import UNREADABLE, RecordSet
@@ -94,7 +94,7 @@ class QuickCheck:
         return Examined()
 
     def _missing(self, row: int, record: Record) -> Fault | None:
-        pictures = self.records.pictures_of(row)
+        pictures = self.records.images_of(row)
         for image in record["images"]:
             name = image if isinstance(image, str) else None if image.get("bytes") else image["path"]
             if name is None:
@@ -121,7 +121,7 @@ class FullCheck(QuickCheck):
         measured = None
         if not any(fault.kind in ERRORS for fault in faults):
             try:
-                measured = measure(record, self.records.pictures_of(row), self.processor, self.max_length)
+                measured = measure(record, self.records.images_of(row), self.processor, self.max_length)
                 faults += _examine_text(record, measured, self.max_length)
             except ValueError as error:
                 faults.append(Fault("refused by the template", str(error)))
@@ -129,7 +129,7 @@ class FullCheck(QuickCheck):
 
     def _examine_picture(self, row: int, image: Any) -> list[Fault]:
         name = image if isinstance(image, str) else image.get("path") or "of the table"
-        pictures = self.records.pictures_of(row)
+        pictures = self.records.images_of(row)
         try:
             with pictures.open_file(image) as picture:
                 faults = [Fault(kind, f"the image {name}: {text}") for kind, text in picture_notes(picture)]
@@ -162,7 +162,7 @@ def _examine_text(record: Record, measured: Measure, max_length: int) -> list[Fa
     answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
     if empty := sum(not answer.strip() for answer in answers):
         faults.append(Fault("empty answer", f"{empty} of {len(answers)} answers are empty"))
-    if measured.cuts_picture:
+    if measured.cuts_image:
         text = f"{measured.rows} rows, and --max_length {max_length} would cut a picture"
         faults.append(Fault("picture would be cut", text))
     elif measured.learnt == measured.lost_learnt:

@@ -87,7 +87,7 @@ class ConversationDataset(Dataset):
         row = self.records.row(index)
         record = self.records.record(row)
         name = self.records.describe(row, record)
-        return encode(record, self.records.pictures_of(row), self.processor, self.max_length, name)
+        return encode(record, self.records.images_of(row), self.processor, self.max_length, name)
 
 
 def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class _Length:
 
     def __call__(self, row: int) -> int:
         record = self.records.record(row)
-        measured = measure(record, self.records.pictures_of(row), self.processor, self.max_length)
+        measured = measure(record, self.records.images_of(row), self.processor, self.max_length)
         rows = measured.rows - measured.lost
         return rows if record["images"] else -rows
 

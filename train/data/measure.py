@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.vision.pictures import upright_size
+from llava_skip.vision.rgb import upright_size
 from train.data.records import Record
 from train.data.sources import Pictures
 
@@ -22,14 +22,14 @@ class Measure:
         learnt: with a label.
         lost: cut by the limit.
         lost_learnt: cut, with a label.
-        cuts_picture: whether the limit would cut a picture.
+        cuts_image: whether the limit would cut a picture.
     """
 
     rows: int
     learnt: int
     lost: int
     lost_learnt: int
-    cuts_picture: bool
+    cuts_image: bool
 
 
 def measure(record: Record, pictures: Pictures, processor: LlavaSkipProcessor, max_length: int) -> Measure:
@@ -51,12 +51,12 @@ def measure(record: Record, pictures: Pictures, processor: LlavaSkipProcessor, m
         learnt=int(learnt.sum()),
         lost=max(0, int(ends[-1]) - max_length),
         lost_learnt=int((learnt & cut).sum()),
-        cuts_picture=bool((is_picture & cut).any()),
+        cuts_image=bool((is_picture & cut).any()),
     )
 
 
 def _picture_rows(image: Any, pictures: Pictures, processor: LlavaSkipProcessor) -> int:
-    if not processor.rows_depend_on_size:
-        return processor.picture_rows(1, 1)
+    if not processor.length_depends_on_size:
+        return processor.image_length(1, 1)
     with pictures.open_file(image) as picture:
-        return processor.picture_rows(*upright_size(picture))
+        return processor.image_length(*upright_size(picture))

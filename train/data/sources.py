@@ -30,7 +30,7 @@ from datasets import Dataset
 from PIL import Image
 
 from llava_skip.errors import MissingFileError, UserError
-from llava_skip.vision.pictures import to_rgb
+from llava_skip.vision.rgb import to_rgb
 from train.data.reading import SCHEMA, file_stamp, read_table
 from train.data.records import Record, normalise
 
@@ -257,7 +257,7 @@ class RecordSet:
         content = self.tables[number][place].to_pylist()[0]
         return content if content.keys() == SCHEMA.keys() else normalise(content)
 
-    def pictures_of(self, row: int) -> Pictures:
+    def images_of(self, row: int) -> Pictures:
         """What opens the pictures of a row."""
         return self.pictures[self.source_of(row)[0]]
 

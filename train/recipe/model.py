@@ -232,7 +232,9 @@ def _join(arguments: ModelArguments, config: LlavaSkipConfig, dtype: torch.dtype
     return model
 
 
-def make_learner(arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig) -> PreTrainedModel | PeftModel:
+def make_trainable_model(
+    arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig
+) -> PreTrainedModel | PeftModel:
     """The model as it is trained: with the parts frozen that do not learn, and with LoRA if it was asked for.
 
     What learns is kept in float32, unless DeepSpeed keeps its own float32 copy: bfloat16 weights would swallow the

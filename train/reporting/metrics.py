@@ -82,7 +82,7 @@ class Meter:
     ) -> None:
         skip = config.skip_config
         self._text = config.text_config
-        self._skipping = skip.mean_skipping_rows(self._text.num_hidden_layers) if skip else 0.0
+        self._skipping = skip.mean_num_skipping(self._text.num_hidden_layers) if skip else 0.0
         self._passes = 3 if learns else 2
         self._device, self._peak, self._gather = device, peak, gather
         self.totals: dict[str, float] = dict.fromkeys((*COUNTS, "seconds"), 0.0)
