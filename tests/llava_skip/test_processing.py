@@ -6,7 +6,7 @@ from transformers import AutoProcessor
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, SkipConfig
 from llava_skip.conversation import load_template, template_names
-from tests.support.conversations import TURNS, byte_tokenizer, random_image, segments
+from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
 ROWS = 14
