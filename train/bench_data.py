@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from train.arguments import ModelArguments
 from train.data import ConversationDataset, RecordSet, load_records
 from train.recipe.model import prepare
-from train.reporting.result import write_json
+from llava_skip.files import write_json
 
 WORDS = "the picture shows a small red house beside the road and two people who walk past it in the rain".split()
 MEBIBYTE = 2**20

@@ -16,7 +16,7 @@ from llava_skip.convert import Precision
 from llava_skip.errors import MissingFileError, UserError
 from train.arguments import ModelArguments
 from train.recipe.model import build_model
-from train.reporting.result import load_json
+from llava_skip.files import read_json
 
 
 def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
@@ -34,7 +34,7 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
         raise MissingFileError(
             f"{adapter} must hold adapter_config.json and run.json: name the folder of a run with --lora_enable."
         )
-    record = load_json(adapter / "run.json")
+    record = read_json(adapter / "run.json")
     known = {field.name for field in fields(ModelArguments)}
     arguments = ModelArguments(**{name: value for name, value in record["model"].items() if name in known})
     arguments = replace(arguments, model=base or arguments.model, bits=16)

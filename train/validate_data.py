@@ -23,7 +23,7 @@ from train.data import load_records
 from train.data.checks import CONVERTED, ERRORS, WARNINGS, Examined, Finding, FullCheck
 from train.data.usable import examine, save_errors
 from train.recipe.model import prepare
-from train.reporting.result import write_json
+from llava_skip.files import write_json
 
 FAULTY, USER_ERROR = 1, 2
 

@@ -20,7 +20,7 @@ from train.data.checks import Examined, Finding, FullCheck, QuickCheck
 from train.data.parallel import map_rows
 from train.data.reading import cache_file
 from train.data.sources import RecordSet
-from train.reporting.result import write_text
+from llava_skip.files import write_text
 
 SHOWN = 5
 """Offenders that an error names."""
