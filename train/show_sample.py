@@ -136,7 +136,7 @@ def show(index: int, model_arguments: ModelArguments, data: DataArguments, outpu
             draw(crops, boxes, processor).save(drawn[-1])
             rows.append((drawn[-1], words))
     console = output_console()
-    console.rule(sample["record_id"])
+    console.rule(Text(sample["record_id"]))
     console.print(coloured(sample, processor))
     console.print(make_table(None, ("", ""), rows))
     if drawn:

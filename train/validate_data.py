@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from llava_skip.console import make_table, one_message, output_console
 from llava_skip.exits import FAULTY_RECORDS
 from llava_skip.files import write_json
@@ -105,13 +107,11 @@ def validate(model: ModelArguments, data: DataArguments) -> Findings:
 def show(findings: Findings, max_length: int, report: str) -> None:
     """Two tables: what the set contains, and what is wrong or unusual; then what to do next."""
     console = output_console()
+    mean = findings.tokens / max(findings.samples, 1)
     totals = (
         ("records", f"{findings.records:,}"),
         ("images", f"{findings.images:,}"),
-        (
-            "tokens a sample, mean and longest",
-            f"{findings.tokens / max(findings.samples, 1):,.0f}, {findings.longest:,}",
-        ),
+        ("tokens a sample, mean and longest", f"{mean:,.0f}, {findings.longest:,}"),
         ("share of tokens supervised", f"{findings.supervised / max(findings.tokens, 1):.1%}"),
         (f"tokens that --max_length {max_length} cuts", f"{findings.lost:,}, {findings.lost_supervised:,} supervised"),
     )
@@ -120,7 +120,7 @@ def show(findings: Findings, max_length: int, report: str) -> None:
     for label, kinds in (("error", ERRORS), ("warning", WARNINGS), ("converted", CONVERTED)):
         for kind in filter(findings.counts.__getitem__, kinds):
             example = next((f"{f.record}: {f.text}" for f in findings.offenders if f.kind == kind), "")
-            rows.append((f"{findings.counts[kind]:,}", label, kind, example))
+            rows.append((f"{findings.counts[kind]:,}", label, kind, escape(example)))
     if rows:
         console.print(make_table(f"findings -> {report}", ("records", "", "kind", "for example"), rows))
     if faulty := len({finding.row for finding in findings.errors}):

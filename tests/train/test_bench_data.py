@@ -42,6 +42,7 @@ def test_a_million_records_load_in_two_gibibytes(tmp_path):
 
 
 def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))  # which `measure` changes
     monkeypatch.setattr("train.bench_data.in_new_process", in_fork)
     byte_tokenizer().save_pretrained(tmp_path)
     model = ModelArguments(tokenizer=str(tmp_path), template="v1", preset="sv-llava-100")
@@ -49,10 +50,10 @@ def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
     assert figures["later_load"]["records"] == 200
     assert all(rate > 0 for name in ("pictures", "samples") for rate in figures[f"{name}_per_second"].values())
     show(figures)
-    assert "pictures decoded/s, 1 workers" in capsys.readouterr().out
+    assert "images decoded/s, 1 workers" in capsys.readouterr().out
 
 
-def test_made_up_records_are_like_those_of_llava():
+def test_made_up_records_have_the_form_of_llavas():
     records = list(made_up_records(64))
     assert json.dumps(records) == json.dumps(list(made_up_records(64)))
     assert sum("image" in record for record in records) == 56

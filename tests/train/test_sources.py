@@ -58,9 +58,9 @@ def test_messages_and_images_of_every_kind_of_set(folder, kind, messages):
     assert len(records) == 3
     found = records.record(2)
     assert found["messages"] == TURNS and found["fault"] is None
-    picture = records.images_of(2).open(found["images"][0])
+    image = records.images_of(2).open(found["images"][0])
     inside = messages is TURNS and kind not in ("json", "jsonl")
-    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == ((1, 2, 3) if inside else (9, 8, 7))
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == ((1, 2, 3) if inside else (9, 8, 7))
 
 
 def test_a_broken_line_is_a_faulty_record(folder):
@@ -89,7 +89,7 @@ def test_a_mixture_reads_its_sources_by_weight(folder):
     assert set(records.used_rows) == set(records.rows) and records.fingerprint == again.fingerprint
 
 
-def test_another_weight_or_picture_folder_is_another_set(folder):
+def test_another_weight_or_image_folder_is_another_set(folder):
     variants = ["weight: 1", "weight: 2", "images: coco", "images: gqa"]
     prints = [load_records(mixture(folder, f"sources: {{a: {{path: a.json, {v}}}}}")).fingerprint for v in variants]
     assert len(set(prints)) == 4
@@ -124,22 +124,22 @@ def test_images_by_first_component_and_new_names(folder):
         folder,
         "sources: {a: {path: a.json, images: {coco: coco, ocr: gqa}, renames: {ocr: renames.json}}}",
     )
-    pictures = load_records(path).images_of(0)
-    assert pictures.path("coco/1.png") == folder / "coco/1.png"
-    assert pictures.path("ocr/old.png") == folder / "gqa/1.png"
-    assert pictures.path("coco/old.png") == folder / "coco/old.png"  # renamed in its own part alone
+    images = load_records(path).images_of(0)
+    assert images.path("coco/1.png") == folder / "coco/1.png"
+    assert images.path("ocr/old.png") == folder / "gqa/1.png"
+    assert images.path("coco/old.png") == folder / "coco/old.png"  # only in its own part
     with pytest.raises(ValueError, match=r"starts with 'vg', which has no folder; known: \['coco', 'ocr'\]"):
-        pictures.path("vg/1.png")
+        images.path("vg/1.png")
     for name in ("coco/../gqa/1.png", "coco//etc/passwd"):
         with pytest.raises(ValueError, match="leaves the image folder"):
-            pictures.path(name)
+            images.path(name)
 
 
 def test_a_folder_map_as_a_json_file(folder):
     (folder / "a.json").write_text(json.dumps([record(("coco/1.png",))]))
     (folder / "image_folder.json").write_text(json.dumps({"coco": str(folder / "gqa")}))
-    pictures = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).images_of(0)
-    assert pictures.path("coco/1.png") == folder / "gqa/1.png"
+    images = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).images_of(0)
+    assert images.path("coco/1.png") == folder / "gqa/1.png"
     with pytest.raises(ValueError, match="--images does not go with"):
         load_records(mixture(folder, "sources: {a: {path: a.json}}"), str(folder))
 

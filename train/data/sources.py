@@ -40,7 +40,10 @@ from train.data.reading import SCHEMA, file_stamp, read_table, table_stamp
 from train.data.records import Record, RecordError, normalise
 
 MIX_KINDS = (".yaml", ".yml")
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 """What Pillow raises about a broken file; SyntaxError about a PNG."""
 
 
