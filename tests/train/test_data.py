@@ -48,6 +48,12 @@ def check(records, images, processor, drop_faulty=False):
         (record((), image=[None]), "an image must be a file name"),
         (record(("../a.png",)), "the image ../a.png leaves the image folder"),
         (record(("/a.png",)), "the image /a.png leaves the image folder"),
+        (record(text=[{"type": "text"}]), r"a turn's text must be a string, not \[{"),
+        ({"id": "x", "messages": [{"role": "user", "content": ["?"]}]}, "a part of a turn must be an object"),
+        ({"id": "x", "messages": [{"role": 7, "content": "?"}]}, "must be a string, not 7"),
+        (record((), image={"bytes": "iVBO"}), "an image must be a file name"),
+        (record((), image={"path": 7}), "an image must be a file name"),
+        (record(("\0.png",)), "does not exist"),
         (record(text="What?", answer="<image>"), "an answer has <image>"),
         (record(("a.png",) * 8, text="<image>" * 8), "8 images take 112 tokens, --max_length is 100"),
     ],
@@ -67,6 +73,12 @@ def test_many_faults_are_counted(images, processor):
     with pytest.raises(ValueError, match=r"8 of 8 records are faulty") as caught:
         check([record(("no.png",))] * 8, images, processor)
     assert str(caught.value).count("record ") == 5 and "and 3 more" in str(caught.value)
+
+
+def test_a_programming_error_about_a_row_is_no_fault_of_it(images, monkeypatch):
+    monkeypatch.setattr("train.data.records._image_first", lambda text: {}["planted"])
+    with pytest.raises(KeyError, match="planted"):
+        stored([record()], images)
 
 
 def test_faulty_records_are_dropped_when_asked(images, processor):
@@ -96,6 +108,16 @@ def test_broken_data_files(tmp_path, content, message):
         load_records(str(path))
     with pytest.raises(FileNotFoundError, match="DATA .*nowhere.json does not exist"):
         load_records(str(tmp_path / "nowhere.json"))
+
+
+def test_lines_that_cannot_be_stored_are_faulty_records(tmp_path):
+    rows = [record((), "Hi \ud83d"), record((), id="\ud83d"), record(("\ud83d.png",))]
+    (tmp_path / "data.jsonl").write_text("\n".join(['{"id": ' + "7" * 5000 + "}", *map(json.dumps, rows)]))
+    records = load_records(str(tmp_path / "data.jsonl"))
+    faults = [records.record(row)["fault"] for row in range(4)]
+    assert "line 1 is not valid JSON" in faults[0] and faults[2] is None and records.record(2)["id"] == "\\ud83d"
+    assert faults[1].startswith("a turn's text has half of a surrogate pair")
+    assert faults[3].startswith("an image's name has half of a surrogate pair")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,15 @@ def test_an_image_with_what_is_retained(tmp_path, monkeypatch, capsys, line, pre
     assert (pixels.shape[1] > pixels.shape[0]) == (preset == "sv-llava-hd")  # the thumbnail and its tiles
 
 
+def test_a_faulty_record_is_one_message(tmp_path, monkeypatch, capsys, line):
+    (tmp_path / "data.json").write_text(json.dumps([record(text="no placeholder")]))
+    monkeypatch.setattr(sys, "argv", ["show_sample", "0", *line])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: record 0 (id 'r1'): 1 images, but 0 <image> in the text")
+
+
 def test_text_alone_and_its_colours(tmp_path, monkeypatch, capsys, line):
     monkeypatch.setattr(sys, "argv", ["show_sample", "0", *line])
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -5,8 +5,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
 
+from llava_skip.errors import UserError
 from tests.train.test_data import record
-from train.data import load_records
+from train.data import load_records, read_sources
 
 TURNS = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
 PARTS = [
@@ -107,6 +108,8 @@ def test_another_weight_or_image_folder_is_another_set(folder):
         ("sources: {a: {path: none.json}}", "none.json does not exist"),
         ("sources: {a: {path: a.json, images: nowhere}}", "IMAGES .*nowhere does not exist"),
         ("sources: {a: {path: a.json, images: {coco: coco, gqa: nowhere}}}", "IMAGES .*nowhere does not exist"),
+        ("sources: {a: {path: a.json, images: [coco]}}", r"has the images \['coco'\]; give a path"),
+        ("sources: {a: {path: data/a.json}}", "data/a.json does not exist"),
         ("sources: {a: {path: a.json, renames: none.json}}", "none.json does not exist"),
         ("sources: {a: {path: a.json, weight: 0.01}}", "has no records"),
         ("sources: {a: {path: mix.yaml}}", "of an unknown kind"),
@@ -142,6 +145,42 @@ def test_a_folder_map_as_a_json_file(folder):
     assert images.path("coco/1.png") == folder / "gqa/1.png"
     with pytest.raises(ValueError, match="--images does not go with"):
         load_records(mixture(folder, "sources: {a: {path: a.json}}"), str(folder))
+
+
+def test_a_tilde_is_the_home_folder_everywhere(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "renames.json").write_text('{"old.png": "1.png"}')
+    (folder / "folders.json").write_text('{"coco": "~/gqa"}')
+    mixture(folder, "sources: {a: {path: ~/a.json, images: ~/coco, renames: ~/renames.json}}")
+    assert load_records("~/mix.yaml").images_of(0).path("old.png") == folder / "coco/1.png"
+    mapped = mixture(folder, "sources: {a: {path: ~/a.json, images: {coco: ~/gqa}}}")
+    for records in (load_records(mapped), load_records("~/a.json", "~/folders.json")):
+        assert records.images_of(0).path("coco/1.png") == folder / "gqa/1.png"
+    assert load_records("~/a.json", "~/gqa").images_of(0).path("1.png") == folder / "gqa/1.png"
+
+
+def test_a_hub_name_stays_one_beside_a_mixture(folder):
+    path = mixture(folder, "sources: {a: {path: owner/name-v1.5}}")
+    assert read_sources(path)[0].path == "owner/name-v1.5"
+    with pytest.raises(UserError, match="DATA owner/nothing cannot be read"):
+        load_records("owner/nothing")
+
+
+@pytest.mark.parametrize(("name", "content"), [("set.parquet", "no parquet"), ("saved/dataset_info.json", "{")])
+def test_a_broken_set_is_one_message(folder, name, content):
+    (folder / "saved").mkdir()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_records(str(folder / name.split("/")[0]))
+
+
+def test_a_set_saved_again_is_another_set(folder):
+    """The reader's own cache has no part in it: `datasets` maps the files of the folder."""
+    path, prints = folder / "saved", []
+    for count in (2, 3):
+        table(TURNS).select(range(count)).save_to_disk(path)
+        prints.append(load_records(str(path)).fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_dropped_rows_leave_every_copy(folder):

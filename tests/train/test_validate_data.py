@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
 from tests.llava_skip.test_processing import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments
-from train.data import ConversationDataset, load_records, usable_records
+from train.data import ConversationDataset, RecordError, load_records, usable_records
+from train.data.checks import FullCheck
 from train.recipe.model import prepare
 from train.validate_data import main, validate
 
@@ -35,6 +37,7 @@ IMAGES = {  # file -> how it is made, kinds that are found
     "deep.png": (lambda p: Image.fromarray(np.full((4, 4), 9999, np.uint16)).save(p), {"16-bit greys scaled"}),
     "palette.gif": (lambda p: Image.new("P", (9, 7)).save(p), {"palette converted"}),
     "clear.png": (lambda p: Image.new("RGBA", (9, 7), (0, 0, 0, 0)).save(p), {"transparency on white"}),
+    "lab.tif": (lambda p: Image.new("LAB", (9, 7)).save(p), set()),
     "turned.jpg": (lambda p: Image.new("RGB", (9, 7)).save(p, exif=turned()), {"turned upright"}),
 }
 
@@ -82,6 +85,45 @@ def test_what_the_limit_cuts(tmp_path):
     assert findings.counts["empty answer"] == 1 and 0 not in found
     assert (findings.tokens, findings.longest) == (sum(lengths), max(lengths))
     assert findings.supervised == sum(sum(label != -100 for label in sample["labels"]) for sample in dataset)
+
+
+def test_a_sample_whose_first_token_alone_is_supervised_has_nothing_to_learn(tmp_path):
+    """Labels shift: no token predicts the first one."""
+    model, data = arguments(tmp_path, [record((), "Question?", "Answer.")])
+    processor = prepare(model)[1]
+    processor.chat_template = "{% generation %}{{ bos_token }}{% endgeneration %}{{ messages[0].content }}"
+    check = FullCheck(load_records(data.data), processor, 2048)
+    _, supervised = processor.tokenize_conversation(check.records.record(0)["messages"])
+    assert supervised.nonzero()[0].tolist() == [0]
+    (finding,) = check(0).findings
+    assert (finding.kind, check(0).measure.supervised) == ("nothing learnt", 0)
+
+
+def test_a_template_that_leaves_an_image_out_is_a_finding(tmp_path):
+    IMAGES["good.png"][0](tmp_path / "good.png")
+    model, data = arguments(tmp_path, [record(("good.png",))])
+    records, processor = load_records(data.data, data.images), prepare(model)[1]
+    processor.chat_template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    (finding,) = FullCheck(records, processor, 2048)(0).findings
+    assert (finding.kind, finding.text) == ("refused by the template", "the template shows 0 of 1 images")
+    with pytest.raises(RecordError, match="record 0 .* shows 0 of 1 images"):
+        ConversationDataset(records, processor, 2048)[0]
+
+
+@pytest.mark.parametrize("place", ["checks.image_notes", "checks._examine_text", "measure._image_length"])
+def test_a_programming_error_in_a_check_keeps_its_traceback(tmp_path, monkeypatch, place):
+    def planted(*_):
+        for _faulty, _unpacking in [(1,)]:
+            pass
+
+    IMAGES["good.png"][0](tmp_path / "good.png")
+    model, data = arguments(tmp_path, [record(("good.png",))])
+    monkeypatch.setattr(f"train.data.{place}", planted)
+    line = ["--data", data.data, "--images", data.images, "--tokenizer", model.tokenizer, "--template", "v1"]
+    monkeypatch.setattr(sys, "argv", ["validate_data", *line])
+    with pytest.raises(ValueError, match="not enough values to unpack") as caught:
+        main()
+    assert caught.traceback[-1].name == "planted" and not isinstance(caught.value, UserError)
 
 
 def test_training_uses_the_findings(tmp_path):
@@ -135,7 +177,7 @@ def test_the_command_and_its_exit_codes(tmp_path, monkeypatch, capsys, faulty, c
     IMAGES["good.png"][0](tmp_path / "good.png")
     model, data = arguments(tmp_path, [record(("good.png",)), record(("no.png",) if faulty else ("good.png",))])
     line = ["validate_data", "nowhere.json" if faulty is None else data.data, "--report", str(tmp_path / "report.json")]
-    line += ["--images", data.images, "--tokenizer", model.tokenizer, "--template", "v1"]
+    line += ["--images", data.images, "--tokenizer", model.tokenizer, "--template", "v1", "--max-length", "2000"]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as left:
         main()
@@ -147,3 +189,4 @@ def test_the_command_and_its_exit_codes(tmp_path, monkeypatch, capsys, faulty, c
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["totals"]["records"] == 2 and report["counts"] == ({"missing picture": 1} if faulty else {})
         assert len(report["offenders"]) == int(faulty) and "records" in printed.out
+        assert printed.out.splitlines()[-1].startswith("1 records cannot" if faulty else "The set can be trained on")

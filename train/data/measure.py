@@ -68,8 +68,8 @@ def _image_length(image: Any, images: Images, processor: LlavaSkipProcessor) -> 
         return processor.image_length(1, 1)
     with images.open_file(image) as opened:
         with calling_pillow():
-            size = upright_size(opened)
-        return processor.image_length(*size)
+            opened.getexif()
+        return processor.image_length(*upright_size(opened))
 
 
 @dataclass(frozen=True)
