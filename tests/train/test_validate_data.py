@@ -7,7 +7,7 @@ from PIL import Image
 
 from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments
 from train.data import ConversationDataset, RecordError, load_records, usable_records
