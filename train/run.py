@@ -23,7 +23,7 @@ from train.data import (
     ConversationStream,
     collate,
     collate_flat,
-    dropped_report,
+    dropped_findings,
     load_tables,
     read_sources,
     sample_lengths,
@@ -92,7 +92,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         )  # fmt: skip
         return Run(model, run, config, processor, stream, collator, None, parts, arguments)
     records, errors = usable_records(records, processor, data.max_length, data.data_processes, data.drop_faulty)
-    dropped = dropped_report(records, errors) if errors else None
+    dropped = dropped_findings(records, errors) if errors else None
     check_dropped(Path(run.output_dir), dropped, run.overwrite)
     lengths = None
     if data.group_by_modality_length:
