@@ -13,7 +13,7 @@ PICTURES = (1, 2, 0, 2)
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_after_the_prefill_only_unskipped_rows_are_held_in_every_layer(side):
+def test_after_the_prefill_only_unskipped_tokens_are_held_in_every_layer(side):
     model = small_model()
     samples = mixed_samples(model)
     cache = model(**batch_of(samples, side)).past_key_values
@@ -28,7 +28,7 @@ def test_after_the_prefill_only_unskipped_rows_are_held_in_every_layer(side):
 
 
 @torch.no_grad()
-def test_never_more_than_one_layers_skipped_rows_are_alive():
+def test_never_more_than_one_layers_skipped_tokens_are_alive():
     model = small_model()
     sample = mixed_samples(model)[1].alone()
     alive, most = [], []
@@ -51,9 +51,9 @@ def test_stored_rows_are_those_of_the_full_cache():
     full = DynamicCache(config=model.config.text_config)
     model(**sample.alone(), past_key_values=full, use_cache=True)
     forgetting = model(**sample.alone()).past_key_values
-    from llava_skip.routing import skipped_rows
+    from llava_skip.routing import skipped_tokens
 
-    kept = ~skipped_rows(sample.input_ids[None] == model.config.image_token_id, model.config.skip_config)[0]
+    kept = ~skipped_tokens(sample.input_ids[None] == model.config.image_token_id, model.config.skip_config)[0]
     for ours, theirs in zip(forgetting.layers, full.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys[:, :, kept])
         assert torch.equal(ours.values, theirs.values[:, :, kept])

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from llava_skip import ForgettingCache, SkipConfig
-from llava_skip.routing import skipped_rows
+from llava_skip.routing import skipped_tokens
 from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
@@ -65,15 +65,15 @@ def test_every_attention_masks_what_no_cache_has_forgotten(attention):
 def test_flash_attention_is_refused_where_a_mask_is_needed():
     model = small_model()
     inputs = mixed_samples(model)[0].alone()
-    model.config.text_config._attn_implementation = "flash_attention_2"
+    model.model.language_model.config = LlamaConfig(attn_implementation="flash_attention_2")
     prompt_images = inputs["input_ids"][:, :-2] == IMAGE_TOKEN_ID  # the last two rows were generated
-    with pytest.raises(ValueError, match="which needs a mask, and flash_attention_2 takes none"):
-        model(**inputs, prompt_images=prompt_images, use_cache=False)
+    with pytest.raises(ValueError, match="which needs a mask, and flash attention takes none"):
+        model(**inputs, prompt_images=prompt_images, generated=2, use_cache=False)
 
 
 @pytest.mark.parametrize("cache", [CACHES["forgetting"], CACHES["dynamic"]])
 @pytest.mark.parametrize("sample", range(3))
-def test_accepted_proposals_do_not_see_skipped_rows(model, sample, cache):
+def test_accepted_proposals_do_not_see_skipped_tokens(model, sample, cache):
     inputs = mixed_samples(model)[sample].alone()
     expected = model.generate(**inputs, **LOGITS)
     # The model proposes to itself: all is accepted, and the first forward holds the prompt and what follows it.
@@ -85,7 +85,7 @@ def test_accepted_proposals_do_not_see_skipped_rows(model, sample, cache):
 def one_forward(model, input_ids: torch.Tensor, pictures: dict, phases: list[int]) -> torch.Tensor:
     """Logits [T, V] of one forward; a row sees skipped rows of its own phase alone, of so many rows each."""
     length = len(input_ids)
-    skipped = skipped_rows((input_ids == IMAGE_TOKEN_ID)[None], model.config.skip_config)[0]
+    skipped = skipped_tokens((input_ids == IMAGE_TOKEN_ID)[None], model.config.skip_config)[0]
     phase = torch.arange(len(phases)).repeat_interleave(torch.tensor(phases))
     seen = torch.ones(length, length).tril().bool() & (~skipped[None, :] | (phase[:, None] == phase[None, :]))
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
@@ -119,7 +119,7 @@ def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
     # Features belong to placeholders in the order of the batch: those of a chunk are not next to each other.
     places = images.flatten().cumsum(0).view_as(images) - 1
     cache, chunks = ForgettingCache(), []
-    with cache.holding():
+    with cache.chunked_prefill():
         for start in range(0, images.shape[1], 7):
             columns = slice(start, start + 7)
             rows = features[places[:, columns][images[:, columns]]]
@@ -128,7 +128,7 @@ def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
                 input_ids=batch["input_ids"][:, columns],
                 attention_mask=batch["attention_mask"][:, : start + 7],
                 mm_encoder_outputs=encoded,
-                prompt_images=images,
+                prompt_images=images[:, : start + 7],
                 past_key_values=cache,
             )
             chunks.append(outputs.logits)
@@ -148,7 +148,7 @@ def test_a_prompt_that_fails_leaves_the_cache_usable():
     model = small_model()
     inputs = mixed_samples(model)[0].alone()
     cache = ForgettingCache()
-    with pytest.raises(ValueError, match="image placeholders"), cache.holding():
+    with pytest.raises(ValueError, match="image tokens"), cache.chunked_prefill():
         model(input_ids=inputs["input_ids"], past_key_values=cache)
     expected = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, past_key_values=cache).logits, expected)

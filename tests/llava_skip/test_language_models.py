@@ -236,7 +236,7 @@ def test_counted_flops_equal_the_formula(kind):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=sample.input_ids[None], mm_encoder_outputs={"image": encoded}, use_cache=False)
     rows = len(sample.input_ids)
-    expected = decoder_flops(model.config.text_config, rows, rows - 2 * SKIP.num_skipping, head_rows=rows)
+    expected = decoder_flops(model.config.text_config, rows, rows - 2 * SKIP.num_skipping, head_tokens=rows)
     assert counter.get_total_flops() == expected.total
 
 

@@ -54,17 +54,17 @@ def test_generation_in_a_batch_equals_generation_alone(skip):
 
 def visible(model, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
     """4-D mask of one full forward [1, 1, T, T]: causal, and rows behind the prompt do not see skipped rows."""
-    from llava_skip.routing import skipped_rows
+    from llava_skip.routing import skipped_tokens
 
     length = input_ids.shape[1]
-    skipped = skipped_rows(input_ids == IMAGE_TOKEN_ID, model.config.skip_config)[0]
+    skipped = skipped_tokens(input_ids == IMAGE_TOKEN_ID, model.config.skip_config)[0]
     seen = torch.ones(length, length).tril().bool()
     seen[prompt:] &= ~skipped
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 @torch.no_grad()
-def test_forgetting_decode_equals_one_forward_that_may_not_see_skipped_rows():
+def test_forgetting_decode_equals_one_forward_that_may_not_see_skipped_tokens():
     model = small_model()
     for sample in mixed_samples(model):
         prompt = len(sample.input_ids)
@@ -215,10 +215,10 @@ def test_inputs_embeds_stand_in_for_ids():
 def test_pictures_and_placeholders_must_fit():
     model = small_model()
     inputs = mixed_samples(model)[0].alone()
-    with pytest.raises(ValueError, match=r"holds 14 image placeholders, the pictures fill 28 \(14 a picture\)"):
+    with pytest.raises(ValueError, match=r"has 14 image tokens, the images fill 28 \(14 an image\)"):
         model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     inputs.pop("pixel_values")
-    with pytest.raises(ValueError, match="holds 14 image placeholders, the pictures fill 0"):
+    with pytest.raises(ValueError, match="has 14 image tokens, the images fill 0"):
         model(**inputs)
 
 

@@ -64,7 +64,7 @@ def test_a_text_assistant_and_prompt_lookup_give_the_same_text(model):
 def test_a_picture_that_is_missing_behind_a_prompt_is_an_error(model):
     sample = mixed_samples(model)[0]
     cache = model(**sample.alone(), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="the pictures fill 0"):
+    with pytest.raises(ValueError, match="the images fill 0"):
         model(input_ids=sample.input_ids[None], past_key_values=cache)
 
 
