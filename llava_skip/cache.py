@@ -88,6 +88,8 @@ class ForgettingCache(Cache):
     The forwards of a prompt in chunks are made inside of `chunked_prefill()`.
     """
 
+    max_cache_len = -1  # no maximum; peft's prefix tuning asks for it
+
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
         self.seen = 0

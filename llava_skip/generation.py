@@ -1,7 +1,7 @@
-"""What `generate` does differently for a skipping model: whatever the cache, generated tokens do not see skipped ones.
+"""What `generate` does for a skipping model: whatever the cache, generated tokens do not see skipped ones.
 
-A `ForgettingCache` has dropped them. In a cache of another kind, which keeps every token, their keys are masked; without
-a cache, `forward` masks them. All of this needs to know where the prompt has image tokens and where it ends.
+A `ForgettingCache` has dropped them. In a cache of another kind, which keeps every token, their keys are masked;
+without a cache, `forward` masks them. All of this needs to know where the prompt has image tokens and where it ends.
 
 Shapes: B batch, P tokens of the prompt, W tokens of a sample so far.
 """
@@ -34,7 +34,7 @@ class Prompt:
         is_image: [B, P] bool, its image tokens, without those that the cache has already.
         skipped: [B, P] bool, the skipped tokens among them; None if generated tokens may see them.
         skipped_before: [B, P] bool, the skipped tokens of earlier turns in the cache; None if there are none.
-        num_ids: number of ids that `generate` was given; fewer than P if it was given embeddings or a cache.
+        num_ids: number of ids of the prompt; fewer than P if `generate` was given embeddings or the cache of a turn.
         position: number of tokens of the prompt that are in the cache.
         chunks: open while the prompt comes in chunks.
     """
@@ -78,7 +78,7 @@ class Prompt:
         if self.is_done:
             return {} if num_new == 1 else {"prompt_images": self.is_image[:, :0], "generated": num_new}
         end = self.position + num_new
-        if isinstance(cache, ForgettingCache) and end < self.length:
+        if isinstance(cache, ForgettingCache) and end < self.length and not cache.in_chunks:
             self.chunks.enter_context(cache.chunked_prefill())
         self.position = 0 if cache is None else end
         return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
@@ -95,26 +95,33 @@ class SkippingGenerationMixin(GenerationMixin):
     model: Any
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the default cache is a `ForgettingCache`."""
+        is_assistant = getattr(generation_config, "is_assistant", False)
+        if is_assistant:
+            kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
+        self._choose_cache(generation_config, kwargs)
+        prompt = self._read_prompt(inputs, is_assistant, kwargs)
+        token = _PROMPT.set(prompt)
+        try:
+            with prompt.chunks:
+                return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            _PROMPT.reset(token)
+
+    def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Add a `ForgettingCache` to the arguments of `generate`, unless they ask for another cache or none."""
 
         def chosen(name: str) -> Any:
             places = kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name)
             return next((value for value in places if value is not None), None)
 
-        if getattr(generation_config, "is_assistant", False) and chosen("prefill_chunk_size") is not None:
-            kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
-        uses_cache = chosen("use_cache") is not False or kwargs.get("inputs_embeds") is not None
         kind = chosen("cache_implementation")
+        uses_cache = chosen("use_cache") is not False or kwargs.get("inputs_embeds") is not None
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
-            kwargs |= {"past_key_values": ForgettingCache()} | ({"cache_implementation": None} if kind else {})
-        prompt = self._read_prompt(inputs, getattr(generation_config, "is_assistant", False), kwargs)
-        token = _PROMPT.set(prompt)
-        try:
-            with prompt.chunks:
-                return super().generate(inputs, generation_config, **kwargs)
-        finally:
-            _PROMPT.reset(token)
+            kwargs["past_key_values"] = ForgettingCache()
+            if kind is not None:  # transformers takes a cache or a name, not both
+                kwargs["cache_implementation"] = None
 
     def _read_prompt(self, inputs: Tensor | None, is_assistant: bool, kwargs: dict[str, Any]) -> Prompt:
         """The prompt in the arguments of `generate`; completes them in place."""
@@ -129,21 +136,20 @@ class SkippingGenerationMixin(GenerationMixin):
         if width < is_image.shape[1]:
             raise UserError(f"attention_mask has {width} columns for a prompt of {is_image.shape[1]} tokens.")
         is_image = nn.functional.pad(is_image, (width - is_image.shape[1], 0))  # a second turn may give new ids alone
-        skip: SkipConfig | None = self.config.skip_config
-        forgets = skip is not None and skip.forget_cache
-        before, position = None, 0 if cache is None else int(cache.get_seq_length())
+        position, before = 0 if cache is None else int(cache.get_seq_length()), None
         if position > 0:
             before = is_image & (torch.arange(width, device=is_image.device) < position)
             self._drop_earlier_images(kwargs, before[is_image])
-            # An assistant goes on after what the other model has generated, which is text.
-            is_image = torch.zeros_like(is_image) if is_assistant else is_image & ~before
-        return Prompt(
-            is_image,
-            skipped=skipped_tokens(is_image, skip) if forgets else None,
-            skipped_before=skipped_tokens(before, skip) if forgets and before is not None else None,
-            num_ids=0 if ids is None else ids.shape[1],
-            position=position,
+            is_image = is_image & ~before
+            if is_assistant:  # all that is new to it was generated by the other model
+                is_image, before = is_image[:, :position], before[:, :position]
+        skip: SkipConfig | None = self.config.skip_config
+        skipped, skipped_before = (
+            None if skip is None or not skip.forget_cache or images is None else skipped_tokens(images, skip)
+            for images in (is_image, before)
         )
+        num_ids = (0 if ids is None else ids.shape[1]) + is_image.shape[1] - width
+        return Prompt(is_image, skipped, skipped_before, num_ids, position)
 
     def _drop_earlier_images(self, kwargs: dict[str, Any], earlier: Tensor) -> None:
         """Encode the images; if a second turn gives all of them again, leave out those that the cache has.
@@ -175,7 +181,7 @@ class SkippingGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next forward; also where its image tokens are, and which stored tokens it may not see."""
+        """As in transformers; also where the forward has image tokens, and which stored tokens it may not see."""
         prompt, arguments = _PROMPT.get(), {}
         if prompt is not None:
             prompt.repeat_for(len(input_ids))

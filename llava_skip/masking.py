@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices

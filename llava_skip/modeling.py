@@ -117,24 +117,17 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D].
-
-        Arguments as in transformers' LLaVA; `prompt_images` and `generated` as in `ImageTokens.of_forward`.
-        """
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = ForgettingCache()
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`."""
+        use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
         features = self._image_features(pixel_values, crop_counts, mm_encoder_outputs)
         nothing = self._no_picture() if features is None and self.training and torch.is_grad_enabled() else None
-        is_image = self.find_images(input_ids, inputs_embeds)
+        found = self.find_images(input_ids, inputs_embeds)
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            images = ImageTokens.of_forward(
-                is_image, self.config.skip_config, prompt_images, generated, _num_seen(past_key_values)
-            )
-            inputs_embeds = self._place(features, inputs_embeds, images, is_image, nothing)
+            skip, seen = self.config.skip_config, _num_seen(past_key_values)
+            images = ImageTokens.of_forward(found, skip, prompt_images, generated, seen)
+            inputs_embeds = self._place(features, inputs_embeds, images, found, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -147,6 +140,11 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             **kwargs,
         )
         return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
+
+    def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        return use_cache, ForgettingCache() if use_cache and cache is None else cache
 
     def _image_features(
         self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None
