@@ -4,9 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-LIBRARY = [
+REQUIRED = [
     "torch>=2.8",
-    "transformers>=5.23,<6",
+    "transformers>=5.23,<5.24",
     "safetensors>=0.5",
     "pillow>=11",
     "numpy>=1.26",
@@ -14,31 +14,26 @@ LIBRARY = [
     "typer>=0.15",
     "rich>=13",
     "sentencepiece>=0.2",  # the tokenizer of LLaVA 1.5 and Vicuna, as they were released
-]
-TRAIN = [
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+    "filelock>=3.12",
+    # training
     "accelerate>=1.10,<2",
     "datasets>=4,<6",
-    "deepspeed>=0.18,<0.20",
-    "filelock>=3.12",
     "ijson>=3.3,<4",
-    "matplotlib>=3.9",
-    "ninja>=1.11",
     "peft>=0.18,<1",
     "psutil>=5.9",
     "pyyaml>=6",
-    "tensorboard>=2.18,<3",
-    "tqdm>=4.66",
-    "wandb>=0.20,<1",
-]
-EVAL = [
+    # evaluation
     "httpx>=0.27,<1",
-    "matplotlib>=3.9",
     "openpyxl>=3.1",
     "scipy>=1.15",
     "tenacity>=9,<10",
-    "tqdm>=4.66",
+    # the embedded data set
+    "scikit-learn>=1.5",
+    "tokenizers>=0.22",
 ]
-EMBEDDED = ["filelock>=3.12", "scikit-learn>=1.5", "tokenizers>=0.22"]
+TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 
 setup(
@@ -57,16 +52,17 @@ setup(
         "eval.showing": ["templates/*.jinja"],
         "train": ["recipes/*.yaml", "recipes/*.json"],
     },
-    entry_points={"lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"]},
-    install_requires=LIBRARY,
+    entry_points={
+        "console_scripts": ["llava-skip = llava_skip.__main__:main"],
+        "lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"],
+    },
+    install_requires=REQUIRED,
     extras_require={
         "train": TRAIN,
-        "eval": EVAL,
-        "embedded": EMBEDDED,
         "flash-attn": ["flash-attn>=2.7"],
-        "qlora": ["bitsandbytes>=0.46.1,<1", "peft>=0.18,<1", "accelerate>=1.10,<2"],
+        "qlora": ["bitsandbytes>=0.46.1,<1"],
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
-        "all": [*TRAIN, *EVAL, *EMBEDDED, *DEV],
+        "all": [*TRAIN, *DEV],
     },
 )

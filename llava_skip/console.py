@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +60,21 @@ def one_message() -> Iterator[None]:
         yield
     except UserError as error:
         fail(error)
+
+
+def make_app(function: Callable[..., Any]) -> typer.Typer:
+    """A typer function as a command line: one message for a user's mistake, `--long-option` and `--long_option`."""
+    options = {"token_normalize_func": lambda name: name.replace("_", "-")}
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=options
+    )
+    app.command()(one_message()(function))
+    return app
+
+
+def program(function: Callable[..., Any]) -> None:
+    """Run a typer function as the program of this process."""
+    make_app(function)()
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from llava_skip.__main__ import PROGRAMS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
@@ -31,8 +33,9 @@ def eval_commands():
     texts = [path.read_text(encoding="utf-8") for path in [*PAGES, *ROOT.glob("scripts/**/*")] if path.is_file()]
     lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
     for line in lines:
-        if shown := re.search(r"(?:-m (eval\.\w+)|(?:eval\.sbatch)|(?:make eval-\w+)) (.*)", line):
-            yield shown.group(1) or "eval.run", shown.group(2)
+        if shown := re.search(r"(?:-m (eval\.\w+)|llava-skip (eval|score|compare)|eval\.sbatch|make eval-\w+) (.*)", line):
+            program = PROGRAMS[shown[2]].module if shown[2] else "eval.run"
+            yield shown[1] or program, shown[3]
 
 
 def test_options_of_evaluations_exist():

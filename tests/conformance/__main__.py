@@ -1,9 +1,7 @@
-"""Command line of the conformance run."""
+"""Command line of the conformance run: `python -m tests.conformance [DIR]`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,10 +9,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from llava_skip.console import make_table, output_console, program
+from llava_skip.exits import DISAGREES
+from llava_skip.files import write_json
 from tests.conformance import Comparison, GoldenFolder, UnknownKind, check_golden, check_table
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+"""The project's own golden tensors."""
 
 
 def _row(name: str, check: Callable[[], list[Comparison]]) -> dict:
@@ -39,32 +41,33 @@ def _describe(row: dict) -> tuple[str, str, str]:
 
 
 def run(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with index.json and safetensors files.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with index.json and safetensors files.")
+    ] = GOLDENS,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write every comparison here.")] = None,
 ) -> None:
     """Compare the library with golden tensors; exit 1 if one is off or of a kind that is not known."""
     torch.set_num_threads(1)
-    try:
-        folder = GoldenFolder(directory)
-    except FileNotFoundError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    folder = GoldenFolder(directory)
     rows = [_row(golden.name, partial(check_golden, golden)) for golden in folder.files.values()]
     rows += [_row(name, partial(check_table, table)) for name, table in folder.tables.items()]
     rows += [
         {"file": name, "passed": False, "unknown": "not in index.json, and no check reads it", "comparisons": []}
         for name in folder.unindexed()
     ]
-    table = Table("file", "result", "largest error", "compared")
-    for row in rows:
-        table.add_row(row["file"], *_describe(row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    headings = ("file", "result", "largest error", "compared")
+    output_console().print(make_table(None, headings, [(row["file"], *_describe(row)) for row in rows]))
     if json_path:
-        json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, rows)
     passed = sum(row["passed"] for row in rows)
     typer.echo(f"{passed} of {len(rows)} files agree")
-    raise typer.Exit(0 if passed == len(rows) else 1)
+    raise typer.Exit(0 if passed == len(rows) else DISAGREES)
+
+
+def main() -> None:
+    """Run the command line."""
+    program(run)
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    main()

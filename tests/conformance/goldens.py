@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from llava_skip.errors import MissingFileError
+from llava_skip.files import read_json
 
 LOGITS = 1e-4
 """Tolerance of logits and other values, absolute."""
@@ -92,23 +94,21 @@ class GoldenFolder:
     """A folder laid out like the project's goldens.
 
     Raises:
-        FileNotFoundError: no index.json in it.
+        MissingFileError: it has no index.json.
     """
 
     def __init__(self, path: Path) -> None:
         index = path / "index.json"
         if not index.is_file():
-            raise FileNotFoundError(f"{index} does not exist: give a folder with an index.json and safetensors files.")
+            raise MissingFileError(f"{index} does not exist: give a folder with an index.json and safetensors files.")
         self.path = path
-        self.files = {
-            name: Golden(self, name, entry) for name, entry in json.loads(index.read_text(encoding="utf-8")).items()
-        }
+        self.files = {name: Golden(self, name, entry) for name, entry in read_json(index).items()}
 
     @cached_property
     def tables(self) -> dict[str, Any]:
         """The JSON files beside the index, by file name."""
         files = sorted(self.path.glob("*.json"))
-        return {f.name: json.loads(f.read_text(encoding="utf-8")) for f in files if f.name != "index.json"}
+        return {f.name: read_json(f) for f in files if f.name != "index.json"}
 
     def unindexed(self) -> list[str]:
         """Files of the folder that the index does not name and that nothing here can read."""

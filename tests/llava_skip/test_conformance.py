@@ -1,15 +1,14 @@
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conformance import GoldenFolder, check_golden
-
-GOLDENS = Path("tests/goldens")
+from tests.conformance.__main__ import GOLDENS, main
 
 
 @pytest.mark.parametrize("name", sorted(GoldenFolder(GOLDENS).files))
@@ -19,9 +18,15 @@ def test_golden_is_reproduced(name):
     assert [c for c in comparisons if not c.passed] == []
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tests.conformance", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(folder: Path, *options: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["conformance", str(folder), *options])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return SimpleNamespace(returncode=caught.value.code, **capsys.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture
@@ -35,34 +40,34 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
-def test_command_agrees_and_writes_json(copy, tmp_path):
+def test_command_agrees_and_writes_json(copy, tmp_path, run):
     result = run(copy, "--json", str(tmp_path / "out.txt"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 of 3 files agree" in result.stdout
+    assert result.returncode == 0, result.out + result.err
+    assert "3 of 3 files agree" in result.out
     rows = json.loads((tmp_path / "out.txt").read_text())
     assert all(row["passed"] and row["comparisons"] for row in rows)
 
 
-def test_command_fails_on_a_changed_value(copy):
+def test_command_fails_on_a_changed_value(copy, run):
     tensors = load_file(copy / "merge.safetensors")
     tensors["B1_N26_to16.out"] = tensors["B1_N26_to16.out"] + 1e-2
     save_file(tensors, copy / "merge.safetensors")
     result = run(copy)
     assert result.returncode == 1
-    assert "2 of 3 files agree" in result.stdout and "B1_N26_to16 output" in result.stdout
+    assert "2 of 3 files agree" in result.out and "B1_N26_to16 output" in result.out
 
 
-def test_command_fails_on_an_unknown_kind_and_names_it(copy):
+def test_command_fails_on_an_unknown_kind_and_names_it(copy, run):
     index = json.loads((copy / "index.json").read_text())
     index["strange"] = {"family": "Z", "tensors": {"feature": [[1], "float32"]}}
     (copy / "index.json").write_text(json.dumps(index))
     (copy / "extra.json").write_text("{}")
     result = run(copy)
     assert result.returncode == 1
-    assert result.stdout.count("unknown") == 2
-    assert "3 of 5 files agree" in result.stdout
+    assert result.out.count("unknown") == 2
+    assert "3 of 5 files agree" in result.out
 
 
-def test_command_refuses_a_folder_without_index(tmp_path):
+def test_command_refuses_a_folder_without_index(tmp_path, run):
     result = run(tmp_path)
-    assert result.returncode == 2 and "index.json does not exist" in result.stderr
+    assert result.returncode == 2 and "index.json does not exist" in result.err
