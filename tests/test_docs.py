@@ -33,7 +33,9 @@ def eval_commands():
     texts = [path.read_text(encoding="utf-8") for path in [*PAGES, *ROOT.glob("scripts/**/*")] if path.is_file()]
     lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
     for line in lines:
-        if shown := re.search(r"(?:-m (eval\.\w+)|llava-skip (eval|score|compare)|eval\.sbatch|make eval-\w+) (.*)", line):
+        if shown := re.search(
+            r"(?:-m (eval\.\w+)|llava-skip (eval|score|compare)|eval\.sbatch|make eval-\w+) (.*)", line
+        ):
             program = PROGRAMS[shown[2]].module if shown[2] else "eval.run"
             yield shown[1] or program, shown[3]
 
