@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import warnings
 
 import pytest
 from torch import nn
@@ -92,3 +93,11 @@ def test_overrides_are_found():
             return self
 
     assert overridden(Own) == ["_apply"]
+
+
+@pytest.mark.parametrize("module", ["llava_skip", "train.run", "eval.scoring.judge", "tests.test_private_names"])
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_deprecated_call_of_the_project_is_an_error(module, category):
+    with pytest.raises(category):
+        warnings.warn_explicit("old", category, "file.py", 1, module=module)
+    warnings.warn_explicit("old", category, "file.py", 1, module="another.train")
