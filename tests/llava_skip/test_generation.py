@@ -1,10 +1,11 @@
 """Generation gives the same logits whatever the cache, the size of the chunks, or who proposes tokens."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, StaticCache
 
 from llava_skip import ForgettingCache, SkipConfig
 from llava_skip.routing import skipped_tokens
@@ -26,6 +27,7 @@ WAYS = {
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "chunks of 1": {"prefill_chunk_size": 1},
+    "chunks of 1, static cache": {"prefill_chunk_size": 1, "cache_implementation": "static"},
     "chunks of 5": {"prefill_chunk_size": 5},
     "chunks of 5, static cache": {"prefill_chunk_size": 5, "cache_implementation": "static"},
     "one chunk": {"prefill_chunk_size": 1000},
@@ -80,6 +82,47 @@ def test_accepted_proposals_do_not_see_skipped_tokens(model, sample, cache):
     proposed = model.generate(**inputs, **LOGITS, assistant_model=copy.deepcopy(model), past_key_values=cache(model))
     assert torch.equal(proposed.sequences, expected.sequences)
     torch.testing.assert_close(torch.cat(proposed.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_do_not_disturb_an_assistant(model):
+    inputs = mixed_samples(model)[1].alone()
+    expected = model.generate(**inputs, **LOGITS)
+    chunks = model.generate(**inputs, **LOGITS, assistant_model=copy.deepcopy(model), prefill_chunk_size=4)
+    assert torch.equal(chunks.sequences, expected.sequences)
+
+
+def test_threads_generate_with_one_model_at_once(model):
+    prompts = [sample.alone() for sample in mixed_samples(model)]
+    expected = [model.generate(**inputs, **OPTIONS) for inputs in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [threads.submit(model.generate, **inputs, **OPTIONS, prefill_chunk_size=5) for inputs in prompts * 3]
+        assert all(torch.equal(job.result(), tokens) for job, tokens in zip(jobs, expected * 3, strict=True))
+
+
+def test_a_call_that_fails_leaves_nothing_behind(model):
+    sample = mixed_samples(model)[0]
+    with pytest.raises(ValueError, match="has 14 image tokens|image tokens, the images fill 0"):
+        model.generate(sample.input_ids[None], **OPTIONS)
+    inputs = model.prepare_inputs_for_generation(sample.input_ids[None], is_first_iteration=True)
+    assert "prompt_images" not in inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, ForgettingCache),
+        ({"cache_implementation": "dynamic"}, ForgettingCache),
+        ({"generation_config": GenerationConfig(cache_implementation="dynamic", max_new_tokens=2)}, ForgettingCache),
+        ({"cache_implementation": "static"}, StaticCache),
+        ({"use_cache": False}, type(None)),
+    ],
+    ids=["default", "dynamic", "dynamic in a configuration", "static", "none"],
+)
+def test_the_default_cache_forgets_and_another_is_taken_as_asked_for(options, kind):
+    model = small_model()
+    options = {"max_new_tokens": 2, "pad_token_id": 0, "return_dict_in_generate": True} | options
+    outputs = model.generate(**mixed_samples(model)[0].alone(), **options)
+    assert type(outputs.past_key_values) is kind
 
 
 def one_forward(model, input_ids: torch.Tensor, pictures: dict, phases: list[int]) -> torch.Tensor:

@@ -241,6 +241,21 @@ def test_second_turn_with_a_new_picture_on_a_filled_cache():
     assert torch.allclose(continued.logits[0], whole.logits[0, len(first.input_ids) :], atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_skip_entry_is_parsed_once_and_again_only_if_it_changes(monkeypatch):
+    parsed = []
+    from_dict = SkipConfig.from_dict
+    monkeypatch.setattr(SkipConfig, "from_dict", lambda data: parsed.append(data) or from_dict(data))
+    model = small_model(SkipConfig(4, 6))  # no other test has these numbers
+    sample = Sample(model, 1, (3, 5), seed=1)
+    once = model(**sample.alone()).logits
+    model.generate(**sample.alone(), max_new_tokens=3, do_sample=False)
+    assert len(parsed) == 1
+    model.config.skip["ffn_head"] = 2
+    again = model(**sample.alone()).logits
+    assert len(parsed) == 2 and not torch.allclose(once, again, atol=1e-3)
+
+
 def test_no_function_of_the_model_is_long():
     tree = ast.parse(Path(modeling.__file__).read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
