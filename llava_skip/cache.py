@@ -209,12 +209,12 @@ def _for_heads(index: Tensor, like: Tensor) -> Tensor:
 
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
-    """None, which stands for all real, where a mask says that."""
+    """A mask, or None if it says that all are real."""
     return None if mask is None or bool(mask.all()) else mask
 
 
 def _join(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:
-    """Masks [B, stored] and [B, width] side by side, where None stands for all real; None if both are."""
+    """Masks [B, stored] and [B, width] side by side; None means that all are real."""
     if old is None and new is None:
         return None
     parts = [(old, stored), (new, width)]

@@ -2,7 +2,7 @@
 
 A language model is two classes without code of their own, `Skip<X>DecoderLayer` and `Skip<X>Model`, and a line in
 `LANGUAGE_MODELS`; what they do is in `SkippingLayer` and `SkippingModel`. docs/add-a-language-model.md says what must
-hold of the model.
+be true of the model.
 
 Shapes: B batch, T tokens, D width, M tokens that take the FFN.
 """
@@ -59,7 +59,7 @@ class SkippingModel(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        del self.layers  # freed before the new ones exist: a large model is never held twice
+        del self.layers  # freed before the new ones exist: a large model never exists twice
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         # What places a model on several devices finds its layers by the names of their classes.
         self._no_split_modules = {self.layer_class.__name__}

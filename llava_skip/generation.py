@@ -162,7 +162,7 @@ class SkippingGenerationMixin(GenerationMixin):
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if given["pixel_values"] is not None:
             if encoded.get("image") is not None:
-                raise UserError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same images.")
+                raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
             encoded = {**encoded, "image": self.model.get_image_features(**given, return_dict=True)}
         if encoded.get("image") is None:
             return

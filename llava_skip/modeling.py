@@ -151,7 +151,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     ) -> Tensor | None:
         """The blocks of all images [N * L, D]: encoded now, or before (`generate` does, once for all beams)."""
         if encoded and pixel_values is not None:
-            raise UserError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same images.")
+            raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, crop_counts, return_dict=True)}
         if encoded and encoded.get("image") is not None:

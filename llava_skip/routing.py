@@ -21,7 +21,7 @@ class ImageTokens:
     """Where the image tokens of a sequence are, and which of them are skipped.
 
     Attributes:
-        is_image: [B, W] bool, over all tokens so far, the new ones last; over the new ones alone if these hold whole
+        is_image: [B, W] bool, over all tokens so far, the new ones last; over the new ones alone if these are whole
             images.
         new: T.
         generated: number of tokens at the end that come after the prompt.
@@ -50,7 +50,7 @@ class ImageTokens:
             is_image: [B, T] bool, the image tokens among the new tokens.
             skip: the sizes of an image's block; None for a dense model.
             prompt_images: [B, P] bool, the image tokens of the prompt as far as this forward has it; its last column is
-                the last new token that is not generated. None: the new tokens are prompt, and hold whole images.
+                the last new token that is not generated. None: the new tokens are prompt, with whole images.
             generated: number of new tokens that come after the prompt. An image token among them is text.
             seen: number of tokens before the new ones. Those that `prompt_images` does not reach back to are no image
                 tokens, as the vectors that prompt tuning puts before a prompt.

@@ -68,7 +68,7 @@ def test_flash_attention_is_refused_where_a_mask_is_needed():
     model = small_model()
     inputs = mixed_samples(model)[0].alone()
     model.model.language_model.config = LlamaConfig(attn_implementation="flash_attention_2")
-    prompt_images = inputs["input_ids"][:, :-2] == IMAGE_TOKEN_ID  # the last two rows were generated
+    prompt_images = inputs["input_ids"][:, :-2] == IMAGE_TOKEN_ID  # the last two tokens were generated
     with pytest.raises(ValueError, match="which needs a mask, and flash attention takes none"):
         model(**inputs, prompt_images=prompt_images, generated=2, use_cache=False)
 
@@ -78,7 +78,7 @@ def test_flash_attention_is_refused_where_a_mask_is_needed():
 def test_accepted_proposals_do_not_see_skipped_tokens(model, sample, cache):
     inputs = mixed_samples(model)[sample].alone()
     expected = model.generate(**inputs, **LOGITS)
-    # The model proposes to itself: all is accepted, and the first forward holds the prompt and what follows it.
+    # The model proposes to itself: all is accepted, and the first forward has the prompt and what follows it.
     proposed = model.generate(**inputs, **LOGITS, assistant_model=copy.deepcopy(model), past_key_values=cache(model))
     assert torch.equal(proposed.sequences, expected.sequences)
     torch.testing.assert_close(torch.cat(proposed.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-5)
@@ -99,7 +99,7 @@ def test_threads_generate_with_one_model_at_once(model):
         assert all(torch.equal(job.result(), tokens) for job, tokens in zip(jobs, expected * 3, strict=True))
 
 
-def test_a_call_that_fails_leaves_nothing_behind(model):
+def test_a_call_that_fails_leaves_no_prompt(model):
     sample = mixed_samples(model)[0]
     with pytest.raises(ValueError, match="has 14 image tokens|image tokens, the images fill 0"):
         model.generate(sample.input_ids[None], **OPTIONS)
@@ -125,21 +125,21 @@ def test_the_default_cache_forgets_and_another_is_taken_as_asked_for(options, ki
     assert type(outputs.past_key_values) is kind
 
 
-def one_forward(model, input_ids: torch.Tensor, pictures: dict, phases: list[int]) -> torch.Tensor:
-    """Logits [T, V] of one forward; a row sees skipped rows of its own phase alone, of so many rows each."""
+def one_forward(model, input_ids: torch.Tensor, images: dict, phases: list[int]) -> torch.Tensor:
+    """Logits [T, V] of one forward; a token sees skipped tokens of its own phase alone; `phases` has their lengths."""
     length = len(input_ids)
     skipped = skipped_tokens((input_ids == IMAGE_TOKEN_ID)[None], model.config.skip_config)[0]
     phase = torch.arange(len(phases)).repeat_interleave(torch.tensor(phases))
     seen = torch.ones(length, length).tril().bool() & (~skipped[None, :] | (phase[:, None] == phase[None, :]))
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
-        return model(input_ids=input_ids[None], attention_mask=mask, use_cache=False, **pictures).logits[0]
+        return model(input_ids=input_ids[None], attention_mask=mask, use_cache=False, **images).logits[0]
 
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunks"])
 @pytest.mark.parametrize("architecture", ["sv-llava", "sv-llava-hd", "sv-cos"])
-def test_a_second_turn_with_a_new_picture_goes_on_behind_a_cache(architecture, chunks, cache):
+def test_a_second_turn_with_a_new_image_goes_on_after_a_cache(architecture, chunks, cache):
     model = small_model(architecture=architecture)
     first, second = Sample(model, 1, (3, 5), seed=1), Sample(model, 2, (2, 0, 4), seed=9)
     options = {**LOGITS, "suppress_tokens": [IMAGE_TOKEN_ID], "past_key_values": cache(model)}
@@ -159,14 +159,14 @@ def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
     features = torch.cat(list(model.get_image_features(**images_of(mixed_samples(model))).pooler_output))
     whole = ForgettingCache()
     expected = model(**batch, past_key_values=whole).logits
-    # Features belong to placeholders in the order of the batch: those of a chunk are not next to each other.
-    places = images.flatten().cumsum(0).view_as(images) - 1
+    # Features belong to image tokens in the order of the batch: those of a chunk are not next to each other.
+    order = images.flatten().cumsum(0).view_as(images) - 1
     cache, chunks = ForgettingCache(), []
     with cache.chunked_prefill():
         for start in range(0, images.shape[1], 7):
             columns = slice(start, start + 7)
-            rows = features[places[:, columns][images[:, columns]]]
-            encoded = {"image": type("Output", (), {"pooler_output": rows[None]})} if len(rows) else None
+            block = features[order[:, columns][images[:, columns]]]
+            encoded = {"image": type("Output", (), {"pooler_output": block[None]})} if len(block) else None
             outputs = model(
                 input_ids=batch["input_ids"][:, columns],
                 attention_mask=batch["attention_mask"][:, : start + 7],
@@ -180,9 +180,9 @@ def test_chunks_by_hand_see_each_other_until_the_prompt_ends(model):
     assert cache.get_seq_length() == whole.get_seq_length() == images.shape[1]
     stored = torch.ones_like(real) if whole.mask is None else whole.mask
     for ours, theirs in zip(cache.layers, whole.layers, strict=True):
-        assert ours.keys.shape[-2] == theirs.keys.shape[-2]  # the same rows are left, in the same places
-        for kept, expected_rows in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-            pick = [kept.transpose(1, 2)[:, :, 0][stored], expected_rows.transpose(1, 2)[:, :, 0][stored]]
+        assert ours.keys.shape[-2] == theirs.keys.shape[-2]  # the same tokens are left, at the same positions
+        for kept, expected_states in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            pick = [kept.transpose(1, 2)[:, :, 0][stored], expected_states.transpose(1, 2)[:, :, 0][stored]]
             torch.testing.assert_close(*pick, atol=1e-5, rtol=1e-5)
 
 
