@@ -20,7 +20,7 @@ def test_after_the_prefill_only_unskipped_tokens_are_stored_in_every_layer(side)
     cache = model(**batch_of(samples, side)).past_key_values
     assert isinstance(cache, ForgettingCache)
     skip = model.config.skip_config
-    text = [len(sample.input_ids) - n * skip.length for sample, num_images in zip(samples, NUM_IMAGES, strict=True)]
+    text = [len(sample.input_ids) - n * skip.length for sample, n in zip(samples, NUM_IMAGES, strict=True)]
     expected = [words + n * (skip.retained + 2) for words, n in zip(text, NUM_IMAGES, strict=True)]
     assert cache.mask.sum(1).tolist() == expected
     assert [layer.keys.shape[-2] for layer in cache.layers] == [max(expected)] * 3
