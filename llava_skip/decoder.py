@@ -55,6 +55,7 @@ class SkippingModel(nn.Module):
     """
 
     layer_class: type[SkippingLayer]
+    layers: nn.ModuleList
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:

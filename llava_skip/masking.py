@@ -80,7 +80,8 @@ def _owners(images: ImageTokens, cache: Cache | None) -> tuple[Tensor, Tensor]:
         token; and the number of the image that a token belongs to, 0 for text. Token i may see token j if owner[j] is 0
         (not skipped) or viewer[i] (of the same image).
     """
-    viewer = images.numbers
+    viewer, skipped = images.numbers, images.skipped
+    assert skipped is not None  # a dense model has none
     if isinstance(cache, ForgettingCache):  # what it has stored of earlier forwards is never skipped
         latest = max(images.new, cache.chunk_tokens)
         if viewer.shape[1] < latest:
@@ -89,7 +90,7 @@ def _owners(images: ImageTokens, cache: Cache | None) -> tuple[Tensor, Tensor]:
                 "all chunks so far are."
             )
         viewer = viewer[:, -latest:]
-    return viewer.where(images.skipped[:, -viewer.shape[1] :], 0), viewer
+    return viewer.where(skipped[:, -viewer.shape[1] :], 0), viewer
 
 
 def _check_maskable(config: PreTrainedConfig, mask: Any) -> None:
