@@ -22,7 +22,7 @@ from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import PRESETS, fields_for_tower
+from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _configure(
         image_token = _make_room(text, weights, folder)
         vision, tower = _tower(folder, raw, weights, vision_tower, own_tower, report)
         weights = weights | tower
-        if report.layout == layouts.LANGUAGE and preset in PRESETS and PRESETS[preset].front_end == "cos":
+        if report.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
             fields = fields_for_tower(preset, vision)  # the resampler starts anew: the preset makes it
             return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields), weights
         _express_linear(weights, raw, report)

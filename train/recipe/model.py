@@ -23,14 +23,13 @@ from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.errors import MissingFileError, UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import fields_for_tower, preset_config, skip_for_model
+from llava_skip.presets import DEFAULT_PRESET, fields_for_tower, preset_config, skip_for_model
 from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
+from llava_skip.vision import get_front_end
 from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, quantization_config
 from train.recipe.parts import choose_trained, freeze_unused
 
-DEFAULT_PRESET = "sv-llava-256"
-"""Preset of a new model."""
 EMBEDDED_TOKENIZER = Path("playground/data/digits/tokenizer")
 """Tokenizer of a new model, unless another is named."""
 
@@ -61,9 +60,10 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         )
     processor = LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
     if arguments.image_aspect_ratio == "square":
-        if config.front_end == "hd":
+        if get_front_end(config.front_end).cuts_tiles:
             raise UserError(
-                "--image_aspect_ratio square does not go with the front end 'hd', which cuts tiles: use pad."
+                f"--image_aspect_ratio square does not go with the front end {config.front_end!r}, which cuts tiles: "
+                "use pad."
             )
         processor.image_processor.do_pad = False
     return config, processor
