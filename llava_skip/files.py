@@ -11,6 +11,9 @@ from typing import Any
 
 from llava_skip.errors import MissingFileError, UserError
 
+_FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
+"""Endings of local files, which hub names do not have."""
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
@@ -104,13 +107,13 @@ def local_path(source: str | Path) -> Path | None:
     """The local path that `source` names, with `~` expanded; None for a hub name.
 
     A path that exists is local. Anything else is a hub name if it has the form `owner/name`, and a local path that is
-    missing otherwise.
+    missing otherwise, or if it ends like a file.
     """
     path = Path(source).expanduser()
     text = str(source)
     if path.exists() or isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         return path
-    return None
+    return path if path.suffix in _FILES else None
 
 
 def find_local(source: str | Path, what: str) -> Path | None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.report import LoadReport
@@ -21,7 +20,11 @@ from llava_skip.vision.resampler import ResamplerConfig
 NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
 LLAVA_HF, LLAVA_NEXT = "llava-hf", "LlavaNext"
 
+LINEAR_PROJECTOR = "model.mm_projector.weight"
+"""LLaVA's name of a projector that is a single layer."""
+
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+_POSITIONS = f"{_TOWER}embeddings.position_embedding.weight"
 _ORIGINAL_CLASS = re.compile(r"^Llava(\w+)ForCausalLM$")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NOT_OF_THE_TEXT = re.compile(
@@ -81,10 +84,17 @@ def tower_config(source: str) -> CLIPVisionConfig:
         MissingFileError: no such folder.
         UserError: another kind of tower.
     """
-    config = AutoConfig.from_pretrained(find_folder(source))
+    folder = find_folder(source, "vision tower", weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The vision tower {source} holds no configuration that can be read: {error}") from error
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
-        raise UserError(f"The vision tower {source} is of type {config.model_type!r}; only CLIP towers are supported.")
+        raise UserError(
+            f"The vision tower {source} is a {config.model_type} model: give a CLIP tower, such as "
+            "openai/clip-vit-large-patch14-336."
+        )
     return config
 
 
@@ -106,7 +116,7 @@ def tower_config_of_weights(weights: Mapping[str, Tensor]) -> CLIPVisionConfig:
 
 def _grid(weights: Mapping[str, Tensor]) -> int:
     """Patches a side that the tower's position table is for."""
-    return round((weights[f"{_TOWER}embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
+    return round((weights[_POSITIONS].shape[0] - 1) ** 0.5)
 
 
 def flat_config(
@@ -124,20 +134,19 @@ def flat_config(
         raw: its config.json.
         text: of the language model, whose vocabulary already holds the image token.
         vision: of the tower.
-        weights: all weights under native names.
+        weights: by native name, before a linear projector is changed; at least those of projector and summary layer.
         image_token: id of the placeholder.
         own_tower: whether the tower is the paper's own CLIP.
-        report: what is inferred or has no counterpart is noted there.
+        report: what is inferred is noted there.
 
     Raises:
-        UserError: a setting that the model cannot express.
+        UserError: a setting that the weights contradict.
     """
-    _check_settings(raw, report)
-    resolution = raw.get("backbone_resolution", -1)
-    # The table says what the tower was trained at; its configuration may still say what it was made from.
-    vision.image_size = resolution if resolution > 0 else vision.patch_size * _grid(weights)
+    if (resolution := raw.get("backbone_resolution", -1)) > 0:
+        vision.image_size = resolution
+    elif _POSITIONS in weights:  # says what the tower was trained at; its configuration may say what it was made from
+        vision.image_size = vision.patch_size * _grid(weights)
     resampler = _resampler(raw.get("cos_config_version"), weights, own_tower, report)
-    linear = f"{_PROJECTOR}linear_2.weight" in weights and raw.get("mm_projector_type") == "linear"
     return LlavaSkipConfig(
         vision_config=vision,
         text_config=text,
@@ -145,14 +154,19 @@ def flat_config(
         # The paper's own CLIP has no 24th block: its last one is what -2 means elsewhere.
         vision_feature_layer=-1 if own_tower else raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
-        projector_hidden_act="linear" if linear else "gelu",
+        projector_hidden_act="linear" if LINEAR_PROJECTOR in weights else "gelu",
         front_end="cos" if resampler else "hd" if raw.get("use_hd") else "llava",
         resampler=resampler.to_dict() if resampler else None,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
-def _check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
+def check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
+    """Note the settings of a flat config.json that have no counterpart here.
+
+    Raises:
+        UserError: a setting that the model cannot express.
+    """
     kind = raw.get("mm_projector_type", "mlp2x_gelu")
     if kind == "identity" or re.fullmatch(r"mlp(?!2x)\d+x_gelu", kind):
         raise UserError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
@@ -249,8 +263,8 @@ def with_skip(
 
 
 def find_tower(raw: Mapping[str, Any], vision_tower: str | None, folder: Path) -> str | None:
-    """Where the vision tower lies: what was asked for, else what the config.json names; None if neither."""
+    """Where the vision tower is: what was asked for, else what the config.json names; None if neither."""
     named = vision_tower or raw.get("mm_vision_tower")
-    if named and not vision_tower and not Path(named).exists() and (folder / named).is_dir():
+    if named and not vision_tower and not Path(named).expanduser().exists() and (folder / named).is_dir():
         return str(folder / named)
     return named

@@ -17,11 +17,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
-from typer import Typer
 from typer.testing import CliRunner
 
 from llava_skip import AutoProcessor, LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
 from llava_skip.checkpoints import detect_layout, export_llava_hf, load_checkpoint
+from llava_skip.console import make_app
 from llava_skip.convert import convert
 from llava_skip.vision.clip import resize_positions
 
@@ -511,7 +511,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(theirs, tower, tmp_path, monke
 
 
 def test_missing_files_are_named(theirs, tower, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"The model \./nowhere does not exist"):
         load_checkpoint("./nowhere")
     folder = write_shards(tmp_path / "m", original_config(), original_weights(theirs), "model.safetensors")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -523,9 +523,7 @@ def test_missing_files_are_named(theirs, tower, tmp_path):
 
 
 def run(*arguments):
-    app = Typer()
-    app.command()(convert)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(make_app(convert), [str(argument) for argument in arguments])
 
 
 def save_tokenizer(folder):
@@ -551,7 +549,7 @@ def test_convert(theirs, tower, tmp_path, target):
 
 def test_convert_says_what_is_wrong(tmp_path):
     result = run("./nowhere", tmp_path / "out")
-    assert result.exit_code == 2 and "is no folder" in result.output
+    assert result.exit_code == 2 and "error: The model ./nowhere does not exist" in result.stderr
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     assert "is not empty" in run("./nowhere", tmp_path / "out").output
