@@ -109,8 +109,7 @@ def local_path(source: str | Path) -> Path | None:
     A path that exists is local. Anything else is a hub name if it has the form `owner/name`, and a local path that is
     missing otherwise, or if it ends like a file.
     """
-    path = Path(source).expanduser()
-    text = str(source)
+    path, text = Path(os.path.expanduser(source)), str(source)
     if path.exists() or isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         return path
     return path if path.suffix in _FILES else None

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -15,7 +14,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
 
@@ -24,6 +22,7 @@ from llava_skip.checkpoints import detect_layout, export_llava_hf, load_checkpoi
 from llava_skip.console import make_app
 from llava_skip.convert import convert
 from llava_skip.vision.clip import resize_positions
+from tests.support.stand_ins import word_tokenizer
 
 VOCABULARY = 100
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -526,17 +525,10 @@ def run(*arguments):
     return CliRunner().invoke(make_app(convert), [str(argument) for argument in arguments])
 
 
-def save_tokenizer(folder):
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, VOCABULARY)}
-    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    options = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=fast, **options).save_pretrained(folder)
-
-
 @pytest.mark.parametrize("target", ["native", "llava-hf"])
 def test_convert(theirs, tower, tmp_path, target):
     folder = write(tmp_path / "m", original_config(mm_vision_tower=str(tower)), original_weights(theirs))
-    save_tokenizer(folder)
+    word_tokenizer(folder, VOCABULARY)
     result = run(folder, tmp_path / "out", "--to", target, "--template", "v1", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert "layout original LLaVA" in result.output and "resized (2):" in result.output
