@@ -115,38 +115,45 @@ def build_model(
     Raises:
         UserError: weights that cannot be read, or do not fit the configuration.
     """
-    attention = arguments.attn_implementation
     if arguments.model is None:
         model = LlavaSkipForConditionalGeneration(config).to(dtype)
-        if attention:
-            model.set_attn_implementation(attention)
+        if arguments.attn_implementation:
+            model.set_attn_implementation(arguments.attn_implementation)
         start_positions(model)
-    elif arguments.vision_tower or arguments.projector:
+    else:
+        model = _load(str(local_path(arguments.model) or arguments.model), arguments, config, dtype, quantization)
+    choose_trained(model, arguments.trained_parts)
+    freeze_unused(model, config)
+    return model
+
+
+def _load(
+    source: str,
+    arguments: ModelArguments,
+    config: LlavaSkipConfig,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+) -> LlavaSkipForConditionalGeneration:
+    """A saved model, or one that is joined from several sources."""
+    if arguments.vision_tower or arguments.projector:
         model = load_checkpoint(
-            arguments.model,
+            source,
             dtype=dtype,
             config=config,
             vision_tower=arguments.vision_tower,
             projector=arguments.projector,
-            attn_implementation=attention,
+            attn_implementation=arguments.attn_implementation,
             log=os.environ.get("RANK", "0") == "0",
         )
-        model.name_or_path = arguments.model  # PEFT writes it into an adapter's folder
-    else:
-        options = {"attn_implementation": attention} if attention else {}
-        try:
-            model = LlavaSkipForConditionalGeneration.from_pretrained(
-                local_path(arguments.model) or arguments.model,
-                config=config,
-                dtype=dtype,
-                quantization_config=quantization,
-                **options,
-            )
-        except (OSError, ImportError, SafetensorError) as error:
-            raise UserError(f"{arguments.model} cannot be loaded: {error}") from error
-    choose_trained(model, arguments.trained_parts)
-    freeze_unused(model, config)
-    return model
+        model.name_or_path = source  # PEFT writes it into an adapter's folder
+        return model
+    options: dict[str, Any] = {"dtype": dtype, "quantization_config": quantization}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    try:
+        return LlavaSkipForConditionalGeneration.from_pretrained(source, config=config, **options)
+    except (OSError, ImportError, SafetensorError) as error:
+        raise UserError(f"{source} cannot be loaded: {error}") from error
 
 
 def make_trainable_model(
