@@ -1,4 +1,4 @@
-"""Checkpoints in every layout that people have, read into the one model; and written for transformers' LLaVA."""
+"""Read checkpoints of all known layouts into the one model, and write them for transformers' LLaVA."""
 
 from llava_skip.checkpoints.export import export_llava_hf
 from llava_skip.checkpoints.files import find_folder

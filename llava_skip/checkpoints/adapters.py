@@ -1,4 +1,4 @@
-"""What is trained on top of a model and saved apart: projector files and LoRA adapters."""
+"""What is trained on top of a model and saved separately: projector files and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
     raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")
-    # Whole module names: a bare q_proj would stand for the vision tower's as well.
+    # Whole module names: q_proj alone would mean the vision tower's as well.
     targets = sorted({name.split(".lora_")[0] for name in factors})
     modules = dict(model.named_modules())
     if unknown := [name for name in targets if name not in modules]:

@@ -1,4 +1,4 @@
-"""Filling a model with weights that all fit: nothing is left over, missing or of another shape."""
+"""Fit weights to a model: nothing may be unknown, missing or of another shape."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
+from llava_skip.checkpoints.names import POSITIONS
 from llava_skip.errors import UserError
 from llava_skip.vision.clip import resize_positions
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iterable[str] = ()) -> None:
-    """Copy weights with native names into a model; nothing may be left over, missing or of another shape.
+    """Copy weights with native names into a model; nothing may be unknown, missing or of another shape.
 
     Args:
         model: the model.
@@ -34,9 +35,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iter
     if missing or unknown or reshaped:
         raise UserError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
     model.load_state_dict(weights, strict=False)
-
-
-POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 
 
 def fit_positions(weights: dict[str, Tensor], vision: CLIPVisionConfig) -> tuple[int, int] | None:

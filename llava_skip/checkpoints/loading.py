@@ -1,4 +1,4 @@
-"""Any checkpoint into the model, with a report of what was missing, left over or resized."""
+"""Load a checkpoint of any layout, with a report of what was missing, not used or resized."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ from transformers.utils import logging as transformers_logging
 from llava_skip.checkpoints import layouts
 from llava_skip.checkpoints.adapters import merge_lora
 from llava_skip.checkpoints.files import find_folder, read_model_weights
-from llava_skip.checkpoints.joining import POSITIONS, fit_positions
+from llava_skip.checkpoints.joining import fit_positions
+from llava_skip.checkpoints.names import (
+    EMBEDDING,
+    HEAD,
+    LANGUAGE_MODEL,
+    LINEAR_PROJECTOR,
+    POSITIONS,
+    PROJECTOR,
+    TOWER,
+)
 from llava_skip.checkpoints.report import LoadReport
-from llava_skip.checkpoints.sources import EMBEDDING, Source, configure, open_source, own_tokenizer
+from llava_skip.checkpoints.sources import Source, configure, open_source, own_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.errors import UserError
 from llava_skip.files import read_json
@@ -26,8 +35,6 @@ from llava_skip.modeling import LlavaSkipForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
-_TOWER, _PROJECTOR, _LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
-_HEAD = "lm_head.weight"
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 
 
@@ -96,11 +103,11 @@ def load_checkpoint(
 
 def _tower_weights(source: Source, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tower's weights by native name, if the checkpoint does not hold them."""
-    if source.tower is None or any(name.startswith(_TOWER) for name in weights):
+    if source.tower is None or any(name.startswith(TOWER) for name in weights):
         return {}
     stored = read_model_weights(find_folder(source.tower, "vision tower"))
     names = {name: name.removeprefix("vision_model.") for name in stored}
-    tower = {f"{_TOWER}{own}": stored[name] for name, own in names.items() if own.startswith(_TOWER_PARTS)}
+    tower = {f"{TOWER}{own}": stored[name] for name, own in names.items() if own.startswith(_TOWER_PARTS)}
     source.report.notes.append(
         f"vision tower of {source.tower}, {len(tower)} tensors of {len(stored)} (the rest is CLIP's text side)."
     )
@@ -108,17 +115,17 @@ def _tower_weights(source: Source, weights: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _express_linear(weights: dict[str, Tensor], raw: dict[str, Any], report: LoadReport) -> None:
-    """A linear projector is the model's two layers with no activation between them, the second the identity."""
-    if layouts.LINEAR_PROJECTOR not in weights:
+    """Make two layers of a linear projector: the second is the identity, with no activation between them."""
+    if LINEAR_PROJECTOR not in weights:
         if raw.get("mm_projector_type") == "linear":
-            raise UserError(f"mm_projector_type is 'linear', but there is no {layouts.LINEAR_PROJECTOR}.")
+            raise UserError(f"mm_projector_type is 'linear', but there is no {LINEAR_PROJECTOR}.")
         return
-    first = weights.pop(layouts.LINEAR_PROJECTOR)
+    first = weights.pop(LINEAR_PROJECTOR)
     width = first.shape[0]
-    weights[f"{_PROJECTOR}linear_1.weight"] = first
-    weights[f"{_PROJECTOR}linear_1.bias"] = weights.pop("model.mm_projector.bias")
-    weights[f"{_PROJECTOR}linear_2.weight"] = torch.eye(width, dtype=first.dtype)
-    weights[f"{_PROJECTOR}linear_2.bias"] = torch.zeros(width, dtype=first.dtype)
+    weights[f"{PROJECTOR}linear_1.weight"] = first
+    weights[f"{PROJECTOR}linear_1.bias"] = weights.pop("model.mm_projector.bias")
+    weights[f"{PROJECTOR}linear_2.weight"] = torch.eye(width, dtype=first.dtype)
+    weights[f"{PROJECTOR}linear_2.bias"] = torch.zeros(width, dtype=first.dtype)
     report.notes.append("The linear projector is linear_1; linear_2 is the identity, without activation between them.")
 
 
@@ -129,25 +136,25 @@ def _fit(weights: dict[str, Tensor], config: LlavaSkipConfig, source: Source) ->
         report.reshaped.append(f"{POSITIONS}: {change[0]} -> {change[1]} rows, bicubic")
     if not source.joins:
         return  # the vocabulary has the image token
-    for name in (EMBEDDING, _HEAD):
+    for name in (EMBEDDING, HEAD):
         if (table := weights.get(name)) is not None and table.shape[0] < rows:
-            # The mean of all rows: in the head it can never give a new token the largest logit.
+            # With the mean of all rows in the head a new token never has the largest logit.
             mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
             weights[name] = torch.cat([table, mean.expand(rows - table.shape[0], -1)])
             report.reshaped.append(f"{name}: {table.shape[0]} -> {rows} rows, the new ones the mean")
 
 
 def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadReport, new_projector: bool) -> None:
-    """Fill the report's lists; raise UserError for whatever would change what the checkpoint computes."""
+    """Fill the report's lists; raise UserError for what would change the checkpoint's results."""
     with torch.device("meta"):
         model = LlavaSkipForConditionalGeneration(config)
     own = model.state_dict()
     tied = set(model.all_tied_weights_keys)
-    optional = ["model.summary.", *_unused_tower(config), *([_PROJECTOR] if new_projector else [])]
+    optional = ["model.summary.", *_unused_tower(config), *([PROJECTOR] if new_projector else [])]
     absent = [name for name in own if name not in weights and name not in tied]
     report.fresh += [name for name in absent if name.startswith(tuple(optional))]
     unknown = [name for name in weights if name not in own]
-    essential = [name for name in unknown if name.startswith((_LANGUAGE, _HEAD))]
+    essential = [name for name in unknown if name.startswith((LANGUAGE_MODEL, HEAD))]
     report.unused += [name for name in unknown if name not in essential]
     missing = [name for name in absent if name not in report.fresh]
     shapes = [
@@ -155,8 +162,8 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
     ]
-    if _HEAD in tied and _HEAD in weights and not torch.equal(weights[_HEAD], weights[EMBEDDING]):
-        shapes.append(f"{_HEAD} differs from the embedding, although tie_word_embeddings is true")
+    if HEAD in tied and HEAD in weights and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+        shapes.append(f"{HEAD} differs from the embedding, although tie_word_embeddings is true")
     if missing or essential or shapes:
         raise UserError(
             f"{report.source} (layout {report.layout}) does not fit the model of its config.json. Missing: {missing}. "
@@ -167,7 +174,7 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
 def _unused_tower(config: LlavaSkipConfig) -> list[str]:
     """Prefixes of the tower's weights after the features that are used: files may leave them out."""
     unused = range(config.used_tower_layers, config.vision_config.num_hidden_layers)
-    return [f"{_TOWER}post_layernorm.", *(f"{_TOWER}encoder.layers.{index}." for index in unused)]
+    return [f"{TOWER}post_layernorm.", *(f"{TOWER}encoder.layers.{index}." for index in unused)]
 
 
 def _build(

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizer
 from llava_skip.checkpoints import layouts
 from llava_skip.checkpoints.adapters import find_projector, read_adapter, read_projector
 from llava_skip.checkpoints.files import find_folder
-from llava_skip.checkpoints.names import native_name, native_weights
+from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
@@ -22,16 +22,12 @@ from llava_skip.files import local_path, read_json
 from llava_skip.presets import PRESETS, fields_for_tower
 from llava_skip.processing import find_image_token
 
-EMBEDDING = "model.language_model.embed_tokens.weight"
-"""Native name of the language model's embedding."""
 VOCABULARY_MULTIPLE = 64
 """Vocabularies are padded to a multiple of it, which makes matrix products fast."""
 
-_TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
-
 
 def padded_vocabulary(tokens: int) -> int:
-    """A vocabulary's size for so many tokens."""
+    """The vocabulary's size for a number of tokens."""
     return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
@@ -75,7 +71,7 @@ class Source:
     def combine(self, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """The checkpoint's `stored` weights and those on top, by native name; whether the tower is the paper's CLIP."""
         if self.projector is not None:
-            stale = [name for name in stored if native_name(name).startswith(_PROJECTOR)]
+            stale = [name for name in stored if native_name(name).startswith(PROJECTOR)]
             stored = {name: tensor for name, tensor in stored.items() if name not in stale} | self.projector
         own_tower = any("model.vision_tower.conv1.weight" in weights for weights in (stored, self.whole))
         return native_weights(stored) | native_weights(self.whole), own_tower
@@ -235,7 +231,7 @@ def _make_room(
 def _tower_config(source: Source, weights: Mapping[str, Tensor], own_tower: bool) -> CLIPVisionConfig:
     if own_tower:
         return layouts.tower_config_of_weights(weights)
-    held = any(name.startswith(_TOWER) for name in weights)
+    held = any(name.startswith(TOWER) for name in weights)
     here = source.tower is not None and (path := local_path(source.tower)) is not None and path.is_dir()
     if held and not source.asked_tower and not here:
         source.report.notes.append(

@@ -107,15 +107,15 @@ def write_shards(folder, config, weights, name):
 
 
 def logits_of(model):
-    """Logits of the old vocabulary on a picture between text."""
+    """Logits of the old vocabulary on an image between text."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, 80, (9,), generator=generator)
     side = model.config.vision_config.image_size
     rows = model.config.image_seq_length
     ids = torch.cat([words[:4], torch.full((rows,), model.config.image_token_id), words[4:]])[None]
-    pictures = torch.randn(1, 3, side, side, generator=generator)
+    images = torch.randn(1, 3, side, side, generator=generator)
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=pictures, attention_mask=torch.ones_like(ids)).logits
+        logits = model(input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids)).logits
     return logits[..., :VOCABULARY]
 
 
@@ -128,7 +128,7 @@ def assert_equal_and_saves(model, source, tmp_path):
     for other in (again, stock):
         weights = other.state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-        # Not to the last bit: where a matrix lies in memory may choose another way to multiply it.
+        # Not to the last bit: a matrix elsewhere in memory may be multiplied in another way.
         assert torch.allclose(logits_of(other), logits_of(model), atol=1e-5)
 
 
@@ -171,12 +171,12 @@ def test_sizes_are_the_files_own_and_never_defaults(theirs, tower, tmp_path):
         load_checkpoint(write(tmp_path / "m", config, original_weights(theirs)))
 
 
-def test_tower_layers_behind_the_features_may_be_missing(theirs, tower, tmp_path):
-    behind = (
+def test_tower_layers_after_the_features_may_be_missing(theirs, tower, tmp_path):
+    unused = (
         "model.vision_tower.vision_tower.vision_model.encoder.layers.2.",
         "model.vision_tower.vision_tower.vision_model.post",
     )
-    weights = {name: t for name, t in original_weights(theirs).items() if not name.startswith(behind)}
+    weights = {name: t for name, t in original_weights(theirs).items() if not name.startswith(unused)}
     model = load_checkpoint(write(tmp_path / "m", original_config(mm_vision_tower=str(tower)), weights))
     assert len(model.load_report.fresh) == 18
     assert torch.allclose(logits_of(model), logits_of(theirs), atol=1e-5)
@@ -205,7 +205,7 @@ def test_linear_projector_is_expressed_exactly(theirs, tower, tmp_path):
         load_checkpoint(write(tmp_path / "m", config | {"mm_projector_type": "mlp3x_gelu"}, original_weights(theirs)))
 
 
-def test_a_larger_picture_resizes_the_position_table(theirs, tower, tmp_path):
+def test_a_larger_image_resizes_the_position_table(theirs, tower, tmp_path):
     weights = language_weights(theirs) | projector_weights(theirs)
     config = original_config(mm_vision_tower=str(tower), backbone_resolution=24)
     model = load_checkpoint(write(tmp_path / "m", config, weights))
@@ -491,7 +491,7 @@ def test_a_pickle_that_runs_code_is_refused(theirs, tower, tmp_path, monkeypatch
     assert not (tmp_path / "evil.txt").exists()
 
 
-def test_layouts_are_told_apart_before_model_type_is_believed():
+def test_layouts_are_recognised_before_model_type_is_looked_at():
     assert detect_layout(original_config()) == "original LLaVA"
     assert detect_layout(original_config(architectures=["LlamaForCausalLM"])) == "original LLaVA"
     assert detect_layout({"model_type": "llava_skip"}) == "native"

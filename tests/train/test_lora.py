@@ -48,8 +48,8 @@ def adapter(folders, data):
 @pytest.fixture(scope="module")
 def inputs(adapter, folders):
     processor = AutoProcessor.from_pretrained(adapter)
-    picture = next((folders / "digits" / "images").rglob("*.png"))
-    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "How many digits?"}]
+    image = next((folders / "digits" / "images").rglob("*.png"))
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "How many digits?"}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -60,7 +60,7 @@ def logits_of(model, inputs):
     return model.eval()(**inputs).logits
 
 
-def test_an_adapter_folder_holds_what_was_learnt_and_no_more(adapter):
+def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     names = {name for name in PeftModel.from_pretrained(load_base(adapter, None, None), adapter).state_dict()}
     assert any(".lora_A." in name for name in names)
     assert not any("vision_tower" in name and ".lora_" in name for name in names)

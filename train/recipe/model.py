@@ -35,7 +35,12 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         UserError: an unknown preset, size or template, or a tokenizer that does not fit.
         MissingFileError: a model or tokenizer folder that does not exist.
     """
-    config, tokenizer = _new_config(arguments) if arguments.model is None else _config_of_sources(arguments)
+    if arguments.model is None:
+        config, tokenizer = _new_config(arguments)
+    else:
+        preset = arguments.preset or (DEFAULT_PRESET if arguments.vision_tower else None)
+        others = {name: getattr(arguments, name) for name in ("vision_tower", "projector", "tokenizer")}
+        config, tokenizer = load_config(arguments.model, preset, **others)
     if not (arguments.template or tokenizer.chat_template):
         source = arguments.tokenizer or arguments.model or tokenizer.name_or_path
         raise UserError(f"The tokenizer of {source} has no chat template: name one with --template.")
@@ -81,16 +86,6 @@ def _new_config(arguments: ModelArguments) -> tuple[LlavaSkipConfig, PreTrainedT
     config = preset_config(arguments.preset or DEFAULT_PRESET, arguments.size, vocab_size=vocabulary, **ids)
     config.image_token_index = find_image_token(tokenizer)
     return config, tokenizer
-
-
-def _config_of_sources(arguments: ModelArguments) -> tuple[LlavaSkipConfig, PreTrainedTokenizerBase]:
-    return load_config(
-        str(arguments.model),
-        arguments.preset or (DEFAULT_PRESET if arguments.vision_tower else None),
-        vision_tower=arguments.vision_tower,
-        projector=arguments.projector,
-        tokenizer=arguments.tokenizer,
-    )
 
 
 def _check_attention(implementation: str | None, config: LlavaSkipConfig) -> None:
