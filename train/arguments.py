@@ -65,7 +65,9 @@ class ModelArguments:
     lora_r: int = field(default=64, metadata={"help": "Rank of the factors."})
     lora_alpha: int = field(default=16, metadata={"help": "The factors' product counts lora_alpha / lora_r times."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the factors."})
-    lora_bias: str = field(default="none", metadata={"help": "none, or lora_only: biases of adapted layers are trainable."})
+    lora_bias: str = field(
+        default="none", metadata={"help": "none, or lora_only: biases of adapted layers are trainable."}
+    )
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Linear layers that get factors, such as q_proj v_proj; default: all."}
     )

@@ -56,7 +56,7 @@ def processes_here() -> int:
 
 
 def torchrun_words(words: list[str]) -> list[str]:
-    """torchrun's command line for the arguments of a run.
+    """Torchrun's command line for the arguments of a run.
 
     Raises:
         UserError: NPROC is no number, or there is no such recipe.

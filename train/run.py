@@ -168,5 +168,3 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
 
 def _flat(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{group}.{key}": value for group, values in nested.items() for key, value in values.items()}
-
-

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback
 
 from llava_skip.errors import UserError
+from llava_skip.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
 from train.reporting.callbacks import JsonLines, LogLine, Progress
 from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
-from llava_skip.files import write_json
 from train.resilience.resume import ResumableTrainer
 
 

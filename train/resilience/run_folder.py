@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from llava_skip.errors import UserError
-from train.arguments import RunArguments
 from llava_skip.files import write_json
+from train.arguments import RunArguments
 from train.resilience.resume import check_fits, find_checkpoint, zero_stage
 
 RECORD, DROPPED, RESULT, LOCK = "run.json", "dropped.json", "train_result.json", ".lock"
