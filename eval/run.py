@@ -12,7 +12,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from eval.answering.answers import AnswerLog
-from eval.answering.plan import ALL, Run, chosen_benchmarks, prepare
+from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmark import Score
 from eval.benchmarks import BENCHMARKS
@@ -60,16 +60,16 @@ def answer_all(
     jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
     left = [len(own) for own in jobs]
     total = sum(len(run.samples) for run in runs)
-    done = sum(sample.id in log.records for run, log in zip(runs, logs, strict=True) for sample in run.samples)
+    done = sum(sample.id in log.answers for run, log in zip(runs, logs, strict=True) for sample in run.samples)
     with tqdm(total=total, initial=done, unit="question", disable=done == total) as progress:
         for number in (number for number, count in enumerate(left) if not count):
             finished(number)
         for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
             run, log = runs[job.run], logs[job.run]
-            records = run.records(job, texts, log)
-            log.append(records)
+            answers = run.new_answers(job, texts, log)
+            log.append(answers)
             progress.set_description(f"{run.benchmark.name}: {run.name}", refresh=False)
-            progress.update(len(records))
+            progress.update(len(answers))
             left[job.run] -= 1
             if not left[job.run]:
                 finished(job.run)
@@ -85,7 +85,7 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
         numerics: how the model computed.
     """
     log.sort(sample.id for sample in run.samples)
-    answers = {sample.id: log.records[sample.id]["prediction"] for sample in run.samples}
+    answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
     write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
     score = run.benchmark.score(run.samples, answers, judge)
     write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
@@ -119,7 +119,7 @@ def evaluate(
     start = time.monotonic()
     with ExitStack() as stack:
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
-        before = [sum(sample.id in log.records for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
+        before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
             console.print(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
 
@@ -198,7 +198,7 @@ def main(
     try:
         names = chosen_benchmarks(benchmarks, data or [])
         sizes = output, batch_size, max_new_tokens, limit
-        runs = prepare(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
+        runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
         judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
         from eval.answering.generate import numerics  # slow to import, so only after all checks
 
