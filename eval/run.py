@@ -34,6 +34,7 @@ from eval.overview import FOLDER, print_overview, write_overview
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table, write_json
+from llava_skip.paths import results, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -173,7 +174,7 @@ def main(
     benchmarks: Annotated[str, typer.Option(help="Names separated by commas: " + ", ".join([*BENCHMARKS, ALL]))] = ALL,
     data: Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")] = None,
     images: Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")] = None,
-    output: Annotated[Path, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = Path("results"),
+    output: Annotated[Path | None, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")] = None,
@@ -197,6 +198,7 @@ def main(
     limits["dry_run"] = judge_dry_run
     try:
         names = chosen_benchmarks(benchmarks, data or [])
+        output = (output or Path(shown(results()))).expanduser()
         sizes = output, batch_size, max_new_tokens, limit
         runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
         judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]

@@ -265,7 +265,6 @@ def plan_runs(
     for folder in image_folders.values():
         if not folder.is_dir():
             raise UserError(f"{folder}: no such image folder; check --images.")
-    output = output.expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output.")
     models = checked_models(folders)

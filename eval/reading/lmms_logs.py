@@ -43,8 +43,8 @@ def answers_by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id
             return {sample.id: row["prediction"] for sample, row in zip(found, rows, strict=True)}
     if not any(name in rows[0] for name in _IDS):
         raise UserError(
-            f"the log's {len(rows)} questions differ from the questions that the benchmark file (of {len(samples)}) has "
-            "at these numbers (doc_id); give the file that lmms-eval read, in its order."
+            f"the log's {len(rows)} questions are not the ones that the benchmark file, of {len(samples)}, has at its "
+            "numbers (doc_id); give the file that lmms-eval read, in its order."
         )
     return None
 
