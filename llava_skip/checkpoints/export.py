@@ -11,6 +11,7 @@ from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.vision import get_front_end
 
 _HUB_NAMES = (
     ("model.language_model.", "language_model.model."),
@@ -25,12 +26,12 @@ def export_llava_hf(
 ) -> None:
     """Write a dense model so that transformers' `LlavaForConditionalGeneration` computes the same logits.
 
-    The names are those of the hub's llava-hf models, which transformers 4 and 5 read alike.
+    The names are those of the hub's llava-hf models, which transformers 4 and 5 both read.
 
     Args:
         model: dense, with the front end `llava`.
-        folder: where to; made if need be.
-        processor: the model's; with it theirs is written too.
+        folder: the folder to write to.
+        processor: the model's; if given, theirs is written too.
 
     Raises:
         UserError: the model skips, or has another front end: transformers' LLaVA cannot compute that.
@@ -39,10 +40,10 @@ def export_llava_hf(
     if config.skip is not None:
         raise UserError(
             "The model skips: transformers' LLaVA merges no tokens, has no summary layer and runs the FFN on every "
-            "row, so its logits would be others. Save it with save_pretrained, or load it "
+            "token, so its logits would differ. Save it with save_pretrained, or load it "
             "with preset='llava' (--preset llava)."
         )
-    if config.front_end != "llava":
+    if not get_front_end(config.front_end).is_llava_hf:
         raise UserError(
             f"The front end is {config.front_end!r}; transformers' LLaVA has only one crop of CLIP patches and an MLP."
         )
@@ -75,4 +76,4 @@ def _hub_name(name: str) -> str:
     for prefix, other in _HUB_NAMES:
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)
-    raise UserError(f"transformers' LLaVA has no place for {name}.")
+    raise UserError(f"transformers' LLaVA has no weight for {name}.")

@@ -4,7 +4,7 @@ import pytest
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip.exits import USER_ERROR
-from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import Attempts
 from tests.support.runs import train
 from tests.support.small_models import small_config
@@ -16,7 +16,7 @@ def folder(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     records = []
     for number in range(12):
-        picture(20, 20, seed=number).save(tmp_path / f"{number}.png")
+        random_image(20, 20, seed=number).save(tmp_path / f"{number}.png")
         records.append(record((f"{number}.png",), answer=f"Number {number}. " * (number % 4 + 1)))
         records.append(record((), f"Question {number}?", f"Answer {number}."))
     (tmp_path / "data.json").write_text(json.dumps(records))
@@ -69,8 +69,8 @@ def in_folder(folder, *options):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_broken_picture_that_nobody_looked_for_is_one_message(folder, attempt, workers):
-    (folder / "3.png").write_text("no picture")
+def test_a_broken_image_that_was_not_looked_for_is_one_message(folder, attempt, workers):
+    (folder / "3.png").write_text("no image")
     whole = ("--per_device_train_batch_size", "24", "--dataloader_num_workers", workers)
     end = attempt(in_folder(folder, *whole))
     assert end["code"] == USER_ERROR and "Traceback" not in end["output"], end["output"]
@@ -111,12 +111,12 @@ def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder, capsys):
     assert "faulty records dropped        │ 1 " in capsys.readouterr().out
     dropped = json.loads((folder / "lenient" / "dropped.json").read_text())
     assert dropped["counts"] == {"missing picture": 1} and dropped["records"][0]["row"] == 6
-    picture().save(folder / "3.png")
+    random_image().save(folder / "3.png")
     with pytest.raises(ValueError, match="began with 1 dropped records, and now 0 would be"):
         run(folder, "lenient", "--drop_faulty", "true")
 
 
-def test_what_was_cut_and_what_taught_nothing_is_counted(folder):
+def test_cut_and_unsupervised_samples_are_counted(folder):
     long = record((), "long " * 40, "Answer.")
     (folder / "data.json").write_text(json.dumps([long] * 12))
     result = run(folder, "cut", "--max_length", "200")
