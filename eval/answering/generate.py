@@ -18,12 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
 )
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.answering.models import SavedModel
 from eval.reading.images import PLACEHOLDER, ImageSource
+from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,9 +82,8 @@ class Generator:
             options["attn_implementation"] = numerics.attn
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
-        with _unreadable(model.folder, OSError, ValueError):
-            self.processor: Any = AutoTokenizer.from_pretrained(model.folder)
-        with _unreadable(model.folder, OSError, ImportError, SafetensorError):
+        self.processor: Any = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        with _readable(model.folder):
             if self.takes_images:
                 self.processor = AutoProcessor.from_pretrained(model.folder)
             loaded: Any = auto.from_pretrained(model.folder, **options)
@@ -159,11 +158,11 @@ def _takes_images(model: SavedModel) -> bool:
 
 
 @contextmanager
-def _unreadable(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Around a call of transformers: errors of these kinds, which a broken folder raises, become one message."""
+def _readable(folder: Path) -> Iterator[None]:
+    """Around calls of transformers: what a broken file or a missing package raises becomes one message."""
     try:
         yield
-    except kinds as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
 
 

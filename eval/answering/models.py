@@ -83,11 +83,11 @@ def check_model(folder: Path) -> SavedModel:
         raise UserError(f"{folder}: holds no config.json, so is no saved model; give the folder that training wrote.")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: is a LoRA adapter; merge it: python -m train.merge_lora {folder} --output MERGED.")
+    texts = sorted({path for pattern in TEXTS for path in folder.glob(pattern) if path.is_file()})
+    parsed = {path.name: read_json(path) for path in texts if path.suffix == ".json"}
     weights = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
     if not weights:
         raise UserError(f"{folder}: holds no weights ({' or '.join(WEIGHTS)}); did the training finish?")
-    texts = sorted({path for pattern in TEXTS for path in folder.glob(pattern) if path.is_file()})
     if not any(path.name.startswith("tokenizer") for path in texts):
         raise UserError(f"{folder}: holds no tokenizer; save the processor in the same folder.")
-    parsed = {path.name: read_json(path) for path in texts if path.suffix == ".json"}
     return SavedModel(folder, parsed["config.json"], (*texts, *weights))

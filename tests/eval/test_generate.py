@@ -82,7 +82,7 @@ def test_images_are_shown_where_the_question_names_their_places() -> None:
         ("config.json", '{"model_type": "vit"}', "cannot be loaded as a model .* type 'vit'"),
         ("config.json", "{", "config.json is not valid JSON"),
         ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
-        ("tokenizer.json", None, "broken: cannot be loaded"),
+        ("tokenizer.json", None, "broken holds no tokenizer that can be read"),
         ("processor_config.json", None, "broken: cannot be loaded"),
         ("model.safetensors", "cut", "broken: cannot be loaded"),
     ],

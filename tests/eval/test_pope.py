@@ -75,7 +75,7 @@ def test_answers_line_by_line_only_if_every_question_agrees(llava_folder: Path) 
     score = score_file(POPE(), path, data, False, None)
     assert score.scores["adversarial"]["f1"] == 0.5
     assert "splits in the file: adversarial" in score.notes[0]
-    with pytest.raises(UserError, match="are not those of the 4 labels line by line"):
+    with pytest.raises(UserError, match="differ from the 4 labels' line by line"):
         score_file(POPE(), write_lines(path, rows[::-1]), data, False, None)
 
 
