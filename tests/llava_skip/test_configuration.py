@@ -19,8 +19,8 @@ def test_presets_have_the_numbers_of_the_paper():
     assert (sv_cos.length, sv_cos.num_kept, sv_cos.num_skipping) == (530, 275, 255)  # method, section 0: C
 
 
-# Rows of a picture in the language model (method, section 0; the paper's tables).
-ROWS = {
+# The most image tokens that an image takes (method, section 0; the paper's tables).
+IMAGE_LENGTHS = {
     "llava": 576,
     "sv-llava-64": 222,
     "sv-llava-100": 258,
@@ -40,9 +40,9 @@ def test_every_preset_exists_at_every_size(preset, size):
     config = preset_config(preset, size)
     assert config.front_end == PRESETS[preset].front_end and (config.skip is None) == (PRESETS[preset].skip is None)
     if size == "tiny":
-        assert config.image_seq_length < ROWS[preset]
+        assert config.image_seq_length < IMAGE_LENGTHS[preset]
     else:
-        assert config.image_seq_length == ROWS[preset]
+        assert config.image_seq_length == IMAGE_LENGTHS[preset]
         assert config.skip_config == PRESETS[preset].skip
         assert config.vision_config.image_size == (448 if config.front_end == "cos" else 336)
 
