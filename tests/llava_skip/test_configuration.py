@@ -1,8 +1,14 @@
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from llava_skip import LlavaSkipConfig, SkipConfig, preset_config
 from llava_skip.presets import PRESETS, SIZES, preset_skip
 from tests.support.small_models import small_config
+
+PAGE = Path(__file__).parents[2] / "docs/add-a-variant.md"
 
 
 def test_presets_have_the_numbers_of_the_paper():
@@ -85,3 +91,11 @@ def test_config_survives_json(tmp_path):
     assert loaded.skip_config == SkipConfig(5, 7)
     assert loaded.image_seq_length == 14
     assert loaded.to_dict() == config.to_dict()
+
+
+def test_the_page_on_variants_tells_why_a_token_is_skipped(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == ["578 (256, 577)", "False True", "tensor(True)"]
+    text = PAGE.read_text(encoding="utf-8")
+    assert [field.name for field in fields(SkipConfig) if f"`{field.name}`" not in text] == ["retained", "skipped"]
