@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from eval.answering.answers import AnswerLog
 from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
-from eval.benchmark import Benchmark, Sample, Score
+from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.reading.images import PLACEHOLDER
 from eval.reading.tables import sha256
-from eval.showing.score_table import versions
+from eval.sample import Sample, Score
+from eval.versions import versions
 from llava_skip.errors import UserError, first_few
 from llava_skip.paths import embedded_benchmarks, shown
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
 from llava_skip.errors import UserError, first_few
 from llava_skip.files import write_json

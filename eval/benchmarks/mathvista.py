@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies
 from llava_skip.errors import UserError, first_few

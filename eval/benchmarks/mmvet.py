@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark import Benchmark, Id, Sample, Score
+from eval.benchmark import Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row
+from eval.sample import Id, Sample, Score
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
 from llava_skip.errors import UserError, first_few

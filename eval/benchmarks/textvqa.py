@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import normalise_answer, vlmevalkit_form
 from llava_skip.errors import UserError, first_few

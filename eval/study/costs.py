@@ -10,13 +10,13 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.console import program
 from llava_skip.decoder import build_language_model
+from llava_skip.files import write_text
 from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.presets import PRESETS, SIZES, preset_config
 from llava_skip.routing import Route
 
-DENSE = {"llava": "llava", "hd": "llava-hd", "cos": "cos"}
-"""Front end -> the dense preset that the others of its kind are compared with."""
 TEXT_ROWS = 100
 
 HEADER = f"""# What a picture costs
@@ -60,7 +60,8 @@ def line(preset: str, size: str) -> str:
         RuntimeError: the formula and torch disagree.
     """
     config = preset_config(preset, size)
-    dense = preset_config(DENSE[config.front_end], size)
+    first = next(p.name for p in PRESETS.values() if p.front_end == config.front_end and p.skip is None)
+    dense = preset_config(first, size)
     cost, skip = image_cost(config, TEXT_ROWS), config.skip_config
     rows, ffn_rows = cost.tokens + TEXT_ROWS, cost.ffn_tokens + TEXT_ROWS
     expected = decoder_flops(config.text_config, rows, ffn_rows, head_tokens=0).total
@@ -73,14 +74,19 @@ def line(preset: str, size: str) -> str:
     return "| " + " | ".join([f"`{preset}`", *(str(number) for number in numbers), *cells]) + " |\n"
 
 
-def main(output: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/costs.md")) -> None:
+def run(output: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/costs.md")) -> None:
     """Write the table."""
     page = HEADER
     for size in SIZES:
         page += COLUMNS.format(size=size) + "".join(line(preset, size) for preset in PRESETS)
-    output.write_text(page, encoding="utf-8")
-    typer.echo(f"{output}")
+    write_text(output, page)
+    print(f"written to {output}")
+
+
+def main() -> None:
+    """Run the command line."""
+    program(run)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

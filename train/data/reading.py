@@ -154,7 +154,7 @@ def _json_records(path: str, stamp: Any = None, version: int = FORMAT) -> Iterat
     """Records of a .json list or of .jsonl lines; `stamp` and `version` only name the table in the cache."""
     rows = _lines(path) if path.endswith(".jsonl") else _items(path)
     found = False
-    for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2):
+    for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2, disable=None):
         found = True
         record = row if isinstance(row, _Broken) else normalise(row)
         # A JSON row has only the name of an image.
