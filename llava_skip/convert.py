@@ -9,7 +9,8 @@ from typing import Annotated
 import torch
 import typer
 
-from llava_skip.checkpoints import export_llava_hf, find_folder, load_checkpoint, load_tokenizer
+from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
+from llava_skip.console import program
 from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
 
@@ -22,18 +23,35 @@ class Target(str, Enum):
 
 
 class Precision(str, Enum):
-    """Types that weights are written in."""
+    """Types of the weights that are written."""
 
     same = "same"
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The torch type; None keeps the type that the weights have."""
+        return None if self is Precision.same else getattr(torch, self.value)
+
+
+def new_folder(output: Path) -> Path:
+    """The folder to write to, with `~` expanded.
+
+    Raises:
+        UserError: there is something in it.
+    """
+    folder = output.expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{output} is not empty: name a new folder.")
+    return folder
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub name, of any layout.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.")],
-    preset: Annotated[str | None, typer.Option(help="Preset that the model is to skip by.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset of the model that is written.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="Folder or hub name of the CLIP tower.")] = None,
     lora: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter to merge.")] = None,
     projector: Annotated[str | None, typer.Option(help="A mm_projector.bin, or its folder.")] = None,
@@ -42,29 +60,30 @@ def convert(
     template: Annotated[str | None, typer.Option(help="Conversation template of the processor.")] = None,
 ) -> None:
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output} is not empty: name a new folder.")
-        chosen = None if dtype is Precision.same else getattr(torch, dtype.value)
-        model = load_checkpoint(
-            source, preset, chosen, vision_tower=vision_tower, projector=projector, lora=lora, log=False
-        )
-        typer.echo(str(model.load_report))
-        tokenizer = load_tokenizer(find_folder(source), model.config.text_config)
-        processor = None if tokenizer is None else LlavaSkipProcessor.for_config(model.config, tokenizer, template)
-        if to is Target.llava_hf:
-            export_llava_hf(model, output, processor)
-        else:
-            model.save_pretrained(output)
-            if processor is not None:
-                processor.save_pretrained(output)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    output = new_folder(output)
+    model = load_checkpoint(
+        source, preset, dtype.torch_dtype, vision_tower=vision_tower, projector=projector, lora=lora, log=False
+    )
+    print(model.load_report)
+    processor = None
+    if has_tokenizer(folder := find_folder(source)):
+        tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
+        processor = LlavaSkipProcessor.for_config(model.config, tokenizer, template)
+    if to is Target.llava_hf:
+        export_llava_hf(model, output, processor)
+    else:
+        model.save_pretrained(output)
+        if processor is not None:
+            processor.save_pretrained(output)
     if processor is None:
-        typer.echo(f"{source} has no tokenizer: no processor is written.")
-    typer.echo(f"written to {output}")
+        print(f"{source} has no tokenizer: no processor is written.")
+    print(f"written to {output}")
+
+
+def main() -> None:
+    """Convert a checkpoint from the command line."""
+    program(convert)
 
 
 if __name__ == "__main__":
-    typer.run(convert)
+    main()

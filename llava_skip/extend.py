@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from llava_skip.checkpoints.extension import EXTENSIONS, extend_resampler
 from llava_skip.checkpoints.files import read_tensors
+from llava_skip.console import program
 from llava_skip.errors import UserError
 
 
-def run(
+def extend(
     projector: Annotated[
         Path, typer.Argument(help="File with the weights of an 80-query resampler (.bin, .safetensors).")
     ],
@@ -21,22 +22,24 @@ def run(
     output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
 ) -> None:
     """Extend the resampler of the paper's code to more scales, queries and features, under its own names."""
-    try:
-        if rule not in EXTENSIONS:
-            raise UserError(f"Unknown rule {rule!r}; known: {', '.join(EXTENSIONS)}.")
-        weights = read_tensors(projector)
-        query = next((name for name in weights if "cls_token_" in name), None)
-        if query is None:
-            raise UserError(f"{projector} holds no resampler: none of its {len(weights)} tensors is a cls_token_w*_q*.")
-        prefix = query[: query.index("cls_token_")]
-        extended = extend_resampler(weights, EXTENSIONS[rule], prefix)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    save_file({name: tensor.contiguous().clone() for name, tensor in extended.items()}, output)
+    if rule not in EXTENSIONS:
+        raise UserError(f"Unknown rule {rule!r}; known: {', '.join(EXTENSIONS)}.")
+    weights = read_tensors(projector.expanduser())
+    query = next((name for name in weights if "cls_token_" in name), None)
+    if query is None:
+        raise UserError(f"{projector} holds no resampler: none of its {len(weights)} tensors is a cls_token_w*_q*.")
+    extended = extend_resampler(weights, EXTENSIONS[rule], query[: query.index("cls_token_")])
+    file = output.expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous().clone() for name, tensor in extended.items()}, file)
     scales = ", ".join(f"windows of {w} with {q} queries" for _, w, q in EXTENSIONS[rule].scales())
-    typer.echo(f"{len(weights)} tensors -> {len(extended)}: {scales}; written to {output}")
+    print(f"{len(weights)} tensors -> {len(extended)}: {scales}; written to {output}")
+
+
+def main() -> None:
+    """Extend a resampler from the command line."""
+    program(extend)
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    main()

@@ -11,6 +11,9 @@ from typing import Any
 
 from llava_skip.errors import MissingFileError, UserError
 
+_FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
+"""Endings of local files, which hub names do not have."""
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
@@ -100,13 +103,9 @@ def write_json_lines(path: Path, records: Iterable[Any]) -> None:
     write_text(path, json_lines(records))
 
 
-FILE_KINDS = {".json", ".jsonl", ".parquet", ".yaml", ".yml", ".bin", ".safetensors"}
-"""Suffixes of files; a name that ends with one is no hub name."""
-
-
 def is_hub_name(text: str) -> bool:
     """Whether a text has the form of a hub name, `owner/name`."""
-    return text.count("/") == 1 and text[0] not in "./~" and Path(text).suffix not in FILE_KINDS
+    return text.count("/") == 1 and text[0] not in "./~" and Path(text).suffix not in _FILES
 
 
 def local_path(source: str | Path) -> Path | None:

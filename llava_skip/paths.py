@@ -50,7 +50,7 @@ def results() -> Path:
 
 
 def shown(path: Path) -> str:
-    """A path as it is shown to users: relative to the current folder where it lies below it."""
+    """A path as it is shown to users: relative to the current folder if it is below it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

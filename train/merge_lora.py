@@ -11,12 +11,13 @@ import typer
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, set_seed
 
-from llava_skip.checkpoints.files import is_adapter
-from llava_skip.convert import Precision
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip.checkpoints.files import check_tensors, is_adapter
+from llava_skip.console import program
+from llava_skip.convert import Precision, new_folder
+from llava_skip.errors import MissingFileError
+from llava_skip.files import read_json
 from train.arguments import ModelArguments
 from train.recipe.model import build_model
-from train.reporting.result import load_json
 
 
 def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
@@ -34,13 +35,13 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
         raise MissingFileError(
             f"{adapter} must hold adapter_config.json and run.json: name the folder of a run with --lora_enable."
         )
-    record = load_json(adapter / "run.json")
+    run = read_json(adapter / "run.json")
     known = {field.name for field in fields(ModelArguments)}
-    arguments = ModelArguments(**{name: value for name, value in record["model"].items() if name in known})
+    arguments = ModelArguments(**{name: value for name, value in run["model"].items() if name in known})
     arguments = replace(arguments, model=base or arguments.model, bits=16)
-    training = record["training"]
+    training = run["training"]
     trained = torch.bfloat16 if training["bf16"] else torch.float16 if training["fp16"] else torch.float32
-    set_seed(training["seed"])  # what a join starts anew, starts as it did
+    set_seed(training["seed"])  # what a join initialises is the same again
     config = AutoConfig.from_pretrained(adapter)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -54,18 +55,20 @@ def merge(
     dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
 ) -> None:
     """Write the whole model, with the adapter merged into it, and its processor."""
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output} is not empty: name a new folder.")
-        chosen = None if dtype is Precision.same else getattr(torch, dtype.value)
-        model = PeftModel.from_pretrained(load_base(adapter, base, chosen), adapter).merge_and_unload()
-        model.save_pretrained(output)
-        AutoProcessor.from_pretrained(adapter).save_pretrained(output)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"written to {output}")
+    folder = new_folder(output)
+    adapter = adapter.expanduser()
+    for file in adapter.glob("adapter_model.*"):
+        check_tensors(file)
+    model = PeftModel.from_pretrained(load_base(adapter, base, dtype.torch_dtype), adapter).merge_and_unload()
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
+    print(f"written to {output}")
+
+
+def main() -> None:
+    """Merge an adapter from the command line."""
+    program(merge)
 
 
 if __name__ == "__main__":
-    typer.run(merge)
+    main()

@@ -1,22 +1,26 @@
-"""Checkpoints in every layout that people have, read into the one model; and written for transformers' LLaVA."""
+"""Read checkpoints of all known layouts into the one model, and write them for transformers' LLaVA."""
 
 from llava_skip.checkpoints.export import export_llava_hf
-from llava_skip.checkpoints.files import find_folder, load_tokenizer
-from llava_skip.checkpoints.joining import build_from_parts, load_weights
+from llava_skip.checkpoints.files import find_folder
+from llava_skip.checkpoints.joining import load_weights
 from llava_skip.checkpoints.layouts import detect_layout
 from llava_skip.checkpoints.loading import load_checkpoint
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
+from llava_skip.checkpoints.sources import load_config, padded_vocabulary
+from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 
 __all__ = [
     "LoadReport",
-    "build_from_parts",
     "detect_layout",
     "export_llava_hf",
     "find_folder",
+    "has_tokenizer",
     "load_checkpoint",
+    "load_config",
     "load_tokenizer",
     "load_weights",
     "native_name",
     "native_weights",
+    "padded_vocabulary",
 ]

@@ -1,4 +1,4 @@
-"""What is trained on top of a model and saved apart: projector files and LoRA adapters."""
+"""What is trained on top of a model and saved separately: projector files and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llava_skip.checkpoints.files import ADAPTER_CONFIG, find_folder, is_adapter, read_json, read_tensors
-from llava_skip.checkpoints.names import native_name, native_weights
+from llava_skip.checkpoints.files import ADAPTER_CONFIG, find_folder, is_adapter, read_tensors
+from llava_skip.checkpoints.names import native_name
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.errors import MissingFileError, MissingPackageError, UserError
+from llava_skip.files import local_path, read_json
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 
 _WRAPPER = "base_model.model."
@@ -22,9 +23,8 @@ def find_projector(source: str | Path) -> Path:
     Raises:
         MissingFileError: there is none.
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        path = find_folder(source) / "mm_projector.bin"
+    if (path := local_path(source)) is None or not path.is_file():
+        path = find_folder(source, "projector") / "mm_projector.bin"
     if not path.is_file():
         raise MissingFileError(f"{path.parent} has no {path.name}.")
     return path
@@ -33,7 +33,8 @@ def find_projector(source: str | Path) -> Path:
 def read_projector(path: Path, report: LoadReport) -> dict[str, Tensor]:
     """The projector of a `mm_projector.bin` under LLaVA's own names.
 
-    A tower beside it, as in files that were converted for the paper's own CLIP, is read too; anything else is listed.
+    A tower in the same file, as in those that were converted for the paper's own CLIP, is read too; anything else is
+    listed.
 
     Raises:
         UserError: the file holds no projector.
@@ -52,7 +53,7 @@ def read_projector(path: Path, report: LoadReport) -> dict[str, Tensor]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Low-rank factors, and whole tensors that were trained beside them, of a LoRA folder; native names, no wrapper.
+    """Low-rank factors of a LoRA folder by native name, and the tensors that it saved whole by LLaVA's names.
 
     Whole tensors are those of `non_lora_trainables.bin` and the adapter's saved modules.
 
@@ -66,11 +67,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     factors: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in read_tensors(adapter).items():
-        target = factors if ".lora_" in name else whole
-        target[native_name(name.removeprefix(_WRAPPER))] = tensor
+        if ".lora_" in name:
+            factors[native_name(name.removeprefix(_WRAPPER))] = tensor
+        else:
+            whole[name.removeprefix(_WRAPPER)] = tensor
     if (path := folder / "non_lora_trainables.bin").is_file():
-        trained = {name.removeprefix(_WRAPPER): tensor for name, tensor in read_tensors(path).items()}
-        whole |= native_weights(trained)
+        whole |= {name.removeprefix(_WRAPPER): tensor for name, tensor in read_tensors(path).items()}
     return factors, whole
 
 
@@ -87,7 +89,7 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
     raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")
-    # Whole module names: a bare q_proj would stand for the vision tower's as well.
+    # Whole module names: q_proj alone would mean the vision tower's as well.
     targets = sorted({name.split(".lora_")[0] for name in factors})
     modules = dict(model.named_modules())
     if unknown := [name for name in targets if name not in modules]:

@@ -26,12 +26,12 @@ def export_llava_hf(
 ) -> None:
     """Write a dense model so that transformers' `LlavaForConditionalGeneration` computes the same logits.
 
-    The names are those of the hub's llava-hf models, which transformers 4 and 5 read alike.
+    The names are those of the hub's llava-hf models, which transformers 4 and 5 both read.
 
     Args:
         model: dense, with the front end `llava`.
-        folder: where to; made if need be.
-        processor: the model's; with it theirs is written too.
+        folder: the folder to write to.
+        processor: the model's; if given, theirs is written too.
 
     Raises:
         UserError: the model skips, or has another front end: transformers' LLaVA cannot compute that.
@@ -40,7 +40,7 @@ def export_llava_hf(
     if config.skip is not None:
         raise UserError(
             "The model skips: transformers' LLaVA merges no tokens, has no summary layer and runs the FFN on every "
-            "row, so its logits would be others. Save it with save_pretrained, or load it "
+            "token, so its logits would differ. Save it with save_pretrained, or load it "
             "with preset='llava' (--preset llava)."
         )
     if not get_front_end(config.front_end).is_llava_hf:
@@ -76,4 +76,4 @@ def _hub_name(name: str) -> str:
     for prefix, other in _HUB_NAMES:
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)
-    raise UserError(f"transformers' LLaVA has no place for {name}.")
+    raise UserError(f"transformers' LLaVA has no weight for {name}.")

@@ -24,11 +24,11 @@ class Extension:
 
     Attributes:
         source: for each new scale, the index of the old scale that it copies.
-        window_factors: what the old window is multiplied with.
-        query_factors: what the old number of queries is multiplied with, a square number.
-        side: features a side of the old resampler.
-        windows: of the old scales.
-        queries: of the old scales.
+        window_factors: new window / old window.
+        query_factors: new queries / old queries, a square number.
+        side: features on a side of the old resampler.
+        windows: the old scales' windows.
+        queries: the old scales' numbers of queries.
     """
 
     source: tuple[int, ...]
@@ -67,7 +67,7 @@ def extend_resampler(weights: dict[str, Tensor], extension: Extension, prefix: s
     """Weights of the larger resampler, under the paper's names, from those of the smaller.
 
     Args:
-        weights: by the paper's names, `prefix` in front; what belongs to no scale passes through.
+        weights: by the paper's names after `prefix`; what belongs to no scale is kept.
         extension: the rule.
         prefix: for example `model.mm_projector.`.
 
@@ -97,7 +97,7 @@ def _scale_of(name: str) -> tuple[int, int] | None:
 
 
 _SOURCES = {"res224": (16, (16, 4)), "res336": (24, (24, 6))}
-"""Features a side and windows of the pretrained 80-query resamplers, by the beginning of a rule's name."""
+"""Beginning of a rule's name -> features on a side, and windows, of the pretrained resampler with 80 queries."""
 
 # Rule -> source of each new scale, window factors, query factors (LLaVA conventions, section 5.4).
 _RULES: dict[str, tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]] = {

@@ -1,28 +1,25 @@
-"""Reading of what lies in a checkpoint folder: configuration, weights, tokenizer."""
+"""The files of a checkpoint folder: where they are, and the tensors in them."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_skip.errors import MissingFileError, MissingPackageError, UserError
-from llava_skip.processing import IMAGE_TOKEN
+from llava_skip.errors import MissingFileError, UserError
+from llava_skip.files import find_local, read_json
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-"""What a folder holds that PEFT has saved an adapter in."""
+"""The file by which a folder with a PEFT adapter is recognised."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -30,33 +27,29 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(source: str | Path, what: str = "model", weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or the download of a hub name (`owner/name`).
 
+    Args:
+        source: the folder or the hub name.
+        what: what it is, for the message.
+        weights: download the weights too, not only configuration and tokenizer.
+
     Raises:
-        MissingFileError: neither.
+        MissingFileError: there is no such folder.
+        UserError: a file instead of a folder, or a hub name that cannot be downloaded.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    if (path := find_local(source, what)) is not None:
+        if not path.is_dir():
+            raise UserError(f"The {what} {source} is a file: give its folder, or a hub name (owner/name).")
         return path
-    name = str(source)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise MissingFileError(f"{name} is no folder: give a checkpoint folder or a hub name (owner/name).")
-    folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):  # only then the pickled weights, which would double the download
-        snapshot_download(name, allow_patterns=["*.bin"])
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=[*_TEXT_FILES, *["*.safetensors"] * weights]))
+        if weights and not any(folder.glob("*.safetensors")):
+            snapshot_download(str(source), allow_patterns=["*.bin"])  # only now: they would double the download
+    except (OSError, HFValidationError) as error:
+        raise UserError(f"The {what} {source} is neither a folder nor on the hub: {_one_line(error)}") from error
     return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        MissingFileError: there is no such file.
-    """
-    if not path.is_file():
-        raise MissingFileError(f"{path.parent} has no {path.name}.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def find_model_weights(folder: Path) -> list[Path]:
@@ -86,8 +79,26 @@ def find_model_weights(folder: Path) -> list[Path]:
     raise MissingFileError(f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}")
 
 
+def check_model_weights(folder: Path) -> None:
+    """Open the files of a model folder's weights without reading them; errors as `read_model_weights`."""
+    for path in find_model_weights(folder):
+        check_tensors(path)
+
+
+def check_tensors(path: Path) -> None:
+    """Open a file of tensors without reading them; errors as `read_tensors`."""
+    if path.suffix != ".safetensors":
+        read_tensors(path)  # only mapped into memory
+        return
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise _broken(path, error) from error
+
+
 def read_model_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a model folder; errors as `find_model_weights`."""
+    """All weights of a model folder; errors as `find_model_weights` and `read_tensors`."""
     return {key: tensor for file in find_model_weights(folder) for key, tensor in read_tensors(file).items()}
 
 
@@ -95,45 +106,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, mapped into memory where its format allows.
 
     Raises:
-        UserError: a pickle that holds anything but tensors and plain data.
+        MissingFileError: there is no such file.
+        UserError: a broken file, or a pickle that holds anything but tensors and plain data.
     """
-    if path.suffix == ".safetensors":
-        return load_file(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path.parent} has no {path.name}.")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # A pickle may run any code; weights_only refuses all but tensors. Old, unzipped files cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it does not hold plain tensors ({_first_line(error)})") from error
+        raise UserError(f"{path} is refused: it does not hold plain tensors ({_one_line(error, 1)})") from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:  # the last three are torch's
+        raise _broken(path, error) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is refused: it does not hold a dictionary of tensors.")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _broken(path: Path, error: Exception) -> UserError:
+    reason = _one_line(error, 1) or type(error).__name__
+    return UserError(f"{path.parent} cannot be loaded: {path.name} is broken ({reason}); copy or save it again.")
 
 
-def load_tokenizer(folder: Path, text: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder with `<image>` as one token (added if need be); None if the folder has none.
-
-    Args:
-        folder: the checkpoint.
-        text: configuration of its language model. It says which tokenizer class to take where the folder does not:
-            its own config.json may be of a type that transformers does not know, or takes for another one.
-
-    Raises:
-        MissingPackageError: the folder has a SentencePiece tokenizer alone, and that package is not installed.
-    """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    sentencepiece_alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    if sentencepiece_alone and importlib.util.find_spec("sentencepiece") is None:
-        # transformers would ask for another package here, with which it still could not read the file.
-        raise MissingPackageError(f"The tokenizer.model of {folder} needs sentencepiece: pip install sentencepiece.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
+def _one_line(error: Exception, lines: int | None = None) -> str:
+    """The first `lines` of an error's message, as one."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())

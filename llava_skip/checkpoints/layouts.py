@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
 from llava_skip.checkpoints.files import find_folder
+from llava_skip.checkpoints.names import LINEAR_PROJECTOR, POSITIONS, PROJECTOR, TOWER
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.errors import UserError
@@ -22,7 +22,6 @@ from llava_skip.vision.resampler import ResamplerConfig
 NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
 LLAVA_HF, LLAVA_NEXT = "llava-hf", "LlavaNext"
 
-_TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _ORIGINAL_CLASS = re.compile(r"^Llava(\w+)ForCausalLM$")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NOT_OF_THE_TEXT = re.compile(
@@ -34,11 +33,11 @@ _NOT_OF_THE_TEXT = re.compile(
 def detect_layout(raw: Mapping[str, Any]) -> str:
     """The layout that a config.json belongs to.
 
-    LLaVA's own is looked for before `model_type` is believed: released files say `llava`, which transformers takes for
-    its own class and fills up with the sizes of a 7B model, whatever the file says.
+    LLaVA's own is recognised before `model_type` is looked at: released files say `llava`, which transformers takes for
+    its own class, with the sizes of a 7B model whatever the file says.
 
     Raises:
-        UserError: none that is known.
+        UserError: an unknown layout.
     """
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
     if kind == LlavaSkipConfig.model_type:
@@ -67,7 +66,7 @@ def text_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
         raise UserError(f"The config.json lacks {absent}; sizes are never guessed.")
     kinds = [(raw.get("model_type") or "").removeprefix("llava_")]
     kinds += [found[1].lower() for name in raw.get("architectures") or [] if (found := _ORIGINAL_CLASS.match(name))]
-    # "llava" alone says nothing of the language model; the class does, if it is one of LLaVA's.
+    # "llava" alone does not say which language model it is; the class does, if it is one of LLaVA's.
     known = [{"qwen": "qwen2"}.get(kind, kind) for kind in kinds if kind != "llava"] or ["llama"]
     kind = known[-1] if known[-1] in CONFIG_MAPPING else known[0]
     if kind not in CONFIG_MAPPING:
@@ -82,21 +81,28 @@ def tower_config(source: str) -> CLIPVisionConfig:
         MissingFileError: no such folder.
         UserError: another kind of tower.
     """
-    config = AutoConfig.from_pretrained(find_folder(source))
+    folder = find_folder(source, "vision tower", weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The vision tower {source} holds no configuration that can be read: {error}") from error
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
-        raise UserError(f"The vision tower {source} is of type {config.model_type!r}; only CLIP towers are supported.")
+        raise UserError(
+            f"The vision tower {source} is a {config.model_type} model: give a CLIP tower, such as "
+            "openai/clip-vit-large-patch14-336."
+        )
     return config
 
 
 def tower_config_of_weights(weights: Mapping[str, Tensor]) -> CLIPVisionConfig:
     """Configuration of an OpenAI tower from the shapes of its weights (native names): heads of 64, QuickGELU."""
-    width = weights[f"{_TOWER}embeddings.class_embedding"].shape[0]
-    side = weights[f"{_TOWER}embeddings.patch_embedding.weight"].shape[-1]
-    layers = {int(found[1]) for name in weights if (found := re.match(rf"{_TOWER}encoder\.layers\.(\d+)\.", name))}
+    width = weights[f"{TOWER}embeddings.class_embedding"].shape[0]
+    side = weights[f"{TOWER}embeddings.patch_embedding.weight"].shape[-1]
+    layers = {int(found[1]) for name in weights if (found := re.match(rf"{TOWER}encoder\.layers\.(\d+)\.", name))}
     return CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=weights[f"{_TOWER}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        intermediate_size=weights[f"{TOWER}encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=max(layers) + 1,
         num_attention_heads=max(1, width // 64),
         patch_size=side,
@@ -106,8 +112,8 @@ def tower_config_of_weights(weights: Mapping[str, Tensor]) -> CLIPVisionConfig:
 
 
 def _grid(weights: Mapping[str, Tensor]) -> int:
-    """Patches a side that the tower's position table is for."""
-    return round((weights[f"{_TOWER}embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
+    """Patches on a side of the image that the tower's position table is for."""
+    return round((weights[POSITIONS].shape[0] - 1) ** 0.5)
 
 
 def flat_config(
@@ -123,22 +129,21 @@ def flat_config(
 
     Args:
         raw: its config.json.
-        text: of the language model, whose vocabulary already holds the image token.
+        text: of the language model, with room for the image token in its vocabulary.
         vision: of the tower.
-        weights: all weights under native names.
+        weights: by native name, before a linear projector is changed; at least those of projector and summary layer.
         image_token: id of the placeholder.
         own_tower: whether the tower is the paper's own CLIP.
-        report: what is inferred or has no counterpart is noted there.
+        report: what is inferred is noted there.
 
     Raises:
-        UserError: a setting that the model cannot express.
+        UserError: a setting that the weights contradict.
     """
-    _check_settings(raw, report)
-    resolution = raw.get("backbone_resolution", -1)
-    # The table says what the tower was trained at; its configuration may still say what it was made from.
-    vision.image_size = resolution if resolution > 0 else vision.patch_size * _grid(weights)
+    if (resolution := raw.get("backbone_resolution", -1)) > 0:
+        vision.image_size = resolution
+    elif POSITIONS in weights:  # says what the tower was trained at; its configuration may say what it was made from
+        vision.image_size = vision.patch_size * _grid(weights)
     resampler = _resampler(raw.get("cos_config_version"), weights, own_tower, report)
-    linear = f"{_PROJECTOR}linear_2.weight" in weights and raw.get("mm_projector_type") == "linear"
     return LlavaSkipConfig(
         vision_config=vision,
         text_config=text,
@@ -146,25 +151,32 @@ def flat_config(
         # The paper's own CLIP has no 24th block: its last one is what -2 means elsewhere.
         vision_feature_layer=-1 if own_tower else raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
-        projector_hidden_act="linear" if linear else "gelu",
+        projector_hidden_act="linear" if LINEAR_PROJECTOR in weights else "gelu",
         front_end="cos" if resampler else "hd" if raw.get("use_hd") else "llava",
         resampler=resampler.to_dict() if resampler else None,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
-def _check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
+def check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
+    """Note the settings of a flat config.json that have no counterpart here.
+
+    Raises:
+        UserError: a setting that the model cannot express.
+    """
     kind = raw.get("mm_projector_type", "mlp2x_gelu")
     if kind == "identity" or re.fullmatch(r"mlp(?!2x)\d+x_gelu", kind):
         raise UserError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
     if raw.get("s2"):
         raise UserError("s2 is set: the multi-scale tower is not supported.")
     if raw.get("mm_use_im_start_end"):
-        report.notes.append("mm_use_im_start_end is true: prompts here do not put those tokens around a picture.")
+        report.notes.append("mm_use_im_start_end is true: prompts here do not put those tokens around an image.")
     if (merge := raw.get("mm_patch_merge_type", "flat")) != "flat":
-        report.notes.append(f"mm_patch_merge_type {merge!r} is not followed: one crop a picture, no image_newline.")
+        report.notes.append(
+            f"mm_patch_merge_type {merge!r} is not followed: one crop for each image, no image_newline."
+        )
     if (ratio := raw.get("image_aspect_ratio", "pad")) != "pad":
-        report.notes.append(f"image_aspect_ratio is {ratio!r}; the processor here pads pictures to a square.")
+        report.notes.append(f"image_aspect_ratio is {ratio!r}; the processor here pads images to a square.")
 
 
 def _resampler(
@@ -172,10 +184,10 @@ def _resampler(
 ) -> ResamplerConfig | None:
     """The resampler that the names of the weights describe; None without one.
 
-    The order of the scales, which is that of the visual tokens, is in no name: the version's name counts the queries in
-    that order (`..._q16+256+1024`), and among scales of equal count the larger window leads.
+    The order of the scales, which is the order of the visual tokens, is in the version's name: it lists the numbers of
+    queries (`..._q16+256+1024`). Among scales with the same number the larger window is first.
     """
-    names = [name for name in weights if name.startswith(f"{_PROJECTOR}scales.")]
+    names = [name for name in weights if name.startswith(f"{PROJECTOR}scales.")]
     if not names:
         return None
     found = {(int(w), int(q)) for name in names for w, q in re.findall(r"\.w(\d+)_q(\d+)\.", name)}
@@ -186,7 +198,7 @@ def _resampler(
         if sorted(order) != sorted(queries for _, queries in scales):
             raise UserError(f"cos_config_version is {version!r}, but the weights have the (window, queries) {scales}.")
         scales.sort(key=lambda scale: order.index(scale[1]))
-        if len(set(order)) < len(order):  # equal counts need not stand side by side
+        if len(set(order)) < len(order):  # equal counts need not be neighbours
             left = list(scales)
             scales = [left.pop(next(i for i, s in enumerate(left) if s[1] == count)) for count in order]
     elif version is None:
@@ -195,7 +207,7 @@ def _resampler(
         windows=tuple(window for window, _ in scales),
         queries=tuple(queries for _, queries in scales),
         levels=tuple(sorted({int(level) for name in names for level in re.findall(r"\.readers\.l(\d+)\.", name)})),
-        # Blocks of the own CLIP are counted from 0, entries of transformers' list of hidden states from the embedding.
+        # Blocks of the own CLIP are counted from 0; the first of transformers' hidden states is the embedding.
         level_offset=1 if own_tower else 0,
         width=next(weights[name].shape[-1] for name in names if name.endswith(".query")),
     )
@@ -219,18 +231,18 @@ def with_skip(
     summary: bool,
     report: LoadReport,
 ) -> LlavaSkipConfig:
-    """The configuration with the skipping that was asked for, or that the checkpoint has.
+    """The configuration with the preset or numbers that were asked for, or with the checkpoint's own.
 
     Args:
         config: read from the checkpoint.
         preset: name of a preset.
-        skip: the numbers themselves, in the place of a preset.
+        skip: the numbers themselves, instead of a preset.
         raw: the config.json.
         summary: whether the checkpoint holds a summary layer.
         report: what is inferred is noted there.
 
     Raises:
-        UserError: a preset that does not fit, or a summary layer without a word on how many tokens skip.
+        UserError: a preset that does not fit, or a summary layer without the numbers of tokens that skip.
     """
     if not preset and not skip and (not summary or config.skip is not None):
         return config
@@ -240,7 +252,7 @@ def with_skip(
                 "The checkpoint holds a summary layer (model.ada), but its config.json does not say how many tokens "
                 "skip: name the preset (sv-llava-...) or give skip."
             )
-        preset = "sv-llava-hd" if raw.get("use_hd") else "sv-llava-100"  # the numbers that its code fixes
+        preset = "sv-llava-hd" if raw.get("use_hd") else "sv-llava-100"  # the numbers in the paper's code
         report.notes.append(f"The checkpoint skips, and does not say how many tokens: preset {preset}.")
     fields = config.to_dict() | {"preset": preset, "skip": None}
     if preset in PRESETS and front_end_of(preset).llava_projector and get_front_end(config.front_end).llava_projector:
@@ -250,8 +262,8 @@ def with_skip(
 
 
 def find_tower(raw: Mapping[str, Any], vision_tower: str | None, folder: Path) -> str | None:
-    """Where the vision tower lies: what was asked for, else what the config.json names; None if neither."""
+    """Where the vision tower is: what was asked for, else what the config.json names; None if neither."""
     named = vision_tower or raw.get("mm_vision_tower")
-    if named and not vision_tower and not Path(named).exists() and (folder / named).is_dir():
+    if named and not vision_tower and not Path(named).expanduser().exists() and (folder / named).is_dir():
         return str(folder / named)
     return named

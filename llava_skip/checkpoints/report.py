@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadReport:
-    """What a checkpoint did not hold, held besides, or held in another shape; everything else was taken as it is.
+    """What a checkpoint did not have, had in addition, or had in another shape; everything else was taken as it is.
 
     Attributes:
         source: the checkpoint.
         layout: how it was recognised.
-        loaded: number of tensors of the model that come from it.
-        fresh: parameters that it does not hold, and that start anew.
-        unused: its tensors that the model has no place for.
+        loaded: number of the model's tensors that come from it.
+        fresh: parameters that it does not have, with new initial values.
+        unused: its tensors that the model does not have.
         reshaped: tensors that were resized, with both shapes.
         notes: settings that were inferred, or that have no counterpart here.
     """
@@ -29,13 +29,13 @@ class LoadReport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether the checkpoint fits exactly."""
         return not (self.fresh or self.unused or self.reshaped or self.notes)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: layout {self.layout}, {self.loaded} tensors loaded"]
         groups = {
-            "not in the checkpoint, start anew": self.fresh,
+            "not in the checkpoint, newly initialised": self.fresh,
             "in the checkpoint, not used": self.unused,
             "resized": self.reshaped,
             "notes": self.notes,

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -15,15 +14,15 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
 )
-from typer import Typer
 from typer.testing import CliRunner
 
 from llava_skip import AutoProcessor, LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
 from llava_skip.checkpoints import detect_layout, export_llava_hf, load_checkpoint
+from llava_skip.console import make_app
 from llava_skip.convert import convert
 from llava_skip.vision.clip import resize_positions
+from tests.support.stand_ins import word_tokenizer
 
 VOCABULARY = 100
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -108,15 +107,15 @@ def write_shards(folder, config, weights, name):
 
 
 def logits_of(model):
-    """Logits of the old vocabulary on a picture between text."""
+    """Logits of the old vocabulary on an image between text."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, 80, (9,), generator=generator)
     side = model.config.vision_config.image_size
     rows = model.config.image_seq_length
     ids = torch.cat([words[:4], torch.full((rows,), model.config.image_token_id), words[4:]])[None]
-    pictures = torch.randn(1, 3, side, side, generator=generator)
+    images = torch.randn(1, 3, side, side, generator=generator)
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=pictures, attention_mask=torch.ones_like(ids)).logits
+        logits = model(input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids)).logits
     return logits[..., :VOCABULARY]
 
 
@@ -129,7 +128,7 @@ def assert_equal_and_saves(model, source, tmp_path):
     for other in (again, stock):
         weights = other.state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-        # Not to the last bit: where a matrix lies in memory may choose another way to multiply it.
+        # Not to the last bit: a matrix elsewhere in memory may be multiplied in another way.
         assert torch.allclose(logits_of(other), logits_of(model), atol=1e-5)
 
 
@@ -172,12 +171,12 @@ def test_sizes_are_the_files_own_and_never_defaults(theirs, tower, tmp_path):
         load_checkpoint(write(tmp_path / "m", config, original_weights(theirs)))
 
 
-def test_tower_layers_behind_the_features_may_be_missing(theirs, tower, tmp_path):
-    behind = (
+def test_tower_layers_after_the_features_may_be_missing(theirs, tower, tmp_path):
+    unused = (
         "model.vision_tower.vision_tower.vision_model.encoder.layers.2.",
         "model.vision_tower.vision_tower.vision_model.post",
     )
-    weights = {name: t for name, t in original_weights(theirs).items() if not name.startswith(behind)}
+    weights = {name: t for name, t in original_weights(theirs).items() if not name.startswith(unused)}
     model = load_checkpoint(write(tmp_path / "m", original_config(mm_vision_tower=str(tower)), weights))
     assert len(model.load_report.fresh) == 18
     assert torch.allclose(logits_of(model), logits_of(theirs), atol=1e-5)
@@ -206,7 +205,7 @@ def test_linear_projector_is_expressed_exactly(theirs, tower, tmp_path):
         load_checkpoint(write(tmp_path / "m", config | {"mm_projector_type": "mlp3x_gelu"}, original_weights(theirs)))
 
 
-def test_a_larger_picture_resizes_the_position_table(theirs, tower, tmp_path):
+def test_a_larger_image_resizes_the_position_table(theirs, tower, tmp_path):
     weights = language_weights(theirs) | projector_weights(theirs)
     config = original_config(mm_vision_tower=str(tower), backbone_resolution=24)
     model = load_checkpoint(write(tmp_path / "m", config, weights))
@@ -492,7 +491,7 @@ def test_a_pickle_that_runs_code_is_refused(theirs, tower, tmp_path, monkeypatch
     assert not (tmp_path / "evil.txt").exists()
 
 
-def test_layouts_are_told_apart_before_model_type_is_believed():
+def test_layouts_are_recognised_before_model_type_is_looked_at():
     assert detect_layout(original_config()) == "original LLaVA"
     assert detect_layout(original_config(architectures=["LlamaForCausalLM"])) == "original LLaVA"
     assert detect_layout({"model_type": "llava_skip"}) == "native"
@@ -511,7 +510,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(theirs, tower, tmp_path, monke
 
 
 def test_missing_files_are_named(theirs, tower, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"The model \./nowhere does not exist"):
         load_checkpoint("./nowhere")
     folder = write_shards(tmp_path / "m", original_config(), original_weights(theirs), "model.safetensors")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -523,22 +522,13 @@ def test_missing_files_are_named(theirs, tower, tmp_path):
 
 
 def run(*arguments):
-    app = Typer()
-    app.command()(convert)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def save_tokenizer(folder):
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, VOCABULARY)}
-    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    options = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=fast, **options).save_pretrained(folder)
+    return CliRunner().invoke(make_app(convert), [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("target", ["native", "llava-hf"])
 def test_convert(theirs, tower, tmp_path, target):
     folder = write(tmp_path / "m", original_config(mm_vision_tower=str(tower)), original_weights(theirs))
-    save_tokenizer(folder)
+    word_tokenizer(folder, VOCABULARY)
     result = run(folder, tmp_path / "out", "--to", target, "--template", "v1", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert "layout original LLaVA" in result.output and "resized (2):" in result.output
@@ -551,7 +541,7 @@ def test_convert(theirs, tower, tmp_path, target):
 
 def test_convert_says_what_is_wrong(tmp_path):
     result = run("./nowhere", tmp_path / "out")
-    assert result.exit_code == 2 and "is no folder" in result.output
+    assert result.exit_code == 2 and "error: The model ./nowhere does not exist" in result.stderr
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     assert "is not empty" in run("./nowhere", tmp_path / "out").output

@@ -50,7 +50,7 @@ def test_every_rule_fits_the_larger_resampler(rule):
     _, windows, queries = zip(*extension.scales(), strict=True)
     config = ResamplerConfig(windows=windows, queries=queries, levels=(15, 22), width=WIDTH)
     assert sum(queries) == int(rule.rpartition("to")[2].split("_")[0])
-    config.check(side=max(windows), layers=24)  # the coarsest window is the whole picture
+    config.check(side=max(windows), layers=24)  # the coarsest window is the whole image
     module = ChainOfSightResampler(config, context=8, text_width=24)
     module.load_state_dict(
         {native_name(n).removeprefix("model.multi_modal_projector."): t for n, t in extended.items()}

@@ -3,7 +3,24 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+
+def word_tokenizer(folder: Path, size: int = 100) -> Path:
+    """A tokenizer of whole words, without `<image>` and without a padding token."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, size)}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    options = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=fast, **options).save_pretrained(folder)
+    return folder
 
 
 def language_model(folder: Path, tokenizer: Path) -> Path:

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from tests.support.conversations import byte_tokenizer
@@ -44,10 +44,11 @@ def test_mistakes_show_before_a_model_is_made(tokenizer_folder, arguments, messa
 
 
 def test_a_model_that_is_nowhere_is_named(tokenizer_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("We couldn't connect.")))
+    offline = mock.Mock(side_effect=OSError("We couldn't connect."))
+    monkeypatch.setattr("llava_skip.checkpoints.files.snapshot_download", offline)
     with pytest.raises(ValueError, match=r"checkpoints/mine is neither a folder nor on the hub: We couldn't connect\."):
         prepare(ModelArguments(model="checkpoints/mine", tokenizer=tokenizer_folder, template="v1"))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAVA_SKIP_HOME", str(tmp_path))
     with pytest.raises(
         FileNotFoundError, match="neither --model nor --tokenizer.* run python -m playground.data.build"
     ):

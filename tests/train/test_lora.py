@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import typer
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from llava_skip.checkpoints import load_checkpoint
+from llava_skip.errors import UserError
+from llava_skip.files import read_json
 from playground.data.build import ensure_built
 from tests.support.runs import train
 from tests.support.small_models import small_model
@@ -16,7 +17,6 @@ from tests.support.stand_ins import language_model, vision_tower
 from train.arguments import ModelArguments
 from train.merge_lora import load_base, merge
 from train.recipe.lora import check_lora, quantization_config
-from train.reporting.result import load_json
 from train.train import parse
 
 
@@ -48,8 +48,8 @@ def adapter(folders, data):
 @pytest.fixture(scope="module")
 def inputs(adapter, folders):
     processor = AutoProcessor.from_pretrained(adapter)
-    picture = next((folders / "digits" / "images").rglob("*.png"))
-    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "How many digits?"}]
+    image = next((folders / "digits" / "images").rglob("*.png"))
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "How many digits?"}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -60,12 +60,12 @@ def logits_of(model, inputs):
     return model.eval()(**inputs).logits
 
 
-def test_an_adapter_folder_holds_what_was_learnt_and_no_more(adapter):
+def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     names = {name for name in PeftModel.from_pretrained(load_base(adapter, None, None), adapter).state_dict()}
     assert any(".lora_A." in name for name in names)
     assert not any("vision_tower" in name and ".lora_" in name for name in names)
     assert not (adapter / "model.safetensors").exists()
-    assert load_json(adapter / "run.json") == load_json(adapter / "checkpoint-2/run.json")
+    assert read_json(adapter / "run.json") == read_json(adapter / "checkpoint-2/run.json")
     assert AutoConfig.from_pretrained(adapter).preset == "sv-llava-256"
 
 
@@ -92,14 +92,13 @@ def test_peft_and_the_library_read_an_adapter_over_a_saved_model(adapter, inputs
     torch.testing.assert_close(logits_of(load_checkpoint(native, lora=tmp_path / "run"), inputs), adapted)
 
 
-def test_merging_refuses_what_it_cannot_merge(adapter, folders, tmp_path, capsys):
+def test_merging_refuses_what_it_cannot_merge(adapter, folders, tmp_path):
     for source, output, message in (
         (folders / "llm", tmp_path / "new", "must hold adapter_config.json and run.json"),
         (adapter, adapter, "is not empty: name a new folder"),
     ):
-        with pytest.raises(typer.Exit) as caught:
+        with pytest.raises(UserError, match=message):
             merge(source, output)
-        assert caught.value.exit_code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""LoRA and QLoRA through PEFT: factors in the language model alone, projector and summary layer trained in full beside.
+"""LoRA and QLoRA through PEFT: factors in the language model only; projector and summary layer are trained in full.
 
-The vision tower has layers of the same names as the language model, so targets are given with their whole path.
+The vision tower has layers of the same names as the language model, so targets are given by their whole names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_lora(arguments: ModelArguments) -> None:
             f"with python -m llava_skip.convert {arguments.model} JOINED --vision-tower TOWER, then --model JOINED."
         )
     if is_deepspeed_zero3_enabled():
-        raise UserError(f"--bits {arguments.bits} does not go with ZeRO-3, which cuts weights apart: use ZERO=2.")
+        raise UserError(f"--bits {arguments.bits} does not work with ZeRO-3, which partitions weights: use ZERO=2.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--bits {arguments.bits} needs bitsandbytes: pip install bitsandbytes.")
 
@@ -57,11 +57,7 @@ def linear_layers(model: nn.Module) -> set[str]:
 
 
 def check_targets(model: nn.Module, arguments: ModelArguments) -> None:
-    """Every name in --lora_targets must be that of a linear layer of the language model.
-
-    Args:
-        model: the model of the run; its weights may be on the meta device.
-        arguments: those of the run.
+    """Every name in --lora_targets must be a linear layer of the language model; the model may be on the meta device.
 
     Raises:
         UserError: names the unknown ones and the known.
@@ -90,9 +86,9 @@ def quantization_config(arguments: ModelArguments, dtype: torch.dtype) -> BitsAn
 def add_lora(
     model: LlavaSkipForConditionalGeneration, arguments: ModelArguments, gradient_checkpointing: bool = False
 ) -> PeftModel:
-    """The model with low-rank factors in the language model's linear layers; the other trained parts learn in full.
+    """The model with low-rank factors in the language model's linear layers; other trainable parts are trained in full.
 
-    PEFT's `modules_to_save` holds those parts, so that one adapter file has all that was learnt.
+    Those parts are in PEFT's `modules_to_save`, so that one adapter file has everything that was trained.
     """
     if arguments.bits != 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)

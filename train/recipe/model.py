@@ -1,37 +1,29 @@
-"""From arguments to processor and model: what is loaded, what is new, what learns."""
+"""From arguments to processor and model: what is loaded, what is new, what is trainable."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    CLIPVisionConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints import detect_layout, load_checkpoint
-from llava_skip.checkpoints.files import find_model_weights, read_json
-from llava_skip.checkpoints.layouts import LANGUAGE, NATIVE
+from llava_skip.checkpoints import load_checkpoint, load_config, load_tokenizer, padded_vocabulary
+from llava_skip.checkpoints.adapters import find_projector
+from llava_skip.checkpoints.files import check_model_weights
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.errors import MissingFileError, UserError
+from llava_skip.files import local_path
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import DEFAULT_PRESET, fields_for_tower, preset_config, skip_for_model
-from llava_skip.processing import IMAGE_TOKEN, LlavaSkipProcessor, find_image_token
+from llava_skip.paths import embedded_tokenizer, shown
+from llava_skip.presets import DEFAULT_PRESET, preset_config
+from llava_skip.processing import LlavaSkipProcessor, find_image_token
 from llava_skip.vision import get_front_end
 from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, quantization_config
 from train.recipe.parts import choose_trained, freeze_unused
-
-EMBEDDED_TOKENIZER = Path("playground/data/digits/tokenizer")
-"""Tokenizer of a new model, unless another is named."""
 
 
 def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProcessor]:
@@ -41,18 +33,15 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         UserError: an unknown preset, size or template, or a tokenizer that does not fit.
         MissingFileError: a model or tokenizer folder that does not exist.
     """
-    for what in ("model", "vision_tower"):
-        if source := getattr(arguments, what):
-            _check_source(source, what)
-    saved = _saved_config(arguments) if arguments.model else None
-    tokenizer = _load_tokenizer(arguments)
-    if saved is None:
-        preset = arguments.preset or DEFAULT_PRESET
-        vocabulary = {"vocab_size": _padded_vocabulary(tokenizer), **_token_ids(tokenizer)}
-        config = preset_config(preset, arguments.size, **vocabulary)
-        config.image_token_index = find_image_token(tokenizer)
+    if arguments.model is None:
+        config, tokenizer = _new_config(arguments)
     else:
-        config = _config_of(arguments, saved, tokenizer)
+        preset = arguments.preset or (DEFAULT_PRESET if arguments.vision_tower else None)
+        others = {name: getattr(arguments, name) for name in ("vision_tower", "projector", "tokenizer")}
+        config, tokenizer = load_config(arguments.model, preset, **others)
+    if not (arguments.template or tokenizer.chat_template):
+        source = arguments.tokenizer or arguments.model or tokenizer.name_or_path
+        raise UserError(f"The tokenizer of {source} has no chat template: name one with --template.")
     if config.text_config.vocab_size < len(tokenizer):
         raise UserError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.text_config.vocab_size}: "
@@ -66,123 +55,47 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
                 "use pad."
             )
         processor.image_processor.do_pad = False
+    _check_attention(arguments.attn_implementation, config)
     return config, processor
 
 
 def check_weights(arguments: ModelArguments) -> None:
-    """What a local --model and --projector are loaded from must be there.
+    """What a local --model and --projector are loaded from must be there, and its files whole.
 
     Raises:
         MissingFileError: no weights, an adapter alone, or a shard that is missing.
+        UserError: a broken file.
     """
-    if arguments.model and Path(arguments.model).is_dir():
-        find_model_weights(Path(arguments.model))
+    if arguments.model and (folder := local_path(arguments.model)):
+        check_model_weights(folder)
     if arguments.projector:
-        _check_source(arguments.projector, "projector")
+        find_projector(arguments.projector)
 
 
-def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    source = arguments.tokenizer or arguments.model or str(EMBEDDED_TOKENIZER)
-    if source == str(EMBEDDED_TOKENIZER) and not EMBEDDED_TOKENIZER.exists():
+def _new_config(arguments: ModelArguments) -> tuple[LlavaSkipConfig, PreTrainedTokenizerBase]:
+    source = arguments.tokenizer or embedded_tokenizer()
+    if not arguments.tokenizer and not embedded_tokenizer().exists():
         raise MissingFileError(
-            f"There is neither --model nor --tokenizer, and {source} of the embedded data is not made yet: name the "
-            "model, or run python -m playground.data.build."
+            f"There is neither --model nor --tokenizer, and {shown(embedded_tokenizer())} of the embedded data is not "
+            "made yet: name the model, or run python -m playground.data.build."
         )
-    _check_source(source, "tokenizer")
-    tokenizer = _read(AutoTokenizer, source)
-    if arguments.vision_tower and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    find_image_token(tokenizer)
-    if not (arguments.template or tokenizer.chat_template):
-        raise UserError(f"The tokenizer of {source} has no chat template: name one with --template.")
-    return tokenizer
+    tokenizer = load_tokenizer(source)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vocabulary = padded_vocabulary(len(tokenizer))
+    config = preset_config(arguments.preset or DEFAULT_PRESET, arguments.size, vocab_size=vocabulary, **ids)
+    config.image_token_index = find_image_token(tokenizer)
+    return config, tokenizer
 
 
-def _check_source(source: str, what: str) -> None:
-    """A path that looks local must exist; anything else is a hub name, which transformers looks up."""
-    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith((".bin", ".safetensors"))
-    if local and not Path(source).exists():
-        name = what.replace("_", " ")
-        raise MissingFileError(f"The {name} {source} does not exist: give a folder or a hub name (owner/name).")
-
-
-def _read(kind: type[AutoConfig] | type[AutoTokenizer], source: str) -> Any:
-    """What `source` holds of a kind; transformers' own errors do not always say which source was asked for."""
+def _check_attention(implementation: str | None, config: LlavaSkipConfig) -> None:
+    if implementation is None:
+        return
+    with torch.device("meta"):
+        model = LlavaSkipForConditionalGeneration(config)
     try:
-        return kind.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        what = "tokenizer" if kind is AutoTokenizer else "configuration"
-        seen = f"holds no {what} that can be read" if Path(source).exists() else "is neither a folder nor on the hub"
-        raise UserError(f"{source} {seen}: {' '.join(str(error).split())}") from error
-
-
-def _padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Its tokens, rounded up to a multiple of 64, which matrix products like."""
-    return -(-len(tokenizer) // 64) * 64
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _saved_config(arguments: ModelArguments) -> Any:
-    """What --model holds: one of our models, or a language model that --vision_tower is joined to."""
-    assert arguments.model is not None  # a new model has none
-    _check_layout(arguments.model)
-    config = _read(AutoConfig, arguments.model)
-    ours = config.model_type == LlavaSkipConfig.model_type
-    if ours and arguments.vision_tower:
-        raise UserError(f"{arguments.model} already has a vision tower: leave --vision_tower out.")
-    if not ours and not arguments.vision_tower:
-        raise UserError(
-            f"{arguments.model} is a {config.model_type} model, not a {LlavaSkipConfig.model_type} one: name a CLIP "
-            "vision tower with --vision_tower to join the two."
-        )
-    return config
-
-
-def _config_of(arguments: ModelArguments, config: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
-    if arguments.vision_tower:
-        return _joined_config(arguments, config, tokenizer)
-    if arguments.preset is None:
-        return config
-    skip = skip_for_model(arguments.preset, config)
-    changed = {"skip": None if skip is None else skip.to_dict(), "preset": arguments.preset}
-    return LlavaSkipConfig(**{**config.to_dict(), **changed})
-
-
-def _check_layout(model: str) -> None:
-    """A checkpoint of another program is converted first: transformers would misread some of their configurations."""
-    file = Path(model) / "config.json"
-    layout = detect_layout(read_json(file)) if file.is_file() else NATIVE
-    if layout not in (NATIVE, LANGUAGE):
-        raise UserError(
-            f"{model} is a checkpoint of the layout {layout!r}. Convert it first, then train the result: "
-            f"python -m llava_skip.convert {model} CONVERTED"
-        )
-
-
-def _joined_config(arguments: ModelArguments, text: Any, tokenizer: PreTrainedTokenizerBase) -> LlavaSkipConfig:
-    vision = _read(AutoConfig, str(arguments.vision_tower))
-    vision = getattr(vision, "vision_config", vision)
-    if vision.model_type != CLIPVisionConfig.model_type:
-        raise UserError(
-            f"The vision tower {arguments.vision_tower} is a {vision.model_type} model: give a CLIP tower, such as "
-            "openai/clip-vit-large-patch14-336."
-        )
-    preset = arguments.preset or DEFAULT_PRESET
-    text.vocab_size = max(text.vocab_size, _padded_vocabulary(tokenizer))
-    return LlavaSkipConfig(
-        text_config=text,
-        image_token_index=find_image_token(tokenizer),
-        **fields_for_tower(preset, vision),
-    )
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--attn_implementation {implementation} cannot be used: {error}") from error
 
 
 def build_model(
@@ -194,56 +107,62 @@ def build_model(
     """The model of the run: new, loaded, or joined from a language model, a vision tower and a projector.
 
     Raises:
-        UserError: the parts do not fit each other, or the processor.
+        UserError: weights that cannot be read, or do not fit the configuration.
     """
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     if arguments.model is None:
-        config._attn_implementation = arguments.attn_implementation
         model = LlavaSkipForConditionalGeneration(config).to(dtype)
+        if arguments.attn_implementation:
+            model.set_attn_implementation(arguments.attn_implementation)
         start_positions(model)
-    elif arguments.vision_tower or arguments.projector:
-        model = _join(arguments, config, dtype)
     else:
-        model = LlavaSkipForConditionalGeneration.from_pretrained(
-            arguments.model, config=config, dtype=dtype, quantization_config=quantization, **options
-        )
+        model = _load(str(local_path(arguments.model) or arguments.model), arguments, config, dtype, quantization)
     choose_trained(model, arguments.trained_parts)
     freeze_unused(model, config)
     return model
 
 
-def _join(arguments: ModelArguments, config: LlavaSkipConfig, dtype: torch.dtype) -> LlavaSkipForConditionalGeneration:
-    model = load_checkpoint(
-        str(arguments.model),
-        config.preset if arguments.vision_tower else arguments.preset,
-        dtype,
-        vision_tower=arguments.vision_tower,
-        projector=arguments.projector,
-        attn_implementation=arguments.attn_implementation,
-        log=os.environ.get("RANK", "0") == "0",
-    )
-    for name in ("image_token_id", "image_seq_length"):
-        if getattr(model.config, name) != getattr(config, name):
-            raise UserError(
-                f"{name} is {getattr(model.config, name)} by the weights and {getattr(config, name)} by the tokenizer: "
-                f"save the tokenizer into {arguments.model}, and leave --tokenizer out."
-            )
-    model.name_or_path = str(arguments.model)  # PEFT writes it into an adapter's folder
-    return model
+def _load(
+    source: str,
+    arguments: ModelArguments,
+    config: LlavaSkipConfig,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+) -> LlavaSkipForConditionalGeneration:
+    """A saved model, or one that is joined from several sources."""
+    if arguments.vision_tower or arguments.projector:
+        model = load_checkpoint(
+            source,
+            dtype=dtype,
+            config=config,
+            vision_tower=arguments.vision_tower,
+            projector=arguments.projector,
+            attn_implementation=arguments.attn_implementation,
+            log=os.environ.get("RANK", "0") == "0",
+        )
+        model.name_or_path = source  # PEFT writes it into an adapter's folder
+        return model
+    options: dict[str, Any] = {"dtype": dtype, "quantization_config": quantization}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    try:
+        return LlavaSkipForConditionalGeneration.from_pretrained(source, config=config, **options)
+    except (OSError, ImportError, SafetensorError) as error:
+        raise UserError(f"{source} cannot be loaded: {error}") from error
 
 
 def make_trainable_model(
     arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig
 ) -> PreTrainedModel | PeftModel:
-    """The model as it is trained: with the parts frozen that do not learn, and with LoRA if it was asked for.
+    """The model as it is trained: with the other parts frozen, and with LoRA if it was asked for.
 
-    What learns is kept in float32, unless DeepSpeed keeps its own float32 copy: bfloat16 weights would swallow the
-    small steps of AdamW.
+    Trainable parameters are kept in float32, unless DeepSpeed keeps its own float32 copy: small steps of AdamW would
+    be lost in bfloat16 weights.
     """
     if run.deepspeed and torch.distributed.is_initialized():
-        import deepspeed  # takes seconds, and looks for devices aloud
+        import deepspeed  # takes seconds, and prints which devices it finds
 
-        deepspeed.init_distributed(verbose=False)  # on a CPU nobody has; ZeRO-3 cuts weights apart while loading
+        # Trainer does not do this on a CPU; ZeRO-3 needs it before from_pretrained, which partitions the weights.
+        deepspeed.init_distributed(verbose=False)
     dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else torch.float32
     model: Any = build_model(arguments, config, dtype, quantization_config(arguments, dtype))
     if arguments.lora_enable:
@@ -258,9 +177,9 @@ def make_trainable_model(
 
 @torch.no_grad()
 def start_positions(model: LlavaSkipForConditionalGeneration) -> None:
-    """Make a new tower's position embeddings as loud as its patches.
+    """Give a new tower's position embeddings the same deviation as its patch embeddings.
 
-    transformers starts both with the same deviation, but a patch embedding adds up hundreds of pixels; positions then
-    are a few percent of what enters the tower, and hundreds of steps go by before "top left" can be learnt.
+    transformers initialises both tables alike, but a patch embedding is a sum over hundreds of pixels: positions are
+    then a few percent of the tower's input, and the model needs hundreds of steps to learn "top left".
     """
     model.model.vision_tower.embeddings.position_embedding.weight.normal_()

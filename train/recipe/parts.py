@@ -1,4 +1,4 @@
-"""Parts of the model: which ones learn, at which rate, and that each of their parameters is optimised exactly once."""
+"""Parts of the model: which are trainable, at which rate; each of their parameters is optimised exactly once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError
+from llava_skip.errors import UserError, first_few
 
 PART_PREFIXES: dict[str, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.",),
@@ -23,7 +23,6 @@ PART_PREFIXES: dict[str, tuple[str, ...]] = {
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of a model that it wraps."""
 
-
 _TOWER_END = re.compile(r"\.(?:post_layernorm|encoder\.layers\.(\d+))\.")
 
 
@@ -31,7 +30,7 @@ def part_of(name: str) -> str:
     """The part that a parameter belongs to, by its name, in a plain model or one that PEFT wraps.
 
     Raises:
-        UserError: it belongs to none.
+        UserError: it belongs to no part.
     """
     native = name.removeprefix(PEFT_PREFIX)
     for part, prefixes in PART_PREFIXES.items():
@@ -41,13 +40,13 @@ def part_of(name: str) -> str:
 
 
 def choose_trained(model: nn.Module, parts: Collection[str]) -> None:
-    """Let the parameters of some parts learn and freeze the others; quantised ones never learn."""
+    """Make the parameters of some parts trainable and freeze the others; quantised ones are always frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and parameter.is_floating_point())
 
 
 def freeze_unused(model: nn.Module, config: LlavaSkipConfig) -> None:
-    """Freeze the tower's layers behind the features that are used: nothing would ever give them a gradient."""
+    """Freeze the tower's layers after the features that are used: they never get a gradient."""
     for name, parameter in model.named_parameters():
         if part_of(name) == "vision_tower" and (found := _TOWER_END.search(name)):
             if found[1] is None or int(found[1]) >= config.used_tower_layers:
@@ -60,10 +59,10 @@ def parameter_groups(
     """Groups for a torch optimizer: one for each learning rate, with and without weight decay.
 
     Args:
-        model: its parameters that learn are grouped.
-        decays: names of the parameters that weight decay pulls; not those of norms and biases.
+        model: its trainable parameters are grouped.
+        decays: names of the parameters with weight decay; norms and biases have none.
         rates: part -> peak learning rate, for parts that have one of their own.
-        learning_rate: that of the other parts; its groups come first, which is where Trainer reads the rate it logs.
+        learning_rate: of the other parts; their groups are first, where Trainer reads the rate that it logs.
         weight_decay: of the parameters in `decays`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -78,31 +77,30 @@ def parameter_groups(
 
 
 def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Every parameter that learns must be in exactly one group of the optimizer, and no other parameter in any.
+    """Every trainable parameter must be in exactly one group of the optimizer, and no frozen one in any.
 
     Raises:
-        UserError: names the parameters that are not.
+        UserError: names the parameters that are wrong.
     """
     held = Counter(id(parameter) for group in groups for parameter in group["params"])
     names = {id(parameter): (name, parameter.requires_grad) for name, parameter in model.named_parameters()}
-    wrong = [f"{name} (in {held[key]} groups)" for key, (name, learns) in names.items() if held[key] != int(learns)]
+    wrong = [f"{name} (in {held[key]} groups)" for key, (name, trainable) in names.items() if held[key] != trainable]
     if foreign := len(set(held) - set(names)):
         wrong.append(f"{foreign} parameters of no name")
     if wrong:
         raise UserError(
-            f"{len(wrong)} parameters are not optimised exactly once, if they learn, and never, if they are frozen: "
-            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}."
+            f"Trainable parameters must be optimised exactly once, frozen ones never; these are not: {first_few(wrong)}."
         )
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part -> (parameters, those of them that learn)."""
+    """Part -> (number of parameters, number of trainable ones)."""
     counts = {part: (0, 0) for part in PART_PREFIXES}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT's copy of a module that is trained in full
             continue
         # Under ZeRO-3 a parameter is an empty tensor that remembers its size.
         size = getattr(parameter, "ds_numel", parameter.numel())
-        whole, learns = counts[part_of(name)]
-        counts[part_of(name)] = (whole + size, learns + size * parameter.requires_grad)
+        whole, trainable = counts[part_of(name)]
+        counts[part_of(name)] = (whole + size, trainable + size * parameter.requires_grad)
     return counts

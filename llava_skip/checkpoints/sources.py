@@ -1,0 +1,247 @@
+"""What a model is read from, and the one place that decides its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from llava_skip.checkpoints import layouts
+from llava_skip.checkpoints.adapters import find_projector, read_adapter, read_projector
+from llava_skip.checkpoints.files import find_folder
+from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_name, native_weights
+from llava_skip.checkpoints.report import LoadReport
+from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
+from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.errors import UserError
+from llava_skip.files import local_path, read_json
+from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
+from llava_skip.processing import find_image_token
+
+VOCABULARY_MULTIPLE = 64
+"""Vocabularies are padded to a multiple of it, which makes matrix products fast."""
+
+
+def padded_vocabulary(tokens: int) -> int:
+    """The vocabulary's size for a number of tokens."""
+    return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+@dataclass
+class Source:
+    """A checkpoint and what is put on top of it; the weights of the checkpoint itself are not read yet.
+
+    Attributes:
+        name: the checkpoint as the user named it.
+        folder: where it is.
+        layout: of its settings.
+        raw: its config.json.
+        settings: the same; for a language model those of the projector or adapter, if that has LLaVA's config.json.
+        tower: folder or hub name of the vision tower; None if nothing names one.
+        asked_tower: whether `tower` was given with the checkpoint.
+        projector: the projector file's tensors by LLaVA's names; None without one.
+        adapter: folder of the LoRA adapter.
+        factors: the adapter's low-rank factors by native name.
+        whole: the tensors saved whole with the adapter, by LLaVA's names.
+        report: what is inferred is noted there.
+    """
+
+    name: str
+    folder: Path
+    layout: str
+    raw: dict[str, Any]
+    settings: dict[str, Any]
+    tower: str | None
+    asked_tower: bool
+    report: LoadReport
+    projector: dict[str, Tensor] | None = None
+    adapter: Path | None = None
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def joins(self) -> bool:
+        """Whether the model is made from a language model and a tower, so that its vocabulary gets the image token."""
+        return self.layout in (layouts.ORIGINAL, layouts.LANGUAGE)
+
+    def combine(self, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """The checkpoint's `stored` weights and those on top, by native name; whether the tower is the paper's CLIP."""
+        if self.projector is not None:
+            stale = [name for name in stored if native_name(name).startswith(PROJECTOR)]
+            stored = {name: tensor for name, tensor in stored.items() if name not in stale} | self.projector
+        own_tower = any("model.vision_tower.conv1.weight" in weights for weights in (stored, self.whole))
+        return native_weights(stored) | native_weights(self.whole), own_tower
+
+
+def open_source(
+    path: str | Path,
+    *,
+    vision_tower: str | None = None,
+    projector: str | Path | None = None,
+    lora: str | Path | None = None,
+    weights: bool = True,
+) -> Source:
+    """Find a checkpoint and read what is put on top of it.
+
+    Args:
+        path: folder or hub name of the checkpoint.
+        vision_tower: folder or hub name of the tower.
+        projector: a `mm_projector.bin`, or its folder.
+        lora: folder of a LoRA adapter.
+        weights: download the checkpoint's weights too.
+
+    Raises:
+        MissingFileError: a file is missing.
+        UserError: an unknown layout, or a setting that the model cannot express.
+    """
+    folder, report = find_folder(path, weights=weights), LoadReport(str(path))
+    raw = read_json(folder / "config.json")
+    layout, settings = layouts.detect_layout(raw), raw
+    file = find_projector(projector) if projector else None
+    adapter = find_folder(lora, "LoRA adapter") if lora else None
+    if layout == layouts.LANGUAGE:
+        for other in (parent / "config.json" for parent in (adapter, file and file.parent) if parent):
+            if other.is_file() and layouts.detect_layout(theirs := read_json(other)) == layouts.ORIGINAL:
+                settings, layout = theirs, layouts.ORIGINAL
+                report.notes.append(f"settings of {other}.")
+                break
+    report.layout = layout
+    source = Source(
+        name=str(path),
+        folder=folder,
+        layout=layout,
+        raw=raw,
+        settings=settings,
+        tower=layouts.find_tower(settings, vision_tower, folder),
+        asked_tower=bool(vision_tower),
+        report=report,
+        adapter=adapter,
+    )
+    if source.joins:
+        layouts.check_settings(settings, report)
+    elif vision_tower:
+        raise UserError(f"{path} already has a vision tower (layout {layout}): leave --vision_tower out.")
+    if file:
+        source.projector = read_projector(file, report)
+        report.notes.append(f"projector of {file}, {len(source.projector)} tensors.")
+    if adapter:
+        source.factors, source.whole = read_adapter(adapter)
+    return source
+
+
+def configure(
+    source: Source,
+    weights: Mapping[str, Tensor],
+    own_tower: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    preset: str | None = None,
+    skip: SkipConfig | None = None,
+) -> LlavaSkipConfig:
+    """The configuration of the model that a source describes.
+
+    Args:
+        source: the source.
+        weights: by native name. A language model's own are not needed, LLaVA's are: their shapes say what its
+            config.json does not.
+        own_tower: whether the tower is the paper's own CLIP.
+        tokenizer: the language model's, with the image token; None if there is none.
+        preset: a key of `PRESETS`; None keeps what the checkpoint has.
+        skip: the numbers themselves, instead of a preset.
+
+    Raises:
+        UserError: settings, sizes or a preset that do not fit each other.
+    """
+    raw, report = source.settings, source.report
+    if source.joins:
+        text = layouts.text_config(raw)
+        image_token = _make_room(text, weights, tokenizer, source.raw["vocab_size"])
+        vision = _tower_config(source, weights, own_tower)
+        if source.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
+            fields = fields_for_tower(preset, vision)  # the resampler is new: the preset makes it
+            return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
+        config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
+    elif source.layout == layouts.NATIVE:
+        config = LlavaSkipConfig.from_pretrained(source.folder)
+    else:
+        config = layouts.hf_config(raw)
+        if source.layout == layouts.LLAVA_NEXT:
+            report.notes.append("LlavaNext cuts images into tiles with image_newline; here an image is one crop.")
+    summary = any(name.startswith("model.summary.") for name in weights)
+    return layouts.with_skip(config, preset, skip, raw, summary, report)
+
+
+def load_config(
+    path: str | Path,
+    preset: str | None = None,
+    *,
+    vision_tower: str | None = None,
+    projector: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[LlavaSkipConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a native model, or of a language model joined with a tower; no weights are read.
+
+    `load_checkpoint(..., config=)` makes the model of this configuration.
+
+    Args:
+        path: folder or hub name of the model.
+        preset: a key of `PRESETS`; None keeps what the model has.
+        vision_tower: folder or hub name of a CLIP tower, for a language model.
+        projector: a `mm_projector.bin`, or its folder.
+        tokenizer: folder or hub name of another tokenizer than the model's.
+
+    Raises:
+        MissingFileError: a file is missing.
+        UserError: parts that do not fit each other, or another layout, which is to be converted first.
+    """
+    source = open_source(path, vision_tower=vision_tower, projector=projector, weights=False)
+    if (own := layouts.detect_layout(source.raw)) not in (layouts.NATIVE, layouts.LANGUAGE):
+        raise UserError(
+            f"{path} is a checkpoint of the layout {own!r}. Convert it first, then use the result: "
+            f"python -m llava_skip.convert {path} CONVERTED"
+        )
+    words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
+    weights, own_tower = source.combine({})
+    return configure(source, weights, own_tower, words, preset), words
+
+
+def own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a language model's folder with `<image>` as one token; None if it has none."""
+    if not source.joins or not has_tokenizer(source.folder):
+        return None
+    return load_tokenizer(source.folder, layouts.text_config(source.settings), add_image_token=True)
+
+
+def _make_room(
+    text: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
+) -> int:
+    """Enlarge the vocabulary so that the image token has an id; returns the id."""
+    size = weights[EMBEDDING].shape[0] if EMBEDDING in weights else vocabulary
+    image_token = size if tokenizer is None else find_image_token(tokenizer)
+    text.vocab_size = padded_vocabulary(max(size, image_token + 1, 0 if tokenizer is None else len(tokenizer)))
+    return image_token
+
+
+def _tower_config(source: Source, weights: Mapping[str, Tensor], own_tower: bool) -> CLIPVisionConfig:
+    if own_tower:
+        return layouts.tower_config_of_weights(weights)
+    held = any(name.startswith(TOWER) for name in weights)
+    here = source.tower is not None and (path := local_path(source.tower)) is not None and path.is_dir()
+    if held and not source.asked_tower and not here:
+        source.report.notes.append(
+            f"The tower {source.tower} is no folder: its sizes are read from its weights, heads of 64."
+        )
+        return layouts.tower_config_of_weights(weights)
+    if source.tower is None:
+        kind = source.settings.get("model_type")
+        raise UserError(
+            f"{source.name} is a {kind} model without a vision tower, and names none: give vision_tower "
+            "(--vision_tower), a CLIP tower such as openai/clip-vit-large-patch14-336, to join the two."
+        )
+    return layouts.tower_config(source.tower)
