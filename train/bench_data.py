@@ -32,7 +32,7 @@ from train.data import ConversationDataset, RecordSet, load_records
 from train.data.parallel import usable_cores
 from train.recipe.model import prepare
 
-WORDS = "the image shows a small red house beside the road and two people who walk past it in the rain".split()
+WORDS = "the picture shows a small red house beside the road and two people who walk past it in the rain".split()
 MEBIBYTE = 2**20
 
 

@@ -87,10 +87,11 @@ def stream_table(path: str, split: str, config: str | None = None) -> IterableDa
 
 def table_stamp(table: Dataset) -> list[str]:
     """What changes whenever the records of a table do: files of the cache are named by what they were made of."""
-    files, cache = [Path(entry["filename"]) for entry in table.cache_files], cache_folder()
-    return [
-        str(file.relative_to(cache)) if file.is_relative_to(cache) else f"{file} {file_stamp(file)}" for file in files
-    ]
+    cache, stamps = cache_folder(), []
+    for file in (Path(entry["filename"]) for entry in table.cache_files):
+        cached = file.is_relative_to(cache)
+        stamps.append(f"{file.relative_to(cache)} {file.stat().st_size}" if cached else f"{file} {file_stamp(file)}")
+    return stamps
 
 
 def _existing(path: str) -> Path | None:
