@@ -1,5 +1,8 @@
 """Skip-Vision for LLaVA: most visual tokens attend, but skip the FFN of every decoder layer and leave the cache."""
 
+import os
+from importlib import import_module
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from llava_skip.cache import ForgettingCache
@@ -17,6 +20,9 @@ AutoImageProcessor.register(LlavaSkipConfig, image_processor_classes={"pil": Til
 AutoModel.register(LlavaSkipConfig, LlavaSkipModel)
 AutoModelForImageTextToText.register(LlavaSkipConfig, LlavaSkipForConditionalGeneration)
 AutoProcessor.register(LlavaSkipConfig, LlavaSkipProcessor)
+
+for _plugin in filter(None, os.environ.get("LLAVA_SKIP_PLUGINS", "").split(",")):
+    import_module(_plugin)  # registers front ends and presets from outside (docs/add-a-front-end.md)
 
 __all__ = [
     "ForgettingCache",

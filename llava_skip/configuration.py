@@ -10,10 +10,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
 from llava_skip.errors import UserError
+from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 
 IGNORE_INDEX = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not supervised."""
 
 
 SUMMARY_STARTS = ("pooled", "mean", "learned")
@@ -22,10 +23,10 @@ SUMMARY_STARTS = ("pooled", "mean", "learned")
 
 @dataclass(frozen=True)
 class SkipConfig:
-    """Which visual tokens of a picture take the whole decoder and which ones skip its FFN (paper, section 3).
+    """Which visual tokens of an image take the whole decoder and which ones skip its FFN (paper, section 3).
 
-    A picture becomes one block of `rows` rows in attention order: its R + S tokens, and behind the last token of each
-    span of `summaries` the summary of that span. By default that is
+    An image becomes one block of `length` tokens: its R + S tokens, and after the last token of each span of
+    `summaries` the summary of that span. By default that is
     `retained | summary of the retained | skipped | summary of the skipped`.
 
     Attributes:
@@ -34,12 +35,12 @@ class SkipConfig:
         summaries: spans (first, one past the last) of the R + S tokens, one summary each, in the order of their ends;
             None stands for the two above, () for no summary.
         summary_start: one of `SUMMARY_STARTS`.
-        ffn_head: so many of the first skipped tokens take the FFN all the same.
-        ffn_tail: so many of the last skipped tokens take the FFN all the same.
-        ffn_every: every k-th skipped token, from the first on, takes the FFN all the same; None: none.
-        layers: indices of the layers in which rows skip the FFN; None: all layers.
-        text_sees_skipped: whether the rows behind a picture may attend to its skipped tokens in the prefill.
-        forget_cache: drop the keys and values of the rows that skip once the prefill has passed them.
+        ffn_head: number of leading skipped tokens that still go through the FFN.
+        ffn_tail: number of trailing skipped tokens that still go through the FFN.
+        ffn_every: every k-th skipped token, from the first on, still goes through the FFN; None: none.
+        layers: indices of the layers in which tokens skip the FFN; None: all layers.
+        text_sees_skipped: whether the tokens after an image may attend to its skipped tokens in the prefill.
+        forget_cache: drop the keys and values of the skipped tokens after the prefill.
     """
 
     retained: int
@@ -117,7 +118,7 @@ class SkipConfig:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """The spans of the summaries, spelled out."""
+        """The spans of the summaries, with the default resolved."""
         if self.summaries is None:
             return ((0, self.retained), (self.retained, self.retained + self.skipped))
         return self.summaries
@@ -191,18 +192,14 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-FRONT_ENDS = ("llava", "hd", "cos")
-"""How a picture becomes visual tokens: CLIP patches, a thumbnail and tiles, a chain-of-sight resampler."""
-
-
 @strict
 class LlavaSkipConfig(LlavaConfig):
     """transformers' `LlavaConfig` with a front end and `skip`, the fields of a `SkipConfig`; None is the dense model.
 
-    `front_end` is one of `FRONT_ENDS`. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid, and whether
-    pictures are padded to a square, which makes every picture the same length), `resampler` to `cos` (the fields of a
-    `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`, the most
-    placeholder rows that a picture takes, always follows from the rest.
+    `front_end` is the name of a registered front end. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid,
+    and whether images are padded to a square, which gives every image the same length), `resampler` to `cos` (the
+    fields of a `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`,
+    the most image tokens that an image takes, always follows from the rest.
     """
 
     model_type = "llava_skip"
@@ -215,18 +212,9 @@ class LlavaSkipConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.front_end not in FRONT_ENDS:
-            raise UserError(f"front_end is {self.front_end!r}; known: {', '.join(FRONT_ENDS)}.")
         if not isinstance(self.vision_feature_layer, int):
             raise UserError(f"vision_feature_layer must be one number; got {self.vision_feature_layer!r}.")
-        if (self.front_end == "cos") != (self.resampler is not None):
-            raise UserError("resampler belongs to front_end 'cos': give both or neither.")
-        if self.front_end == "hd" and self.max_tiles < 1:
-            raise UserError(f"max_tiles is {self.max_tiles}; it must be at least 1.")
-        if (resampler := self.resampler_config) is not None:
-            resampler.check(
-                self.vision_config.image_size // self.vision_config.patch_size, self.vision_config.num_hidden_layers
-            )
+        get_front_end(self.front_end).check(self)
         if (skip := self.skip_config) is not None:
             self._check_skip(skip)
         self.image_seq_length = self.image_length(self.most_crops)
@@ -237,21 +225,13 @@ class LlavaSkipConfig(LlavaConfig):
                 "Skipping ranks patches against the class token, which must not be one of them: set "
                 f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
             )
-        if self.front_end == "hd" and skip.retained != self.patches:
-            raise UserError(
-                f"skip.retained is {skip.retained}; front_end 'hd' retains the thumbnail, {self.patches} tokens: set "
-                "it to that."
-            )
-        # A picture has at least two crops, the thumbnail and a tile.
-        skip.check_patches(self.visual_tokens(2))
+        get_front_end(self.front_end).check_skip(self, skip)
         skip.check_layers(self.text_config.num_hidden_layers)
 
     @property
     def used_tower_layers(self) -> int:
-        """Layers of the tower in front of the features that are used; those behind need no weights and do not learn."""
-        if (resampler := self.resampler_config) is not None:
-            return max(resampler.hidden_states)
-        return self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)
+        """Layers of the tower before the features that are used; later layers need no weights and are not trained."""
+        return get_front_end(self.front_end).used_tower_layers(self)
 
     @property
     def skip_config(self) -> SkipConfig | None:
@@ -271,19 +251,14 @@ class LlavaSkipConfig(LlavaConfig):
 
     @property
     def most_crops(self) -> int:
-        """The most crops that a picture has: 1, or a thumbnail and its tiles."""
-        if self.front_end != "hd":
-            return 1
-        # A square is cut to the largest square grid: for it every nearer shape is a larger one.
-        return 1 + (int(self.max_tiles**0.5) ** 2 if self.pad_pictures else self.max_tiles)
+        """The most crops that an image has: 1, or a thumbnail and its tiles."""
+        return get_front_end(self.front_end).most_crops(self)
 
     def visual_tokens(self, crops: int = 1) -> int:
-        """Visual tokens that the front end gives for a picture of so many crops."""
-        if (resampler := self.resampler_config) is not None:
-            return sum(resampler.queries)
-        return self.patches * (crops if self.front_end == "hd" else 1)
+        """Visual tokens of an image with `crops` crops, before merging."""
+        return get_front_end(self.front_end).visual_tokens(self, crops)
 
     def image_length(self, crops: int = 1) -> int:
-        """Rows of a picture of so many crops in the language model."""
+        """Image tokens of an image with `crops` crops: the length of its block."""
         skip = self.skip_config
         return self.visual_tokens(crops) if skip is None else skip.length

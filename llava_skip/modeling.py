@@ -19,7 +19,6 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
-    LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
 from transformers.utils.generic import can_return_tuple
@@ -32,9 +31,8 @@ from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.routing import Pictures, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
+from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
-from llava_skip.vision.front_end import visual_tokens
-from llava_skip.vision.resampler import ChainOfSightResampler
 
 
 class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
@@ -42,7 +40,7 @@ class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
 
     config_class = LlavaSkipConfig
     # A device map keeps what makes a picture's rows together, each of these on one device.
-    _no_split_modules = ["ClipTower", "LlavaMultiModalProjector", "ChainOfSightResampler", "SummaryLayer"]
+    _no_split_modules = ["ClipTower", "SummaryLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -57,7 +55,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
         self.vision_tower = ClipTower(config.vision_config)
-        self.multi_modal_projector = _build_projector(config)
+        self.front_end = get_front_end(config.front_end)
+        self.multi_modal_projector = self.front_end.build_projector(config)
+        self._no_split_modules = [*self._no_split_modules, type(self.multi_modal_projector).__name__]
         self.summary = _build_summary(config)
         self.language_model = build_language_model(config.text_config, config.skip_config)
         self.post_init()
@@ -69,15 +69,15 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         """Pictures -> `pooler_output`, the rows [N, rows, D] that replace their placeholders.
 
         It is a list of N tensors [rows, D] where pictures take different numbers of rows. Arguments as those of
-        `visual_tokens`.
+        `FrontEnd.encode`.
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
-        groups = visual_tokens(tower, projector, pixel_values, crop_counts, self.config)
+        groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
             return BaseModelOutputWithPooling(pooler_output=blocks[0])
         rows = {
-            p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.places, block, strict=True)
+            p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.indices, block, strict=True)
         }
         return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
 
@@ -198,16 +198,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         collective operations of ZeRO, in which every rank must use the same modules in the same order: this one comes
         where pictures would, before the embedding.
         """
-        side, crops = self.config.vision_config.image_size, 2 if self.config.front_end == "hd" else 1
-        blank = torch.zeros(crops, 3, side, side, dtype=self.dtype, device=self.device)
-        return 0.0 * self.get_image_features(blank, torch.tensor([crops]), return_dict=True).pooler_output.mean()
-
-
-def _build_projector(config: LlavaSkipConfig) -> nn.Module:
-    resampler = config.resampler_config
-    if resampler is None:
-        return LlavaMultiModalProjector(config)
-    return ChainOfSightResampler(resampler, config.vision_config.hidden_size, config.text_config.hidden_size)
+        pixel_values, crop_counts = self.front_end.blank(self.config)
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        return 0.0 * self.get_image_features(pixel_values, crop_counts, return_dict=True).pooler_output.mean()
 
 
 def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:

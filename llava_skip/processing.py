@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
 from llava_skip.errors import UserError
-from llava_skip.vision.tiling import TilingImageProcessorPil
+from llava_skip.vision import get_front_end
 
 IMAGE_TOKEN = "<image>"
 
@@ -73,12 +72,10 @@ class LlavaSkipProcessor(ProcessorMixin):
         """
         side = config.vision_config.image_size
         sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        pictures, crop_rows = LlavaImageProcessorPil(**sizes, do_pad=True), None
-        if config.front_end == "hd":
-            pictures = TilingImageProcessorPil(config.max_tiles, **sizes, do_pad=config.pad_pictures)
-            crop_rows = config.patches if config.skip is None else None
+        front_end = get_front_end(config.front_end)
+        images, crop_rows = front_end.image_processor(config, sizes), front_end.crop_length(config)
         chat_template = load_template(template) if template else None
-        processor = cls(pictures, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows)
+        processor = cls(images, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows)
         if processor.image_token_id != config.image_token_id:
             raise UserError(
                 f"The tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, the model's "

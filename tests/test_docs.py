@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from llava_skip.__main__ import PROGRAMS
+from llava_skip.presets import preset_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -33,7 +34,8 @@ def eval_commands():
     texts = [path.read_text(encoding="utf-8") for path in [*PAGES, *ROOT.glob("scripts/**/*")] if path.is_file()]
     lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
     for line in lines:
-        if shown := re.search(r"(?:-m (eval\.\w+)|llava-skip (eval|score|compare)|eval\.sbatch|make eval-\w+) (.*)", line):
+        pattern = r"(?:-m (eval\.\w+)|llava-skip (eval|score|compare)|eval\.sbatch|make eval-\w+) (.*)"
+        if shown := re.search(pattern, line):
             program = PROGRAMS[shown[2]].module if shown[2] else "eval.run"
             yield shown[1] or program, shown[3]
 
@@ -49,3 +51,18 @@ def test_options_of_evaluations_exist():
         }
         given = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", arguments)) - {"--dry-run"}
         assert given <= known, (module, arguments)
+
+
+def test_the_table_of_presets_has_their_numbers():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+    shown = {}
+    for names, *numbers in cells:
+        split = [[part.strip() for part in number.split(",")] for number in numbers]
+        for place, name in enumerate(re.findall(r"`([\w-]+)`", names)):
+            shown[name] = [part[min(place, len(part) - 1)] for part in split]
+    expected = {
+        name: [str(total), "all" if "all" in shown.get(name, []) else str(retained), str(skipped or "-"), str(cache)]
+        for name, total, retained, skipped, cache in preset_rows()
+    }
+    assert shown == expected

@@ -24,7 +24,7 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.tokens import retained_order
+from llava_skip.vision.front_end import Box
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records
@@ -35,8 +35,6 @@ LEARNT, NOT_LEARNT = "bold green", "dim"
 OUTLINE = (255, 60, 60)
 SHOWN_SIDE = 448
 """Pictures are drawn at least this large, in pixels."""
-
-Box = tuple[int, int, int, int]
 
 
 @dataclass
@@ -67,27 +65,9 @@ def retained_boxes(model: LlavaSkipForConditionalGeneration, crops: Tensor) -> t
         crops: [crops, 3, side, side] of one picture; the first is the picture, or its thumbnail.
     """
     config: LlavaSkipConfig = model.config
-    skip, side, patch = config.skip_config, config.vision_config.image_size, config.vision_config.patch_size
-    if skip is None:
+    if config.skip is None:
         return [], f"dense: all {config.visual_tokens(len(crops))} tokens take the whole decoder"
-    if config.front_end == "hd":
-        return [(0, 0, side, side)], f"retained: the {skip.retained} tokens of the thumbnail; tiles are skipped"
-    if (resampler := config.resampler_config) is not None:
-        left, boxes, scales = skip.retained, [], []
-        for window, queries in zip(resampler.windows, resampler.queries, strict=True):
-            if left > 0:
-                boxes += _grid(side, window * patch)
-                scales.append(f"{min(left, queries)} of {queries} queries on windows of {window} x {window} features")
-            left -= queries
-        return boxes, "retained: " + ", ".join(scales)
-    _, scores = model.model.vision_tower(crops[:1], config.vision_feature_layer, rank=True)
-    chosen = set(retained_order(scores, skip.retained)[0, : skip.retained].tolist())
-    boxes = [box for place, box in enumerate(_grid(side, patch)) if place in chosen]
-    return boxes, f"retained: the {skip.retained} patches that the class token attends to most"
-
-
-def _grid(side: int, cell: int) -> list[Box]:
-    return [(x, y, x + cell, y + cell) for y in range(0, side, cell) for x in range(0, side, cell)]
+    return model.model.front_end.retained_boxes(model.model, crops)
 
 
 def draw(crops: Tensor, boxes: list[Box], processor: LlavaSkipProcessor) -> Image.Image:

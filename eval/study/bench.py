@@ -197,7 +197,7 @@ def run(
     """Time a training step and a prefill of the dense and the skipping decoder, as ratios beside the FLOP ideal."""
     names = ["llava", *presets.split(",")]
     # The front end does not take part in the bench; the numbers of the others belong to other dense models.
-    known = [name for name, preset in PRESETS.items() if preset.front_end == "llava"]
+    known = [name for name, preset in PRESETS.items() if preset.front_end == PRESETS["llava"].front_end]
     if unknown := [name for name in names if name not in known]:
         typer.echo(f"error: unknown presets {unknown}; known: {', '.join(known)}", err=True)
         raise typer.Exit(2)

@@ -11,6 +11,7 @@ from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.vision import get_front_end
 
 _HUB_NAMES = (
     ("model.language_model.", "language_model.model."),
@@ -42,7 +43,7 @@ def export_llava_hf(
             "token, so its logits would differ. Save it with save_pretrained, or load it "
             "with preset='llava' (--preset llava)."
         )
-    if config.front_end != "llava":
+    if not get_front_end(config.front_end).is_llava_hf:
         raise UserError(
             f"The front end is {config.front_end!r}; transformers' LLaVA has only one crop of CLIP patches and an MLP."
         )

@@ -15,7 +15,8 @@ from llava_skip.checkpoints.names import LINEAR_PROJECTOR, POSITIONS, PROJECTOR,
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.errors import UserError
-from llava_skip.presets import PRESETS, skip_for_model
+from llava_skip.presets import PRESETS, front_end_of, skip_for_model
+from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 
 NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
@@ -254,8 +255,8 @@ def with_skip(
         preset = "sv-llava-hd" if raw.get("use_hd") else "sv-llava-100"  # the numbers in the paper's code
         report.notes.append(f"The checkpoint skips, and does not say how many tokens: preset {preset}.")
     fields = config.to_dict() | {"preset": preset, "skip": None}
-    if preset in PRESETS and {config.front_end, PRESETS[preset].front_end} == {"llava", "hd"}:
-        fields["front_end"] = PRESETS[preset].front_end  # the two share every weight
+    if preset in PRESETS and front_end_of(preset).llava_projector and get_front_end(config.front_end).llava_projector:
+        fields["front_end"] = front_end_of(preset).name  # both have the same weights
     chosen = skip if preset is None else skip_for_model(preset, LlavaSkipConfig(**fields))
     return LlavaSkipConfig(**fields | {"skip": None if chosen is None else chosen.to_dict()})
 

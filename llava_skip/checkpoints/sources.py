@@ -19,7 +19,7 @@ from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.errors import UserError
 from llava_skip.files import local_path, read_json
-from llava_skip.presets import PRESETS, fields_for_tower
+from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
 
 VOCABULARY_MULTIPLE = 64
@@ -160,8 +160,8 @@ def configure(
         text = layouts.text_config(raw)
         image_token = _make_room(text, weights, tokenizer, source.raw["vocab_size"])
         vision = _tower_config(source, weights, own_tower)
-        if source.layout == layouts.LANGUAGE and preset in PRESETS and PRESETS[preset].front_end == "cos":
-            fields = fields_for_tower(preset, vision)  # the resampler is new: the preset makes it
+        if source.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
+            fields = fields_for_tower(preset, vision)  # the projector is new: the preset makes it
             return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
         config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
     elif source.layout == layouts.NATIVE:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor
-from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.small_models import ARCHITECTURES, small_config
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False}
@@ -22,7 +22,7 @@ def folder(request, tmp_path):
 
 
 def chat(pictures: int, text: str = "What is this?") -> list[dict]:
-    images = [{"type": "image", "image": picture(seed=seed, width=10 + 30 * seed)} for seed in range(pictures)]
+    images = [{"type": "image", "image": random_image(seed=seed, width=10 + 30 * seed)} for seed in range(pictures)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
@@ -47,7 +47,7 @@ def test_chats_are_answered_as_by_hand_alone_and_in_a_batch(folder):
 def test_prompts_and_pictures_apart(folder):
     answer = pipeline("image-text-to-text", model=str(folder))
     options = {"generate_kwargs": OPTIONS, "return_full_text": False}
-    one, two = picture(seed=1), picture(seed=2, width=40)
+    one, two = random_image(seed=1), random_image(seed=2, width=40)
     asked = [([one], "<image> What?"), ([one, two], "<image> and <image>, longer?")]
     alone = [answer(images=images, text=text, **options)[0]["generated_text"] for images, text in asked]
     images, texts = ([*column] for column in zip(*asked, strict=True))

@@ -2,41 +2,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, SkipConfig
 from llava_skip.conversation import load_template, template_names
+from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ROWS = 14
-TURNS = [
-    {"role": "user", "content": "<image>\nWhat is this?"},
-    {"role": "assistant", "content": "A cat."},
-    {"role": "user", "content": "What color?"},
-    {"role": "assistant", "content": "Black and white."},
-]
-
-
-def byte_tokenizer(special=SPECIAL, bos=True) -> PreTrainedTokenizerFast:
-    """One token a byte, and the special tokens; adds <s> in front as LLaMA's does."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
-    )
-
-
-def picture(width=20, height=12, seed=0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture
@@ -46,19 +19,6 @@ def processor() -> LlavaSkipProcessor:
     return LlavaSkipProcessor.for_config(config, byte_tokenizer(), "v1")
 
 
-def segments(processor, sample) -> list[tuple[bool, str]]:
-    """Runs of learnt and not learnt tokens, decoded; a picture's placeholders as one."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        assert label in (-100, token)
-        learnt = label != -100
-        if not runs or runs[-1][0] != learnt:
-            runs.append((learnt, []))
-        if not (token == 3 and runs[-1][1][-1:] == [3]):
-            runs[-1][1].append(token)
-    return [(learnt, processor.tokenizer.decode(tokens)) for learnt, tokens in runs]
-
-
 def test_templates_come_with_the_library():
     assert {"v1", "llama3", "plain"} < set(template_names())
     with pytest.raises(ValueError, match="Unknown conversation template 'v9'; known: chatml, llama3, "):
@@ -66,7 +26,7 @@ def test_templates_come_with_the_library():
 
 
 def test_v1_segments(processor):
-    sample = processor.encode_conversation(TURNS, [picture()])
+    sample = processor.encode_conversation(TURNS, [random_image()])
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions."
@@ -84,7 +44,7 @@ def test_v1_segments(processor):
 def test_llama3_segments(processor):
     processor.chat_template = load_template("llama3")
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    assert segments(processor, processor.encode_conversation(TURNS, [picture()])) == [
+    assert segments(processor, processor.encode_conversation(TURNS, [random_image()])) == [
         (
             False,
             f"<s>{header('system')}You are a helpful and honest multimodal assistant.<|eot_id|>"
@@ -98,7 +58,7 @@ def test_llama3_segments(processor):
 
 def test_plain_segments(processor):
     processor.chat_template = load_template("plain")
-    sample = processor.encode_conversation(TURNS[:2], [picture()])
+    sample = processor.encode_conversation(TURNS[:2], [random_image()])
     assert segments(processor, sample) == [(False, "<s><image>"), (True, "A cat.\n")]
 
 
@@ -106,7 +66,9 @@ def test_plain_segments(processor):
 def test_no_answer_loses_its_labels(processor, answer):
     turns = [TURNS[0], {"role": "assistant", "content": answer}]
     learnt = [
-        text for is_learnt, text in segments(processor, processor.encode_conversation(turns, [picture()])) if is_learnt
+        text
+        for is_learnt, text in segments(processor, processor.encode_conversation(turns, [random_image()]))
+        if is_learnt
     ]
     assert learnt == [f" {answer.strip()}</s>"]
 
@@ -121,11 +83,11 @@ def test_text_only_conversation(processor):
 def test_inference_prompt_is_the_beginning_of_the_training_sample(processor):
     for name in ("v1", "llama3"):
         processor.chat_template = load_template(name)
-        content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+        content = [{"type": "image", "image": random_image()}, {"type": "text", "text": "What is this?"}]
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"][0]
-        sample = processor.encode_conversation(TURNS, [picture()])
+        sample = processor.encode_conversation(TURNS, [random_image()])
         assert sample["input_ids"][: len(prompt)] == list(prompt)
         first = next(i for i, label in enumerate(sample["labels"]) if label != -100)
         assert first == len(prompt)
@@ -133,7 +95,7 @@ def test_inference_prompt_is_the_beginning_of_the_training_sample(processor):
 
 def test_call_with_pictures_text_and_padding(processor):
     batch = processor(
-        images=[[picture(seed=1), picture(seed=2)], [], [picture(seed=3)]],
+        images=[[random_image(seed=1), random_image(seed=2)], [], [random_image(seed=3)]],
         text=["<image> and <image>", "no picture at all", "<image>"],
         padding=True,
         return_tensors="pt",
@@ -157,13 +119,13 @@ def test_picture_is_padded_to_a_square_in_the_mean_colour(processor):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_pictures_of_every_mode(processor, mode):
-    pixels = processor(images=picture().convert(mode), text="<image>", return_tensors="pt")["pixel_values"]
+    pixels = processor(images=random_image().convert(mode), text="<image>", return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 16, 16)
 
 
 def test_numbers_of_pictures_and_placeholders_must_agree(processor):
     with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
-        processor(images=[picture()], text="<image> <image>")
+        processor(images=[random_image()], text="<image> <image>")
     with pytest.raises(ValueError):
         processor.encode_conversation(TURNS, [])
 
@@ -187,6 +149,6 @@ def test_processor_saves_and_loads_with_its_model(processor, tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, LlavaSkipProcessor)
     assert loaded.image_seq_length == ROWS
-    before, after = (p.encode_conversation(TURNS, [picture()]) for p in (processor, loaded))
+    before, after = (p.encode_conversation(TURNS, [random_image()]) for p in (processor, loaded))
     assert before["labels"] == after["labels"]
     assert np.array_equal(before["pixel_values"], after["pixel_values"])

@@ -6,7 +6,7 @@ from transformers import LlamaTokenizer
 
 from llava_skip import LlavaSkipProcessor
 from llava_skip.conversation import LLAVA_VERSIONS, load_template, template_names
-from tests.llava_skip.test_processing import SPECIAL, TURNS, byte_tokenizer, picture, segments
+from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
 HUMAN = (
@@ -81,13 +81,13 @@ def processor_of(template, bos=True):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_segments(name):
     processor = processor_of(load_template(name))
-    found = segments(processor, processor.encode_conversation(TURNS, [picture()]))
+    found = segments(processor, processor.encode_conversation(TURNS, [random_image()]))
     assert found == [(bool(i % 2), text) for i, text in enumerate(EXPECTED[name])]
 
 
 def test_llama_2_differs_from_llavas_in_the_system_message_alone():
     processor = processor_of(load_template("llama_2"))
-    found = segments(processor, processor.encode_conversation(TURNS, [picture()]))
+    found = segments(processor, processor.encode_conversation(TURNS, [random_image()]))
     expected = EXPECTED["llava_llama_2"]
     assert found[0][1].startswith("<s>[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.")
     assert "while being safe.  Your answers" in found[0][1] and found[0][1].endswith(
@@ -98,7 +98,7 @@ def test_llama_2_differs_from_llavas_in_the_system_message_alone():
 
 def test_qwen_ends_each_turn_with_a_line_that_is_not_learnt():
     processor = processor_of(load_template("qwen"), bos=False)
-    assert [text for _, text in segments(processor, processor.encode_conversation(TURNS, [picture()]))] == [
+    assert [text for _, text in segments(processor, processor.encode_conversation(TURNS, [random_image()]))] == [
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?"
         "<|im_end|>\n<|im_start|>assistant\n",
         "A cat.<|im_end|>",
@@ -111,7 +111,7 @@ def test_qwen_ends_each_turn_with_a_line_that_is_not_learnt():
 @pytest.mark.parametrize(("name", "end"), [("plain", "\n"), ("llama3_plain", " ")])
 def test_plain_is_the_picture_and_its_caption(name, end):
     processor = processor_of(load_template(name))
-    found = segments(processor, processor.encode_conversation(TURNS[:2], [picture()]))
+    found = segments(processor, processor.encode_conversation(TURNS[:2], [random_image()]))
     assert found == [(False, "<s><image>"), (True, f"A cat.{end}")]
 
 
@@ -126,7 +126,7 @@ def test_plain_is_the_picture_and_its_caption(name, end):
 def test_a_system_turn_takes_the_place_of_the_default_one(name, start):
     processor = processor_of(load_template(name))
     turns = [{"role": "system", "content": "Be brief."}, *TURNS]
-    assert segments(processor, processor.encode_conversation(turns, [picture()]))[0] == (False, start)
+    assert segments(processor, processor.encode_conversation(turns, [random_image()]))[0] == (False, start)
 
 
 @pytest.mark.parametrize("name", sorted(set(template_names()) - {"plain", "llama3_plain"}))
@@ -151,7 +151,7 @@ def test_a_template_without_marks_learns_the_same(name):
     # A tokenizer's own template ends a turn with its end token, which is what is looked for.
     swap = ("<|im_end|>", "</s>") if name == "qwen" else ("", "")
     marked, own = (processor_of(text.replace(*swap)) for text in (load_template(name), without_marks(name)))
-    expected, found = (p.encode_conversation(TURNS, [picture()]) for p in (marked, own))
+    expected, found = (p.encode_conversation(TURNS, [random_image()]) for p in (marked, own))
     assert found["input_ids"] == expected["input_ids"]
     learnt = [[text.strip() for is_learnt, text in segments(marked, s) if is_learnt] for s in (expected, found)]
     assert learnt[0] == learnt[1]
@@ -163,7 +163,7 @@ def test_a_template_that_changes_earlier_turns_is_refused():
         "{{ m.role }}: {{ m.content }}</s>{%- endfor -%}{%- if add_generation_prompt -%}assistant: {%- endif -%}"
     )
     with pytest.raises(ValueError, match="renders turn 1 differently alone than inside.*--template"):
-        processor_of(template).encode_conversation(TURNS, [picture()])
+        processor_of(template).encode_conversation(TURNS, [random_image()])
 
 
 def test_a_template_that_refuses_a_conversation_says_why():
@@ -199,7 +199,7 @@ def test_sentencepiece_tokens_that_are_learnt(llama_tokenizer, name, learnt):
     config = small_config(vocab_size=500)
     config.image_token_index = llama_tokenizer.convert_tokens_to_ids("<image>")
     processor = LlavaSkipProcessor.for_config(config, llama_tokenizer, name)
-    sample = processor.encode_conversation(TURNS, [picture()])
+    sample = processor.encode_conversation(TURNS, [random_image()])
     runs, tokens = [[]], llama_tokenizer.convert_ids_to_tokens(sample["input_ids"])
     for token, label in zip(tokens, sample["labels"], strict=True):
         if label != -100:

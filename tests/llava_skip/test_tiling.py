@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from llava_skip import LlavaSkipProcessor
 from llava_skip.vision.resampler import ResamplerConfig, cut_windows
 from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config
 
 

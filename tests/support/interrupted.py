@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from llava_skip import LlavaSkipProcessor, SkipConfig
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config
 
 

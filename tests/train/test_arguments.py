@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config, small_model
 from train.arguments import ModelArguments
 from train.recipe.model import build_model, check_weights, prepare

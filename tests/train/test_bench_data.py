@@ -3,7 +3,7 @@ import multiprocessing
 
 import pytest
 
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from train.arguments import ModelArguments
 from train.bench_data import (
     BenchArguments,

@@ -4,7 +4,7 @@ import pytest
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip.exits import USER_ERROR
-from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import Attempts
 from tests.support.runs import train
 from tests.support.small_models import small_config
@@ -16,7 +16,7 @@ def folder(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     records = []
     for number in range(12):
-        picture(20, 20, seed=number).save(tmp_path / f"{number}.png")
+        random_image(20, 20, seed=number).save(tmp_path / f"{number}.png")
         records.append(record((f"{number}.png",), answer=f"Number {number}. " * (number % 4 + 1)))
         records.append(record((), f"Question {number}?", f"Answer {number}."))
     (tmp_path / "data.json").write_text(json.dumps(records))
@@ -111,7 +111,7 @@ def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder, capsys):
     assert "faulty records dropped        │ 1 " in capsys.readouterr().out
     dropped = json.loads((folder / "lenient" / "dropped.json").read_text())
     assert dropped["counts"] == {"missing picture": 1} and dropped["records"][0]["row"] == 6
-    picture().save(folder / "3.png")
+    random_image().save(folder / "3.png")
     with pytest.raises(ValueError, match="began with 1 dropped records, and now 0 would be"):
         run(folder, "lenient", "--drop_faulty", "true")
 

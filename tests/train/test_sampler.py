@@ -6,7 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava_skip import LlavaSkipProcessor
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config
 from tests.train.test_data import record, stored
 from train.data import ConversationDataset, sample_lengths

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.llava_skip.test_processing import byte_tokenizer, picture
+from tests.support.conversations import byte_tokenizer, random_image
 from tests.train.test_data import record
 from train.show_sample import LEARNT, OUTLINE, main
 
@@ -13,7 +13,7 @@ from train.show_sample import LEARNT, OUTLINE, main
 @pytest.fixture
 def line(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    picture(40, 30).save(tmp_path / "a.png")
+    random_image(40, 30).save(tmp_path / "a.png")
     (tmp_path / "data.json").write_text(json.dumps([record((), "Only text"), record()]))
     return [
         "--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--template", "v1",

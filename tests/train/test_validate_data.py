@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from llava_skip.vision.rgb import to_rgb
-from tests.llava_skip.test_processing import byte_tokenizer
+from tests.support.conversations import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments
 from train.data import ConversationDataset, load_records, usable_records

@@ -18,14 +18,12 @@ from llava_skip.errors import MissingFileError, UserError
 from llava_skip.files import local_path
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.paths import embedded_tokenizer, shown
-from llava_skip.presets import preset_config
+from llava_skip.presets import DEFAULT_PRESET, preset_config
 from llava_skip.processing import LlavaSkipProcessor, find_image_token
+from llava_skip.vision import get_front_end
 from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, quantization_config
 from train.recipe.parts import choose_trained, freeze_unused
-
-DEFAULT_PRESET = "sv-llava-256"
-"""Preset of a new model."""
 
 
 def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProcessor]:
@@ -51,9 +49,10 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
         )
     processor = LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
     if arguments.image_aspect_ratio == "square":
-        if config.front_end == "hd":
+        if get_front_end(config.front_end).cuts_tiles:
             raise UserError(
-                "--image_aspect_ratio square does not go with the front end 'hd', which cuts tiles: use pad."
+                f"--image_aspect_ratio square does not go with the front end {config.front_end!r}, which cuts tiles: "
+                "use pad."
             )
         processor.image_processor.do_pad = False
     _check_attention(arguments.attn_implementation, config)
