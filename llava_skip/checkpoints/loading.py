@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from llava_skip.checkpoints import layouts
+import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import merge_lora
 from llava_skip.checkpoints.files import find_folder, read_model_weights
 from llava_skip.checkpoints.joining import fit_positions

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints import layouts
+import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import find_projector, read_adapter, read_projector
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_name, native_weights
