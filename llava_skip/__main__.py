@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from llava_skip.exits import USER_ERROR
+from llava_skip.paths import checkout
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,12 @@ def usage() -> str:
 
 def use_own_packages() -> None:
     """Let `train`, `eval` and `playground` be the project's, whatever the current folder has of these names."""
-    root = str(Path(__file__).resolve().parent.parent)
-    sys.path[:] = [root, *(entry for entry in sys.path if entry != root)]
+    here, root = Path.cwd(), Path(__file__).resolve().parent.parent
+    others = [entry for entry in sys.path if Path(entry or ".").resolve() not in (here, root)]
+    if checkout() is None:  # installed: its folder has all packages, which must not come before the standard library
+        sys.path[:] = [*others, str(root), str(here)]
+    else:
+        sys.path[:] = [str(root), *others, str(here)]
 
 
 def main() -> None:

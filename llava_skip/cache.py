@@ -1,11 +1,11 @@
-"""A key-value cache that forgets the rows of skipped tokens as the prefill passes them.
+"""A key-value cache that forgets skipped tokens as the prefill passes them.
 
-Shapes: B batch, H key-value heads, T new rows, K stored rows, E head width.
+Shapes: B batch, H key-value heads, T new tokens, K stored tokens, E head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from llava_skip.routing import Route, align_right
 
 GROWTH = 128
-"""Rows by which a full buffer grows, so that a decode step writes in place and copies nothing."""
+"""Tokens by which a full buffer grows, so that a decode step writes in place and copies nothing."""
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values [B, H, K, E], held at the front of buffers with room to grow."""
+    """One layer's keys and values [B, H, K, E], at the front of buffers with room to grow."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.length = 0
@@ -30,25 +30,25 @@ class GrowingLayer(DynamicLayer):
     def _stored(self, name: str) -> Tensor | None:
         return self._buffers[name][..., : self.length, :] if name in self._buffers else None
 
-    def _replace(self, name: str, rows: Tensor | None) -> None:
-        if rows is None:
+    def _replace(self, name: str, states: Tensor | None) -> None:
+        if states is None:
             self._buffers.pop(name, None)
         else:
-            self._buffers[name] = rows
-        self.length = 0 if rows is None else rows.shape[-2]
+            self._buffers[name] = states
+        self.length = 0 if states is None else states.shape[-2]
 
     # The operations of transformers' layers read and assign these two as plain attributes.
-    keys = property(lambda self: self._stored("keys"), lambda self, rows: self._replace("keys", rows))
-    values = property(lambda self: self._stored("values"), lambda self, rows: self._replace("values", rows))
+    keys = property(lambda self: self._stored("keys"), lambda self, states: self._replace("keys", states))
+    values = property(lambda self: self._stored("values"), lambda self, states: self._replace("values", states))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype, device and shape from the first rows [B, H, T, E]; store none of them yet."""
+        """Take dtype, device and shape from the first tokens [B, H, T, E]; store none of them yet."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new rows [B, H, T, E] behind the stored ones; returns all of them, [B, H, K + T, E]."""
+        """Write new tokens [B, H, T, E] after the stored ones; returns all of them, [B, H, K + T, E]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
@@ -73,82 +73,84 @@ class GrowingLayer(DynamicLayer):
             self._buffers[name] = buffer.index_select(0, beam_idx.to(buffer.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` rows (a number of 0 or less, as in transformers)."""
+        """Forget the last `-tokens_to_remove` tokens (a number of 0 or less, as in transformers)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a number of rows to remove, as 0 or less; got {tokens_to_remove}.")
+            raise ValueError(f"crop takes a number of tokens to remove, as 0 or less; got {tokens_to_remove}.")
         self.length = max(0, self.length + tokens_to_remove)
 
 
 class ForgettingCache(Cache):
-    """Keeps, of each picture, only the rows that are not skipped; positions stay those of the whole sequence.
+    """Keeps, of each image, only the tokens that are not skipped; positions stay those of the whole sequence.
 
-    `get_seq_length` counts every row that was seen, so position ids and `generate` go on as if nothing were dropped;
-    `get_query_offset` and `get_mask_sizes` count the rows that are stored, so masks fit the keys. Samples that keep
-    fewer rows than others are packed to the right, and `mask` [B, K] says which stored rows are real (None: all).
-    A prompt that is fed in several forwards is fed inside of `holding()`.
+    `get_seq_length` counts every token that was seen, so position ids and `generate` go on as if nothing were dropped;
+    `get_query_offset` and `get_mask_sizes` count the tokens that are stored, so masks fit the keys. Samples that keep
+    fewer tokens than others are packed to the right, and `mask` [B, K] says which stored tokens are real (None: all).
+    The forwards of a prompt in chunks are made inside of `chunked_prefill()`.
     """
+
+    max_cache_len = -1  # no maximum; peft's prefix tuning asks for it
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
         self.seen = 0
         self.mask: Tensor | None = None
         self.selection: Tensor | None = None
-        self.is_holding = False
-        self.held = 0
-        self._staying: Tensor | None = None
+        self.in_chunks = False
+        self.chunk_tokens = 0
+        self._kept: Tensor | None = None
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Inside, every row stays, so that the chunks of one prompt see each other's; what is skipped goes at the end.
+    def chunked_prefill(self) -> Iterator[None]:
+        """Inside, every token stays, so that the chunks of one prompt see each other's; the skipped ones go at the end.
 
-        `held` counts these rows. They are held in all layers at once, which a prompt in one piece never is.
+        `chunk_tokens` counts these tokens. All layers store them at once, which a prompt in one piece never needs.
         """
-        self.is_holding = True
+        self.in_chunks = True
         try:
             yield
-            self._release()
+            self._drop_skipped()
         finally:
-            self.is_holding, self.held, self._staying = False, 0, None
+            self.in_chunks, self.chunk_tokens, self._kept = False, 0, None
 
-    def _release(self) -> None:
-        if self._staying is None:
+    def _drop_skipped(self) -> None:
+        if self._kept is None:
             return
-        index, valid = align_right(
-            nn.functional.pad(self._staying, (self.get_query_offset() - self.held, 0), value=True)
-        )
+        earlier = self.get_query_offset() - self.chunk_tokens
+        index, valid = align_right(nn.functional.pad(self._kept, (earlier, 0), value=True))
         self.mask = _unless_all(valid if self.mask is None else valid & self.mask.gather(1, index))
         for layer in self.layers:
-            rows = _for_heads(index, layer.keys)
-            layer.keys, layer.values = layer.keys.gather(2, rows), layer.values.gather(2, rows)
+            selection = _for_heads(index, layer.keys)
+            layer.keys, layer.values = layer.keys.gather(2, selection), layer.values.gather(2, selection)
 
-    def begin(self, route: Route, rows: Tensor) -> Tensor | None:
-        """Announce a forward over new rows, before its first layer.
+    def begin(self, route: Route, hidden_states: Tensor) -> Tensor | None:
+        """Announce a forward over new tokens, before its first layer.
 
         Args:
-            route: its `kept` [B, T] says which of the new rows stay, its `real` which ones are no padding.
-            rows: [B, T, D], the new rows, for shape and device.
+            route: its `kept` [B, T] says which of the new tokens stay, its `real` which ones are no padding.
+            hidden_states: [B, T, D], the new tokens, for shape and device.
 
         Returns:
-            The attention mask of this forward, [B, K + T] over stored and new rows; None if all of them are real.
+            The attention mask of this forward, [B, K + T] over stored and new tokens; None if all of them are real.
         """
-        before, stored, new, kept = self.mask, self.get_query_offset(), rows.shape[1], route.kept
-        if self.is_holding:
-            self._staying = _join(self._staying, self.held, route.real if kept is None else kept, new, rows)
-            self.held, kept = self.held + new, None
+        before, stored, new, kept = self.mask, self.get_query_offset(), hidden_states.shape[1], route.kept
+        if self.in_chunks:
+            staying = route.real if kept is None else kept
+            self._kept = _join(self._kept, self.chunk_tokens, staying, new, hidden_states)
+            self.chunk_tokens, kept = self.chunk_tokens + new, None
         if kept is None:
             self.selection, valid, width = None, route.real, new
         else:
             self.selection, valid = align_right(kept)
             width = self.selection.shape[1]
-        self.mask = _join(before, stored, _unless_all(valid), width, rows)
-        return _join(before, stored, route.real, new, rows)
+        self.mask = _join(before, stored, _unless_all(valid), width, hidden_states)
+        return _join(before, stored, route.real, new, hidden_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the new rows [B, H, T, E] that stay, and return what attention sees now: the stored and all new ones.
+        """Store the new tokens [B, H, T, E] that stay, and return what attention sees: the stored and all new ones.
 
-        The skipped rows live in the returned tensors alone, so one layer's are freed before the next layer's exist.
+        The skipped tokens live in the returned tensors alone, so one layer's are freed before the next layer's exist.
         """
         if layer_idx == 0:
             self.seen += key_states.shape[-2]
@@ -163,30 +165,33 @@ class ForgettingCache(Cache):
         return visible
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows seen so far, those forgotten included."""
+        """Number of tokens seen so far, the forgotten ones included."""
         return self.seen
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Rows stored so far, K."""
+        """Number of tokens stored so far, K."""
         return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the samples for beam search."""
         super().reorder_cache(beam_idx)
-        self.mask = None if self.mask is None else self.mask.index_select(0, beam_idx.to(self.mask.device))
+        self._change_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sample `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
+        self._change_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these samples."""
         super().batch_select_indices(indices)
-        self.mask = None if self.mask is None else self.mask[indices]
+        self._change_masks(lambda mask: mask[indices])
+
+    def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.mask, self._kept = (None if mask is None else change(mask) for mask in (self.mask, self._kept))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` rows, as assisted decoding does with rejected tokens."""
+        """Take back the last `-tokens_to_remove` tokens, as assisted decoding does with rejected tokens."""
         super().crop(tokens_to_remove)
         self.seen += tokens_to_remove
         if self.mask is not None and tokens_to_remove:
@@ -199,17 +204,17 @@ class ForgettingCache(Cache):
 
 
 def _for_heads(index: Tensor, like: Tensor) -> Tensor:
-    """An index of rows [B, K] as one into keys or values [B, H, T, E]: [B, H, K, E]."""
+    """An index of tokens [B, K] as one into keys or values [B, H, T, E]: [B, H, K, E]."""
     return index.to(like.device)[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
-    """None, which stands for all real, where a mask says that."""
+    """A mask, or None if it says that all are real."""
     return None if mask is None or bool(mask.all()) else mask
 
 
 def _join(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:
-    """Masks [B, stored] and [B, width] side by side, where None stands for all real; None if both are."""
+    """Masks [B, stored] and [B, width] side by side; None means that all are real."""
     if old is None and new is None:
         return None
     parts = [(old, stored), (new, width)]

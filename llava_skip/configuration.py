@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -192,6 +193,12 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
+@lru_cache(maxsize=64)
+def _parse_skip(entry: str) -> SkipConfig:
+    """The validated `skip` entry of a config.json, parsed once for each text."""
+    return SkipConfig.from_dict(json.loads(entry))
+
+
 @strict
 class LlavaSkipConfig(LlavaConfig):
     """transformers' `LlavaConfig` with a front end and `skip`, the fields of a `SkipConfig`; None is the dense model.
@@ -236,7 +243,7 @@ class LlavaSkipConfig(LlavaConfig):
     @property
     def skip_config(self) -> SkipConfig | None:
         """The validated `skip` entry, None for a dense model."""
-        return None if self.skip is None else SkipConfig.from_dict(self.skip)
+        return None if self.skip is None else _parse_skip(json.dumps(self.skip, sort_keys=True))
 
     @property
     def resampler_config(self) -> ResamplerConfig | None:

@@ -1,10 +1,10 @@
-"""Decoder layers whose FFN runs only on the rows of a route; weights and names stay those of transformers.
+"""Decoder layers whose FFN runs only on the tokens of a route; weights and names stay those of transformers.
 
 A language model is two classes without code of their own, `Skip<X>DecoderLayer` and `Skip<X>Model`, and a line in
 `LANGUAGE_MODELS`; what they do is in `SkippingLayer` and `SkippingModel`. docs/add-a-language-model.md says what must
-hold of the model.
+be true of the model.
 
-Shapes: B batch, T rows, D width, M rows that take the FFN.
+Shapes: B batch, T tokens, D width, M tokens that take the FFN.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from llava_skip.configuration import SkipConfig
 from llava_skip.errors import UserError
-from llava_skip.routing import Route, add_rows, take_rows
+from llava_skip.routing import Route, add_to_tokens, take_tokens
 
 
 class SkippingLayer(nn.Module):
-    """In front of a transformers decoder layer: attention on all rows, the FFN on the rows of the route.
+    """Placed before a transformers decoder layer: attention on all tokens, the FFN on the tokens of the route.
 
-    With x the rows and F those of the route (method, section 5):
+    With x the hidden states and F the tokens of the route (method, section 5):
     `x = x + Attention(norm1(x))`; `x[F] = x[F] + FFN(norm2(x[F]))`.
     """
 
@@ -37,29 +37,30 @@ class SkippingLayer(nn.Module):
     mlp: Any
 
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; without a route, or where it names all rows, the stock layer."""
-        rows = None if route is None else route.rows_in(self.self_attn.layer_idx)
-        if rows is None:
+        """[B, T, D] -> [B, T, D]; without a route, or where it names all tokens, the stock layer."""
+        tokens = None if route is None else route.ffn_tokens_in(self.self_attn.layer_idx)
+        if tokens is None:
             return super().forward(hidden_states, **kwargs)
-        rows = rows.to(hidden_states.device)  # a device map may have put this layer on another one
+        tokens = tokens.to(hidden_states.device)  # a device map may have put this layer on another one
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        taken = self.post_attention_layernorm(take_rows(hidden_states, rows))
-        return add_rows(hidden_states, rows, self.mlp(taken))
+        taken = self.post_attention_layernorm(take_tokens(hidden_states, tokens))
+        return add_to_tokens(hidden_states, tokens, self.mlp(taken))
 
 
 class SkippingModel(nn.Module):
-    """In front of a transformers model: its layers are `layer_class`; its `forward` hands `route` on to each of them.
+    """Placed before a transformers model: its layers are `layer_class`; its `forward` hands `route` on to each of them.
 
     A plain `nn.Module`, so that whatever transformers reads from a class comes from the stock model.
     """
 
     layer_class: type[SkippingLayer]
+    layers: nn.ModuleList
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        del self._modules["layers"]  # freed before the new ones exist: a large model is never held twice
+        del self.layers  # freed before the new ones exist: a large model never exists twice
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         # What places a model on several devices finds its layers by the names of their classes.
         self._no_split_modules = {self.layer_class.__name__}
@@ -125,7 +126,7 @@ def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = Non
         raise UserError(
             f"No skipping decoder for language models of type {config.model_type!r}; "
             f"supported: {', '.join(LANGUAGE_MODELS)}. Their layers are x = x + Attention(norm1(x)), then "
-            "x = x + FFN(norm2(x)), so that a row can leave out the FFN alone; layers that run both on the same x "
+            "x = x + FFN(norm2(x)), so that a token can leave out the FFN alone; layers that run both on the same x "
             "(GPT-NeoX, Phi) or norm what they add are not. docs/add-a-language-model.md says how to add one that is."
         )
     if skip is not None and skip.forget_cache:
@@ -134,14 +135,14 @@ def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = Non
 
 
 def _check_window(config: PreTrainedConfig) -> None:
-    """Raise UserError if a layer attends in a window: it would count stored rows, from which the skipped are gone."""
+    """Raise UserError if a layer attends in a window: it would count stored tokens, without the skipped ones."""
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if window is None and kinds <= {"full_attention"}:
         return
     seen = f"sliding_window is {window}" + (f", layer_types has {', '.join(sorted(kinds))}" if kinds else "")
     cure = "use_sliding_window to false and layer_types to null" if kinds else "sliding_window to null"
     raise UserError(
-        f"The language model ({config.model_type}) attends in a sliding window ({seen}). It counts the rows that are "
+        f"The language model ({config.model_type}) attends in a sliding window ({seen}). It counts the tokens that are "
         f"stored, and skip.forget_cache drops some of them: in text_config set {cure}, which changes nothing for "
         "sequences that fit the window, or set skip.forget_cache to false."
     )

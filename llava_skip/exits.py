@@ -4,6 +4,8 @@ NOT_SCORED = 1
 """An evaluation finished without a score: the judge did not grade every answer."""
 DISAGREES = 1
 """The library does not agree with the golden tensors."""
+FAULTY_RECORDS = 1
+"""A data set has records that cannot be trained on."""
 USER_ERROR = 2
 """A mistake in the options, the data or the model; one message says what to change."""
 TRAINING_ERROR = 3

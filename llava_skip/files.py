@@ -103,16 +103,19 @@ def write_json_lines(path: Path, records: Iterable[Any]) -> None:
     write_text(path, json_lines(records))
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a hub name, `owner/name`."""
+    return text.count("/") == 1 and text[0] not in "./~" and Path(text).suffix not in _FILES
+
+
 def local_path(source: str | Path) -> Path | None:
     """The local path that `source` names, with `~` expanded; None for a hub name.
 
-    A path that exists is local. Anything else is a hub name if it has the form `owner/name`, and a local path that is
-    missing otherwise, or if it ends like a file.
+    A path that exists is local. Anything else is a hub name if it has that form, and a local path that is missing
+    otherwise.
     """
-    path, text = Path(os.path.expanduser(source)), str(source)
-    if path.exists() or isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        return path
-    return path if path.suffix in _FILES else None
+    path = Path(os.path.expanduser(source))
+    return None if isinstance(source, str) and not path.exists() and is_hub_name(source) else path
 
 
 def find_local(source: str | Path, what: str) -> Path | None:

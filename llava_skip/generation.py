@@ -1,106 +1,214 @@
-"""What `generate` does otherwise for a skipping model: whatever the cache, generated rows do not see skipped rows.
+"""What `generate` does for a skipping model: whatever the cache, generated tokens do not see skipped ones.
 
-A `ForgettingCache` has dropped them. A cache of another kind, which keeps every row, has their keys masked; without a
-cache, `forward` masks them. The hooks are those of transformers' `GenerationMixin`, in the order of their calls.
+A `ForgettingCache` has dropped them. In a cache of another kind, which keeps every token, their keys are masked;
+without a cache, `forward` masks them. All of this needs to know where the prompt has image tokens and where it ends.
 
-Shapes: B batch, W rows of a sample so far.
+Shapes: B batch, P tokens of the prompt, W tokens of a sample so far.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
-from llava_skip.masking import hide_skipped
+from llava_skip.errors import UserError
+from llava_skip.routing import skipped_tokens
+
+
+@dataclass
+class Prompt:
+    """The prompt of one call of `generate`, and how much of it the forwards have had.
+
+    Attributes:
+        is_image: [B, P] bool, its image tokens, without those that the cache has already.
+        skipped: [B, P] bool, the skipped tokens among them; None if generated tokens may see them.
+        skipped_before: [B, P] bool, the skipped tokens of earlier turns in the cache; None if there are none.
+        num_ids: number of ids of the prompt; fewer than P if `generate` was given embeddings or the cache of a turn.
+        position: number of tokens of the prompt that are in the cache.
+        chunks: open while the prompt comes in chunks.
+    """
+
+    is_image: Tensor
+    skipped: Tensor | None
+    skipped_before: Tensor | None
+    num_ids: int
+    position: int
+    chunks: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.is_image.shape[1]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache has the whole prompt, so that all new tokens were generated."""
+        return self.position >= self.length
+
+    def repeat_for(self, samples: int) -> None:
+        """Repeat each sample for its beams, as `generate` has done with the ids."""
+        repeats = samples // len(self.is_image)
+        for name in ("is_image", "skipped", "skipped_before"):
+            if repeats > 1 and (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+
+    def hide_skipped(self, mask: Tensor | None, width: int) -> Tensor | None:
+        """The mask [B, W] of a forward over a cache that keeps every token: skipped ones keep position, lose key."""
+        hidden = self.skipped_before
+        if self.is_done and self.skipped is not None:
+            hidden = self.skipped if hidden is None else hidden | self.skipped
+        if hidden is None:
+            return mask
+        mask = torch.ones(len(hidden), width, dtype=torch.long, device=hidden.device) if mask is None else mask
+        return mask.masked_fill(nn.functional.pad(hidden, (0, mask.shape[1] - self.length)), 0)
+
+    def advance(self, cache: Cache | None, num_new: int) -> dict[str, Any]:
+        """Count the new tokens of a forward; returns the arguments that say where its image tokens are."""
+        if self.is_done:
+            return {} if num_new == 1 else {"prompt_images": self.is_image[:, :0], "generated": num_new}
+        end = self.position + num_new
+        if isinstance(cache, ForgettingCache) and end < self.length and not cache.in_chunks:
+            self.chunks.enter_context(cache.chunked_prefill())
+        self.position = 0 if cache is None else end
+        return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
+
+
+# Not a keyword argument of the forwards: transformers would hand it on to an assistant of another kind, which refuses.
+_PROMPT: ContextVar[Prompt | None] = ContextVar("prompt", default=None)
 
 
 class SkippingGenerationMixin(GenerationMixin):
-    """transformers' `GenerationMixin` for a model whose `forward` takes `prompt_images`."""
+    """transformers' `GenerationMixin` for a model whose `forward` takes `prompt_images` and `generated`."""
 
     config: Any
     model: Any
 
-    @property
-    def _forgets(self) -> SkipConfig | None:
-        """The method, if generated rows do not see skipped rows."""
-        skip = self.config.skip_config
-        return skip if skip is not None and skip.forget_cache else None
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the default cache is a `ForgettingCache`."""
+        is_assistant = getattr(generation_config, "is_assistant", False)
+        if is_assistant:
+            kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
+        self._choose_cache(generation_config, kwargs)
+        prompt = self._read_prompt(inputs, is_assistant, kwargs)
+        token = _PROMPT.set(prompt)
+        try:
+            with prompt.chunks:
+                return super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            _PROMPT.reset(token)
 
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str, generation_config: Any
-    ) -> dict[str, Any]:
-        """Encodes the pictures; also tells `forward` where the prompt has placeholders, and so where it ends."""
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
+    def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Add a `ForgettingCache` to the arguments of `generate`, unless they ask for another cache or none."""
+
+        def chosen(name: str) -> Any:
+            places = kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name)
+            return next((value for value in places if value is not None), None)
+
+        kind = chosen("cache_implementation")
+        uses_cache = chosen("use_cache") is not False or kwargs.get("inputs_embeds") is not None
+        if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
+            kwargs["past_key_values"] = ForgettingCache()
+            if kind is not None:  # transformers takes a cache or a name, not both
+                kwargs["cache_implementation"] = None
+
+    def _read_prompt(self, inputs: Tensor | None, is_assistant: bool, kwargs: dict[str, Any]) -> Prompt:
+        """The prompt in the arguments of `generate`; completes them in place."""
+        ids, embeddings = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
+        if ids is None and embeddings is None:  # transformers starts with the token that begins a sequence
+            ids = torch.full((1, 1), -1, device=self.device)
+        is_image = self.model.find_images(ids if embeddings is None else None, embeddings)
+        if embeddings is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(is_image, dtype=torch.long)  # of the ids, where both are given
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        width = is_image.shape[1] if mask is None else mask.shape[1]
+        if width < is_image.shape[1]:
+            raise UserError(f"attention_mask has {width} columns for a prompt of {is_image.shape[1]} tokens.")
+        is_image = nn.functional.pad(is_image, (width - is_image.shape[1], 0))  # a second turn may give new ids alone
+        position, before = 0 if cache is None else int(cache.get_seq_length()), None
+        if position > 0:
+            before = is_image & (torch.arange(width, device=is_image.device) < position)
+            self._drop_earlier_images(kwargs, before[is_image])
+            is_image = is_image & ~before
+            if is_assistant:  # all that is new to it was generated by the other model
+                is_image, before = is_image[:, :position], before[:, :position]
+        skip: SkipConfig | None = self.config.skip_config
+        skipped, skipped_before = (
+            None if skip is None or not skip.forget_cache or images is None else skipped_tokens(images, skip)
+            for images in (is_image, before)
         )
-        rows = {model_input_name: inputs_tensor}
-        is_image = self.model.find_images(rows.get("input_ids"), rows.get("inputs_embeds"))
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        width = generation_config._mask_length if mask is None else mask.shape[1]
-        is_image = nn.functional.pad(is_image, (width - is_image.shape[1], 0))  # a second turn may give new rows alone
-        if cache is not None and cache.get_seq_length() > 0:
-            earlier = is_image & (torch.arange(width, device=is_image.device) < cache.get_seq_length())
-            encoded = model_kwargs.get("mm_encoder_outputs") or {}
-            if encoded.get("image") is not None:  # a second turn may give the pictures of the first one again
-                image = _new_pictures(encoded["image"], earlier[is_image])
-                model_kwargs["mm_encoder_outputs"] = {**encoded, "image": image}
-            # An assistant goes on behind what the other model has generated, which is text.
-            is_image = is_image & ~earlier & (not generation_config.is_assistant)
-            if self._forgets and not isinstance(cache, ForgettingCache):
-                model_kwargs["attention_mask"] = hide_skipped(mask, earlier, self._forgets)
-        return model_kwargs | {"prompt_images": is_image}
+        num_ids = (0 if ids is None else ids.shape[1]) + is_image.shape[1] - width
+        return Prompt(is_image, skipped, skipped_before, num_ids, position)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        """The default cache is the forgetting one; a cache that was asked for stays as it is."""
-        own_choice = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if not own_choice and cache is not None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = ForgettingCache()
+    def _drop_earlier_images(self, kwargs: dict[str, Any], earlier: Tensor) -> None:
+        """Encode the images; if a second turn gives all of them again, leave out those that the cache has.
 
-    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """An assistant, of whatever kind, gets what any model takes."""
-        kept = {name: value for name, value in model_kwargs.items() if name != "prompt_images"}
-        return super()._get_candidate_generator(model_kwargs=kept, **kwargs)
+        Args:
+            kwargs: of `generate`; changed in place.
+            earlier: for each image token of the prompt, whether it is in the cache.
+        """
+        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "crop_counts")}
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if given["pixel_values"] is not None:
+            if encoded.get("image") is not None:
+                raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
+            encoded = {**encoded, "image": self.model.get_image_features(**given, return_dict=True)}
+        if encoded.get("image") is None:
+            return
+        tokens = torch.cat(list(encoded["image"].pooler_output))
+        if len(tokens) == len(earlier):
+            encoded = {**encoded, "image": BaseModelOutputWithPooling(pooler_output=[tokens[~earlier]])}
+        kwargs["mm_encoder_outputs"] = encoded
 
-    def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
-    ) -> Any:
-        """The prompt, perhaps in chunks, which see each other's skipped rows; an assistant sees its pictures too."""
-        cache = model_kwargs.get("past_key_values")
-        first = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
-        in_chunks = generation_config.prefill_chunk_size is not None
-        with cache.holding() if in_chunks and isinstance(cache, ForgettingCache) else nullcontext():
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; also where the forward has image tokens, and which stored tokens it may not see."""
+        prompt, arguments = _PROMPT.get(), {}
+        if prompt is not None:
+            prompt.repeat_for(len(input_ids))
+            if prompt.is_done:
+                prompt.chunks.close()
+            # The first forward of an assistant has images too, which transformers leaves out.
+            is_first_iteration = is_first_iteration or (past_key_values is not None and prompt.position == 0)
+            tokens = inputs_embeds if is_first_iteration and inputs_embeds is not None else input_ids
+            num_new = min(next_sequence_length or tokens.shape[1], tokens.shape[1])
+            if past_key_values is not None and not isinstance(past_key_values, ForgettingCache):
+                generated = input_ids.shape[1] - prompt.num_ids
+                width = prompt.length + generated if prompt.is_done else prompt.position + num_new
+                attention_mask = prompt.hide_skipped(attention_mask, width)
+            arguments = prompt.advance(past_key_values, num_new)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return inputs | arguments
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, is_first_iteration: bool, **kwargs: Any) -> Any:
         """For a static cache: the mask of a decode step. `forward` makes that of a prompt, from what is skipped."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Once the prompt is through, masks its skipped rows in a cache that keeps them."""
-        mask, is_image = model_kwargs.get("attention_mask"), model_kwargs["prompt_images"]
-        cache, is_prompt = model_kwargs.get("past_key_values"), mask is None or mask.shape[1] == is_image.shape[1]
-        keeps = cache is not None and not isinstance(cache, ForgettingCache)
-        if keeps and is_prompt and self._forgets:
-            model_kwargs["attention_mask"] = hide_skipped(mask, is_image, self._forgets)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-
-def _new_pictures(encoded: BaseModelOutputWithPooling, earlier: Tensor) -> BaseModelOutputWithPooling:
-    """The rows of pictures without those in a cache already; `earlier` [rows] says which, if all have come."""
-    rows = torch.cat(list(encoded.pooler_output))
-    return encoded if len(rows) != len(earlier) else BaseModelOutputWithPooling(pooler_output=[rows[~earlier]])

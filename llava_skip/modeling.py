@@ -1,9 +1,10 @@
-"""The model: a picture becomes one block of rows, most of which skip the FFN of every decoder layer.
+"""The model: an image becomes one block of tokens, most of which skip the FFN of every decoder layer.
 
     front end -> visual tokens, the retained first -> merge the others -> a summary of each group
-              -> retained | summary | skipped | summary -> placeholders -> decoder along the route -> logits
+              -> retained | summary | skipped | summary -> image tokens -> decoder along the route -> logits
 
-Shapes: B batch, T rows of a sample, N pictures of a batch, P visual tokens, D width, V vocabulary.
+Shapes: B batch, T tokens of a sample, N images of a batch, P visual tokens of an image, L tokens of its block, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.errors import UserError
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
-from llava_skip.routing import Pictures, Route, make_route
+from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
@@ -39,13 +40,14 @@ class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
     """What the model has with and without its head."""
 
     config_class = LlavaSkipConfig
-    # A device map keeps what makes a picture's rows together, each of these on one device.
+    # A device map keeps each of these modules, which make an image's block, on one device.
     _no_split_modules = ["ClipTower", "SummaryLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         for name in ("query", "vectors"):  # the parameters that belong to no module of torch
-            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, nn.Parameter) and not getattr(parameter, "has_start_values", False):
                 init.trunc_normal_(parameter, std=0.02)
 
 
@@ -66,9 +68,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Pictures -> `pooler_output`, the rows [N, rows, D] that replace their placeholders.
+        """Images -> `pooler_output`, the blocks [N, L, D] that replace their image tokens.
 
-        It is a list of N tensors [rows, D] where pictures take different numbers of rows. Arguments as those of
+        It is a list of N tensors [L, D] where images have different lengths. Arguments as those of
         `FrontEnd.encode`.
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
@@ -82,7 +84,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
 
     def block(self, tokens: Tensor) -> Tensor:
-        """Visual tokens [N, P, D], the retained first -> rows of the language model [N, rows, D]."""
+        """Visual tokens [N, P, D], the retained first -> tokens of the language model [N, L, D]."""
         skip = self.config.skip_config
         if skip is None:
             return tokens
@@ -90,11 +92,11 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
 
     def assemble(self, tokens: Tensor) -> Tensor:
-        """Tokens of a picture, retained then skipped, [N, R + S, D] -> its block with the summaries [N, rows, D]."""
+        """Tokens of an image, retained then skipped, [N, R + S, D] -> its block with the summaries [N, L, D]."""
         assert self.config.skip_config is not None  # a dense model has no block
         pieces, start = [], 0
         for group, (first, end) in enumerate(self.config.skip_config.spans):
-            assert self.summary is not None  # it is missing only where there are no spans
+            assert self.summary is not None  # built if there are spans
             pieces += [tokens[:, start:end], self.summary(tokens[:, first:end], group)]
             start = end
         return torch.cat([*pieces, tokens[:, start:]], dim=1)
@@ -111,26 +113,25 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prompt_images: Tensor | None = None,
+        generated: int = 0,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]. Arguments as in transformers' LLaVA; `prompt_images` as in `Pictures.among`."""
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = ForgettingCache()
-        features = self._image_rows(pixel_values, crop_counts, mm_encoder_outputs)
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`."""
+        use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
+        features = self._image_features(pixel_values, crop_counts, mm_encoder_outputs)
         nothing = self._no_picture() if features is None and self.training and torch.is_grad_enabled() else None
-        is_image = self.find_images(input_ids, inputs_embeds)
+        found = self.find_images(input_ids, inputs_embeds)
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        route, pictures = Route(), None
-        if not _is_decode_step(past_key_values, inputs_embeds, features):
-            pictures = Pictures.among(is_image, prompt_images, _seen(past_key_values))
-            inputs_embeds = self._place(features, inputs_embeds, pictures.in_new, nothing)
-            route = make_route(pictures, _not_padding(attention_mask, pictures.new), self.config.skip_config)
+        route, images = Route(), None
+        if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
+            skip, seen = self.config.skip_config, _num_seen(past_key_values)
+            images = ImageTokens.of_forward(found, skip, prompt_images, generated, seen)
+            inputs_embeds = self._place(features, inputs_embeds, images, found, nothing)
+            route = make_route(images, _not_padding(attention_mask, images.new))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, pictures, position_ids),
+            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, images, position_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -140,12 +141,17 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         )
         return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
 
-    def _image_rows(
+    def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        return use_cache, ForgettingCache() if use_cache and cache is None else cache
+
+    def _image_features(
         self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None
     ) -> Tensor | None:
-        """Rows of all pictures [N * rows, D]: encoded now, or before (`generate` does, once for all beams)."""
+        """The blocks of all images [N * L, D]: encoded now, or before (`generate` does, once for all beams)."""
         if encoded and pixel_values is not None:
-            raise UserError("Give pixel_values or mm_encoder_outputs, not both: each stands for the same pictures.")
+            raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
         if pixel_values is not None:
             encoded = {"image": self.get_image_features(pixel_values, crop_counts, return_dict=True)}
         if encoded and encoded.get("image") is not None:
@@ -161,13 +167,32 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _place(self, features: Tensor | None, embeddings: Tensor, is_image: Tensor, nothing: Tensor | None) -> Tensor:
-        """Put the rows of the pictures [N * rows, D] in the places of their placeholders, in order; or add nothing."""
-        rows = 0 if features is None else features.shape[0]
-        if (placeholders := int(is_image.sum())) != rows:
+    def _place(
+        self,
+        features: Tensor | None,
+        embeddings: Tensor,
+        images: ImageTokens,
+        found: Tensor,
+        nothing: Tensor | None,
+    ) -> Tensor:
+        """Replace the image tokens by the blocks of the images [N * L, D], in order; or add `nothing`.
+
+        Raises:
+            UserError: the image tokens that were `found` [B, T] are elsewhere than `images` says, or not those of the
+                images.
+        """
+        length, is_image = 0 if features is None else features.shape[0], images.in_new
+        differ = (is_image != found)[:, : images.new - images.generated]
+        num_tokens, num_wrong = torch.stack([is_image.sum(), differ.sum()]).tolist()
+        if num_wrong:
             raise UserError(
-                f"The text holds {placeholders} image placeholders, the pictures fill {rows} "
-                f"({self.config.image_seq_length} a picture): give text and pictures to the processor together."
+                f"prompt_images and the tokens of this forward differ in {num_wrong} positions: its columns are the "
+                "tokens of the prompt up to the last new one."
+            )
+        if num_tokens != length:
+            raise UserError(
+                f"The text has {num_tokens} image tokens, the images fill {length} "
+                f"({self.config.image_seq_length} an image): give text and images to the processor together."
             )
         if features is not None:
             return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings))
@@ -177,26 +202,25 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         self,
         mask: Tensor | None,
         cache: Cache | None,
-        rows: Tensor,
+        inputs_embeds: Tensor,
         route: Route,
-        pictures: Pictures | None,
+        images: ImageTokens | None,
         position_ids: Tensor | None,
     ) -> Tensor | None:
-        """The attention mask over stored and new rows; also tells a forgetting cache which of the new ones stay."""
+        """The attention mask over stored and new tokens; also says to a forgetting cache which new ones stay."""
         if isinstance(cache, ForgettingCache):
-            stored_mask = cache.begin(route, rows)
+            stored_mask = cache.begin(route, inputs_embeds)
             mask = stored_mask if is_two_dimensional(mask) else mask
-        if pictures is None:  # a decode step reads no configuration
+        if images is None:  # a decode step
             return mask
-        config = self.language_model.config
-        return mask_skipped(config, self.config.skip_config, rows, mask, cache, pictures, position_ids)
+        return mask_skipped(self.language_model.config, inputs_embeds, mask, cache, images, position_ids)
 
     def _no_picture(self) -> Tensor:
-        """A zero that depends on every parameter of the picture path.
+        """A zero that depends on every parameter of the image path.
 
-        A batch without pictures then still gives those parameters a gradient, of zero, and takes part in the
+        A batch without images then still gives those parameters a gradient, of zero, and takes part in the
         collective operations of ZeRO, in which every rank must use the same modules in the same order: this one comes
-        where pictures would, before the embedding.
+        where images would, before the embedding.
         """
         pixel_values, crop_counts = self.front_end.blank(self.config)
         pixel_values = pixel_values.to(self.device, self.dtype)
@@ -214,18 +238,18 @@ def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:
     return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
 
 
-def _is_decode_step(cache: Cache | None, rows: Tensor, features: Tensor | None) -> bool:
-    """One new row a sample for a cache, without pictures: nothing to route, and no synchronisation."""
-    single = features is None and rows.shape[1] == 1 and cache is not None
-    return single and not (isinstance(cache, ForgettingCache) and cache.is_holding)
+def _is_decode_step(cache: Cache | None, inputs_embeds: Tensor, features: Tensor | None) -> bool:
+    """One new token a sample for a cache, without images: nothing to route, and no synchronisation."""
+    single = features is None and inputs_embeds.shape[1] == 1 and cache is not None
+    return single and not (isinstance(cache, ForgettingCache) and cache.in_chunks)
 
 
-def _seen(cache: Cache | None) -> int:
+def _num_seen(cache: Cache | None) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _not_padding(mask: Any, new: int) -> Tensor | None:
-    """[B, T] bool, False on padding among the `new` rows; None if none of them is padding."""
+    """[B, T] bool, False on padding among the `new` tokens; None if none of them is padding."""
     if mask is None or not is_two_dimensional(mask):
         return None
     real = mask[:, -new:].bool()
@@ -268,7 +292,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     ) -> LlavaCausalLMOutputWithPast:
         """Logits [B, T, V] or a loss; arguments as in transformers' LLaVA.
 
-        With `labels` [B, T] (-100 where nothing is learnt), `loss` is the mean cross entropy of the rows that have a
+        With `labels` [B, T] (-100 where there is none), `loss` is the mean cross entropy of the tokens that have a
         label (or their sum over `num_items_in_batch`). In training only these reach the head, and `logits` is None,
         unless `logits_to_keep` asks for it.
         """
@@ -292,7 +316,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
     def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Next-token cross entropy over the rows whose next token has a label; 0 if none has."""
+        """Next-token cross entropy over the tokens whose next token has a label; 0 if none has."""
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.lm_head(hidden_states[:, :-1][supervised]).float()

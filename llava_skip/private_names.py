@@ -26,4 +26,27 @@ class PrivateName:
     parameters: tuple[str, ...] = ()
 
 
-PRIVATE_NAMES: tuple[PrivateName, ...] = ()
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    PrivateName(
+        "transformers.PreTrainedModel._init_weights",
+        used_in="llava_skip.modeling",
+        reason="draws the query and summary vectors that a checkpoint lacks; transformers' guide to new models has it, "
+        "and there is no public hook",
+        parameters=("module",),
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel._no_split_modules",
+        used_in="llava_skip.modeling",
+        reason="device_map reads which modules stay on one device from this class attribute alone",
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel._no_split_modules",
+        used_in="llava_skip.decoder",
+        reason="device_map reads the name of the skipping decoder layer from this attribute alone",
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel._tied_weights_keys",
+        used_in="llava_skip.modeling",
+        reason="tie_weights and save_pretrained read which weight is the embedding from this class attribute alone",
+    ),
+)

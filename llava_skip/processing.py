@@ -115,6 +115,8 @@ class LlavaSkipProcessor(ProcessorMixin):
             UserError: pictures and placeholders differ in number, or see `llava_skip.conversation.render`.
         """
         text, spans = self.render_conversation(messages)
+        if (shown := text.count(self.image_token)) != len(images):
+            raise UserError(f"The template shows {shown} of {len(images)} images.")
         encoded = self(
             images=[images] if images else None,
             text=[text],

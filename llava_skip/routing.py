@@ -1,6 +1,6 @@
-"""Which rows of a batch take the FFN and which ones the cache keeps: pure functions on tensors.
+"""Which tokens of a batch take the FFN and which ones the cache keeps: pure functions on tensors.
 
-Shapes: B batch, T new rows of a sample, W its rows so far, D width, M rows that take the FFN, K rows that the
+Shapes: B batch, T new tokens of a sample, W its tokens so far, D width, M tokens that take the FFN, K tokens that the
 cache keeps.
 """
 
@@ -13,81 +13,115 @@ import torch
 from torch import Tensor, nn
 
 from llava_skip.configuration import SkipConfig
+from llava_skip.errors import UserError
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Where the placeholders of pictures are.
+class ImageTokens:
+    """Where the image tokens of a sequence are, and which of them are skipped.
 
     Attributes:
-        is_image: [B, W] bool, over all rows so far, the new ones last; over the new ones alone if these hold whole
-            pictures.
+        is_image: [B, W] bool, over all tokens so far, the new ones last; over the new ones alone if these are whole
+            images.
         new: T.
-        prompt: rows behind so many of the W are generated.
+        generated: number of tokens at the end that come after the prompt.
+        skip: the sizes of an image's block; None for a dense model.
+        skipped: [B, W] bool, the skipped visual tokens; None for a dense model.
     """
 
     is_image: Tensor
     new: int
-    prompt: int
+    generated: int
+    skip: SkipConfig | None
+    skipped: Tensor | None
 
     @classmethod
-    def among(cls, is_image: Tensor, prompt_images: Tensor | None = None, seen: int = 0) -> Pictures:
+    def of_forward(
+        cls,
+        is_image: Tensor,
+        skip: SkipConfig | None,
+        prompt_images: Tensor | None = None,
+        generated: int = 0,
+        seen: int = 0,
+    ) -> ImageTokens:
         """Those of a forward.
 
         Args:
-            is_image: [B, T] bool, the image tokens among the new rows.
-            prompt_images: [B, P] bool, the placeholders of a whole prompt from the first row of the sequence on: image
-                tokens behind it are text that was generated. None: the new rows are prompt, and hold whole pictures.
-            seen: rows in front of the new ones.
+            is_image: [B, T] bool, the image tokens among the new tokens.
+            skip: the sizes of an image's block; None for a dense model.
+            prompt_images: [B, P] bool, the image tokens of the prompt as far as this forward has it; its last column is
+                the last new token that is not generated. None: the new tokens are prompt, with whole images.
+            generated: number of new tokens that come after the prompt. An image token among them is text.
+            seen: number of tokens before the new ones. Those that `prompt_images` does not reach back to are no image
+                tokens, as the vectors that prompt tuning puts before a prompt.
+
+        Raises:
+            UserError: `prompt_images` has more columns than there are tokens.
         """
         new = is_image.shape[1]
-        if prompt_images is None:
-            return cls(is_image, new, new)
-        total, prompt = seen + new, prompt_images.shape[1]
-        return cls(nn.functional.pad(prompt_images[:, :total], (0, max(0, total - prompt))), new, prompt)
+        if prompt_images is not None:
+            before = seen + new - generated - prompt_images.shape[1]
+            if before < 0:
+                raise UserError(
+                    f"prompt_images has {prompt_images.shape[1]} columns, and this forward sees only "
+                    f"{seen + new - generated} tokens of the prompt: leave out the columns of later ones."
+                )
+            is_image = nn.functional.pad(prompt_images, (before, generated))
+        return cls(is_image, new, generated, skip, None if skip is None else skipped_tokens(is_image, skip))
 
     @property
     def in_new(self) -> Tensor:
-        """[B, T] bool, the placeholders among the new rows."""
+        """[B, T] bool, the image tokens among the new tokens."""
         return self.is_image[:, -self.new :]
+
+    @property
+    def skipped_in_new(self) -> Tensor | None:
+        """[B, T] bool, the skipped tokens among the new tokens; None for a dense model."""
+        return None if self.skipped is None else self.skipped[:, -self.new :]
+
+    @property
+    def numbers(self) -> Tensor:
+        """[B, W], the number of the image that a token belongs to, from 1 on; 0 for text. Not for a dense model."""
+        assert self.skip is not None  # without blocks of one length images cannot be told apart
+        return torch.where(self.is_image, (self.is_image.cumsum(dim=1) - 1) // self.skip.length + 1, 0)
 
 
 @dataclass(frozen=True)
 class Route:
-    """What happens to each row of one forward, computed once and used by every layer.
+    """What happens to each token of one forward, computed once and used by every layer.
 
     Attributes:
-        ffn_rows: [M] flat indices into [B * T] of the rows that take the FFN; None if all do.
-        kept: [B, T] True where the cache keeps the row's keys and values; None if it keeps all.
+        ffn_tokens: [M] flat indices into [B * T] of the tokens that take the FFN; None if all do.
+        kept: [B, T] True where the cache keeps the token's keys and values; None if it keeps all.
         real: [B, T] False on padding; None if nothing is padded.
-        layers: the layers that the route is for; None: all. The others run all rows.
+        layers: the layers that the route is for; None: all. The others run all tokens.
     """
 
-    ffn_rows: Tensor | None = None
+    ffn_tokens: Tensor | None = None
     kept: Tensor | None = None
     real: Tensor | None = None
     layers: tuple[int, ...] | None = None
 
-    def rows_in(self, layer: int) -> Tensor | None:
-        """`ffn_rows` in this layer; None if all rows take its FFN."""
-        return self.ffn_rows if self.layers is None or layer in self.layers else None
+    def ffn_tokens_in(self, layer: int) -> Tensor | None:
+        """`ffn_tokens` in this layer; None if all tokens take its FFN."""
+        return self.ffn_tokens if self.layers is None or layer in self.layers else None
 
 
-def skipped_rows(is_image: Tensor, skip: SkipConfig) -> Tensor:
-    """True where a row is a skipped visual token.
+def skipped_tokens(is_image: Tensor, skip: SkipConfig) -> Tensor:
+    """True where a token is a skipped visual token.
 
-    Every picture takes `skip.length` placeholders, so a placeholder's place in its picture is its count in the
-    sample modulo that number: any offset, any number of pictures a sample, adjacent pictures included.
+    Every image takes `skip.length` image tokens, so a token's position in its block is its count in the sample modulo
+    that number: any offset, any number of images a sample, adjacent images included.
 
     Args:
-        is_image: [B, W] bool, the placeholders, from the first one of a picture on.
-        skip: the sizes of a picture's block.
+        is_image: [B, W] bool, the image tokens, from the first one of an image on.
+        skip: the sizes of an image's block.
 
     Returns:
         [B, W] bool.
     """
-    place = (is_image.cumsum(dim=1) - 1) % skip.length
-    return is_image & _skipping(skip, is_image.device)[place]
+    position = (is_image.cumsum(dim=1) - 1) % skip.length
+    return is_image & _skipping(skip, is_image.device)[position]
 
 
 @lru_cache(maxsize=32)
@@ -96,63 +130,47 @@ def _skipping(skip: SkipConfig, device: torch.device) -> Tensor:
     return torch.tensor(skip.skipping, device=device)
 
 
-def hidden_from(is_image: Tensor, skip: SkipConfig) -> tuple[Tensor, Tensor]:
-    """Which rows may not see skipped rows: those behind a picture, of that picture's.
+def make_route(images: ImageTokens, real: Tensor | None) -> Route:
+    """The route of a forward over images and text (a prefill or a piece of one, or a training step).
+
+    In a dense model padding still costs no FFN.
 
     Args:
-        is_image: [B, W] bool, the placeholders, from the first one of a picture on.
-        skip: the sizes of a picture's block.
-
-    Returns:
-        viewer [B, W], the number of the picture that a row belongs to, 0 for text; and owner [B, W], the number of the
-        picture whose skipped row this is, 0 for every other row. Row i may see row j unless owner[j] is neither 0 nor
-        viewer[i].
-    """
-    number = torch.where(is_image, (is_image.cumsum(dim=1) - 1) // skip.length + 1, 0)
-    return number, torch.where(skipped_rows(is_image, skip), number, 0)
-
-
-def make_route(pictures: Pictures, real: Tensor | None, skip: SkipConfig | None) -> Route:
-    """The route of a forward over pictures and text (a prefill or a piece of one, or a training step).
-
-    Args:
-        pictures: where the placeholders are.
+        images: where the image tokens are.
         real: [B, T] bool, False on padding; None if nothing is padded.
-        skip: None for a dense model, whose padding still costs no FFN.
     """
-    ffn = real
-    if skip is not None:
-        skipped = skipped_rows(pictures.is_image, skip)[:, -pictures.new :]
+    skip, skipped, ffn = images.skip, images.skipped_in_new, real
+    if skipped is not None:
         ffn = ~skipped if real is None else real & ~skipped
     if ffn is None:
         return Route()
-    rows = ffn.flatten().nonzero().squeeze(1)
-    if rows.numel() == ffn.numel():
+    tokens = ffn.flatten().nonzero().squeeze(1)
+    if tokens.numel() == ffn.numel():
         return Route(real=real)
     kept = ffn if skip is not None and skip.forget_cache else None
-    return Route(ffn_rows=rows, kept=kept, real=real, layers=skip.layers if skip else None)
+    return Route(ffn_tokens=tokens, kept=kept, real=real, layers=skip.layers if skip else None)
 
 
-def take_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
-    """Gather rows: [B, T, D] and flat indices [M] -> [M, D]."""
-    return hidden_states.flatten(0, 1).index_select(0, rows)
+def take_tokens(hidden_states: Tensor, tokens: Tensor) -> Tensor:
+    """Gather tokens: [B, T, D] and flat indices [M] -> [M, D]."""
+    return hidden_states.flatten(0, 1).index_select(0, tokens)
 
 
-def add_rows(hidden_states: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    """Put back: [B, T, D] with `update` [M, D] added at the flat indices `rows` [M]; the other rows unchanged."""
+def add_to_tokens(hidden_states: Tensor, tokens: Tensor, update: Tensor) -> Tensor:
+    """Put back: [B, T, D] with `update` [M, D] added at the flat indices `tokens` [M]; the others unchanged."""
     flat = hidden_states.flatten(0, 1)
-    return flat.index_add(0, rows, update.to(flat.dtype)).view_as(hidden_states)
+    return flat.index_add(0, tokens, update.to(flat.dtype)).view_as(hidden_states)
 
 
 def align_right(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the kept rows of each sample come from when they are packed to the right end.
+    """Where the kept tokens of each sample come from when they are packed to the right end.
 
     Args:
         kept: [B, T] bool.
 
     Returns:
-        index [B, K] into T, in order, K the largest number that a sample keeps; and valid [B, K], False on the rows
-        in front of a sample that keeps fewer.
+        index [B, K] into T, in order, K the largest number that a sample keeps; and valid [B, K], False on the
+        positions before those of a sample that keeps fewer.
     """
     longest = int(kept.sum(dim=1).max())
     order = kept.to(torch.uint8).argsort(dim=1, stable=True)

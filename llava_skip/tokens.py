@@ -88,12 +88,12 @@ def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
 
 
 def free_parameter(values: Tensor) -> nn.Parameter:
-    """A parameter that no module of torch initialises, with the values that it starts from.
+    """A bare parameter (a query or a summary vector) with its initial values.
 
-    transformers is told that it has them: it draws only what a checkpoint lacks.
+    The model's initialisation leaves these values, and draws others only where a checkpoint lacks the parameter.
     """
     parameter = nn.Parameter(values)
-    parameter._is_hf_initialized = not values.is_meta  # type: ignore[attr-defined]
+    parameter.has_start_values = not values.is_meta  # type: ignore[attr-defined]
     return parameter
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -14,6 +14,7 @@ from llava_skip.errors import UserError
 from llava_skip.presets import PRESETS, SIZES
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
+from train.recipe.recipes import zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 
 PARTS = tuple(PART_PREFIXES)
@@ -25,6 +26,8 @@ LOSS_NORMALIZATIONS = ("step", "micro_batch")
 @dataclass
 class ModelArguments:
     """Which model is trained, and which parts of it."""
+
+    GROUPS: ClassVar[str] = "model"
 
     model: str | None = field(
         default=None,
@@ -48,7 +51,7 @@ class ModelArguments:
     )
     train_parts: list[str] | None = field(
         default=None,
-        metadata={"help": f"Parts that learn, of {', '.join(PARTS)}. Default: all for a new model, all but "
+        metadata={"help": f"Trainable parts, of {', '.join(PARTS)}. Default: all for a new model, all but "
                           "vision_tower for a loaded one."},
     )  # fmt: skip
     projector: str | None = field(
@@ -56,13 +59,15 @@ class ModelArguments:
     )
     image_aspect_ratio: str = field(
         default="pad",
-        metadata={"help": "pad: pictures are padded to a square; square: cropped, as in LLaVA's own stage 1."},
+        metadata={"help": "pad: images are padded to a square; square: cropped, as in LLaVA's own stage 1."},
     )
     lora_enable: bool = field(default=False, metadata={"help": "Low-rank factors in the language model (LoRA)."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the factors."})
     lora_alpha: int = field(default=16, metadata={"help": "The factors' product counts lora_alpha / lora_r times."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the factors."})
-    lora_bias: str = field(default="none", metadata={"help": "none, or lora_only: biases of adapted layers learn."})
+    lora_bias: str = field(
+        default="none", metadata={"help": "none, or lora_only: biases of adapted layers are trainable."}
+    )
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Linear layers that get factors, such as q_proj v_proj; default: all."}
     )
@@ -112,7 +117,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class DataArguments:
-    """What is learnt from."""
+    """The training data."""
+
+    GROUPS: ClassVar[str] = "data"
 
     data: str = field(
         default="",
@@ -125,7 +132,7 @@ class DataArguments:
                           "component to a folder."},
     )  # fmt: skip
     max_length: int = field(
-        default=2048, metadata={"help": "Rows of a sample, pictures included; longer ones lose their tail (counted)."}
+        default=2048, metadata={"help": "Tokens of a sample, images included; longer ones lose their tail (counted)."}
     )
     drop_faulty: bool = field(
         default=False,
@@ -135,7 +142,7 @@ class DataArguments:
         default=False, metadata={"help": "Steps of one modality, whose batches are about equally long."}
     )
     padding_free: bool = field(
-        default=False, metadata={"help": "Samples of a batch one behind the other in one row, without padding."}
+        default=False, metadata={"help": "The samples of a batch one after the other in one sequence, without padding."}
     )
     streaming: bool = field(
         default=False,
@@ -165,6 +172,20 @@ _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_nu
 class RunArguments(TrainingArguments):
     """transformers' TrainingArguments with LLaVA's defaults, and what to do with an output folder that is in use."""
 
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "optimisation": (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+            "learning_rate", "learning_rates", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2",
+            "max_grad_norm", "optim", "loss_normalization", "seed", "bf16", "fp16", "use_cpu", "deepspeed",
+            "activation_checkpointing", "dataloader_num_workers", "dataloader_drop_last",
+        ),
+        "resilience": (
+            "output_dir", "overwrite", "save_steps", "save_total_limit", "hang_timeout_seconds", "dry_run",
+        ),
+        "reporting": ("logging_steps", "report_to", "run_name", "peak_tflops", "disable_tqdm"),
+    }  # fmt: skip
+
+    output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples of one process in one step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
@@ -197,11 +218,12 @@ class RunArguments(TrainingArguments):
     )
     hang_timeout_seconds: float = field(
         default=1500,
-        metadata={"help": "A run without progress for so long is ended, its slow rank named; 0: never."},
+        metadata={"help": "A run without progress for this long is ended, and its slow rank named; 0: never."},
     )
 
     def __post_init__(self) -> None:
         if self.deepspeed:
+            self.deepspeed = zero_file(self.deepspeed)
             prepare_deepspeed()
         super().__post_init__()
         _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)

@@ -1,30 +1,93 @@
-"""torchrun that tells its processes when the cluster wants its nodes back, and without its traceback.
+"""Start a run's processes: `llava-skip train [arguments]`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
 
-`python -m train.launch [torchrun options] -m train.train [arguments]`
+Without `-m`, all words are arguments of the run, and the environment says the rest: NPROC is the number of processes on
+this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines, DRY_RUN prints
+the command instead of running it. torchrun is told when the cluster wants its nodes back, and shows no traceback of its
+own.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from llava_skip.console import one_message
+from llava_skip.errors import UserError
 from llava_skip.exits import EXPLAINED, PREEMPTED
+from llava_skip.paths import checkout
+from train.arguments import DataArguments, ModelArguments, RunArguments
+from train.command_line import RECIPE, show_help, with_recipe, with_underscores
+from train.data.parallel import usable_cores
 from train.resilience.exits import STOP_SIGNALS
 
 TAIL = 25
 """Lines of a failed process's log that are shown."""
 TOGETHER = 2
-"""Seconds between the end of a process and that of another one that failed over it; torchrun kills after 30."""
+"""Seconds between the end of a process and that of another one that failed because of it; torchrun kills after 30."""
+KINDS = (ModelArguments, DataArguments, RunArguments)
+WORKER = ("train.train",) if sys.version_info >= (3, 11) else ("llava_skip", "train")  # 3.10 has no PYTHONSAFEPATH
+
+
+def processes_here() -> int:
+    """Processes on this machine: NPROC, else its GPUs, else 2.
+
+    Raises:
+        UserError: NPROC is no number above 0.
+    """
+    given = os.environ.get("NPROC")
+    if not given:
+        return torch.cuda.device_count() or 2
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"NPROC is {given!r}; it must be a number of processes, 1 or more.")
+    return int(given)
+
+
+def torchrun_words(words: list[str]) -> list[str]:
+    """Torchrun's command line for the arguments of a run.
+
+    Raises:
+        UserError: NPROC is no number, or there is no such recipe.
+    """
+    show_help(KINDS, with_underscores(words))
+    options = shlex.split(os.environ.get("TORCHRUN") or "--standalone")
+    processes = processes_here()
+    names = {word.partition("=")[0] for word in with_underscores(words) if word.startswith("--")}
+    if RECIPE in names:  # a mistake in it is one message, and the embedded data set is built before processes start
+        with_recipe(with_underscores(words), [entry.name for kind in KINDS for entry in fields(kind)], processes)
+    device = [word for name, value in device_arguments().items() if name not in names for word in (name, value)]
+    return [*options, "--nproc_per_node", str(processes), "-m", *WORKER, *words, *device]
+
+
+def device_arguments() -> dict[str, str]:
+    """Arguments of a run that follow from the machine."""
+    if torch.cuda.is_available():
+        return {"--bf16": "true", "--tf32": "true"}
+    return {"--use_cpu": "true", "--dataloader_pin_memory": "false"}
+
+
+def set_environment(processes: int) -> None:
+    """What the processes need to know: when they were launched, where the project is, how many threads to use."""
+    os.environ["LAUNCHED_AT"] = str(time.time())
+    # A train.py in the current folder must not be taken for the project's.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if (root := checkout()) is not None:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
 
 
 class Forwarding:
@@ -53,7 +116,7 @@ def show_log(failure: ProcessFailure) -> None:
 
 
 def find_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed first; of those in the same moment one that was killed, as the others then fail over it."""
+    """The rank that failed first; of those at the same moment one that was killed: the others fail because of it."""
     first = min(failure.timestamp for failure in failures.values())
     together = {rank: failure for rank, failure in failures.items() if failure.timestamp <= first + TOGETHER}
     killed = {rank: f for rank, f in together.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
@@ -71,11 +134,23 @@ def explain(rank: int, failure: ProcessFailure) -> str:
 
 def main() -> None:
     """Start the processes; leave with the exit code of the first one that failed, or with `PREEMPTED`."""
-    os.environ["LAUNCHED_AT"] = str(time.time())
+    words = sys.argv[1:]
+    if "-m" not in words:
+        with one_message():
+            words = torchrun_words(words)
+    if os.environ.get("DRY_RUN"):
+        print(shlex.join([sys.executable, "-m", "train.launch", *words]))
+        return
+    set_environment(processes_here())
+    launch(words)
+
+
+def launch(words: list[str]) -> None:
+    """Run torchrun's command line to its end."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     forwarding = Forwarding()
     try:
-        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     except SignalException as stop:
         sys.stderr.write(
             f"error: stopped by {stop.sigval.name}; the same command continues from the last checkpoint.\n"

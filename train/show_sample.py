@@ -1,9 +1,9 @@
-"""Show a sample as training sees it: learnt text in colour, and its pictures with the retained tokens outlined.
+"""Show a sample as training sees it: supervised text in colour, and its images with the retained patches outlined.
 
     python -m train.show_sample 12 --data train.json --images images --preset sv-llava-256
 
-The number is the sample's place in the epoch, before shuffling; the other arguments are those of train.train. Patches
-are outlined where the class token of the model picks them, so a new model's are chosen by chance.
+The number is the sample's index in the epoch, before shuffling; the other arguments are those of train.train. If the
+class token of the model chooses the patches, those of a new model are random.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import sys
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.console import make_table, one_message, output_console
 from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.paths import shown
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.front_end import Box
 from train.arguments import DataArguments, ModelArguments
@@ -30,39 +31,39 @@ from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records
 from train.recipe.model import build_model, prepare
 
-USER_ERROR = 2
-LEARNT, NOT_LEARNT = "bold green", "dim"
+SUPERVISED, NOT_SUPERVISED, IMAGE = "bold green", "dim", "magenta"
+"""Styles of the text."""
 OUTLINE = (255, 60, 60)
 SHOWN_SIDE = 448
-"""Pictures are drawn at least this large, in pixels."""
+"""Images are drawn at least this large, in pixels."""
 
 
 @dataclass
 class ShowArguments:
-    """Where the pictures go."""
+    """Where the images go."""
 
     output: str = field(default="sample", metadata={"help": "Folder of the PNGs."})
 
 
 def coloured(sample: dict, processor: LlavaSkipProcessor) -> Text:
-    """The sample's text, what is learnt in colour, a picture's rows as their number."""
+    """The sample's text, in colour where it is supervised; image tokens as their number."""
     text = Text()
     pairs = zip(sample["input_ids"], sample["labels"], strict=True)
-    picture = processor.image_token_id
-    for (learnt, is_picture), run in groupby(pairs, lambda pair: (pair[1] != IGNORE_INDEX, pair[0] == picture)):
+    image = processor.image_token_id
+    for (supervised, is_image), run in groupby(pairs, lambda pair: (pair[1] != IGNORE_INDEX, pair[0] == image)):
         tokens = [token for token, _ in run]
-        shown = f"[{len(tokens)} rows of pictures]" if is_picture else processor.tokenizer.decode(tokens)
-        text.append(shown, style="magenta" if is_picture else LEARNT if learnt else NOT_LEARNT)
+        words = f"[{len(tokens)} image tokens]" if is_image else processor.tokenizer.decode(tokens)
+        text.append(words, style=IMAGE if is_image else SUPERVISED if supervised else NOT_SUPERVISED)
     return text
 
 
 @torch.no_grad()
 def retained_boxes(model: LlavaSkipForConditionalGeneration, crops: Tensor) -> tuple[list[Box], str]:
-    """What of a picture is retained, as boxes in pixels of its first crop, and that in words.
+    """What of an image is retained, as boxes in pixels of its first crop, and in words.
 
     Args:
         model: whose choice is shown.
-        crops: [crops, 3, side, side] of one picture; the first is the picture, or its thumbnail.
+        crops: [crops, 3, side, side] of one image; the first is the image, or its thumbnail.
     """
     config: LlavaSkipConfig = model.config
     if config.skip is None:
@@ -71,7 +72,7 @@ def retained_boxes(model: LlavaSkipForConditionalGeneration, crops: Tensor) -> t
 
 
 def draw(crops: Tensor, boxes: list[Box], processor: LlavaSkipProcessor) -> Image.Image:
-    """The crops [crops, 3, side, side] of a picture side by side as the tower sees them, boxes on the first."""
+    """The crops [crops, 3, side, side] of an image side by side as the tower sees them, boxes on the first."""
     mean, std = (
         torch.tensor(values)[:, None, None]
         for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
@@ -79,16 +80,16 @@ def draw(crops: Tensor, boxes: list[Box], processor: LlavaSkipProcessor) -> Imag
     pixels = ((crops * std + mean).clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
     scale = max(1, -(-SHOWN_SIDE // crops.shape[-1]))
     size = (pixels.shape[1] * scale, pixels.shape[0] * scale)
-    picture = Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(picture)
+    drawn = Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(drawn)
     for box in boxes:
-        x, y, right, bottom = (place * scale for place in box)
+        x, y, right, bottom = (side * scale for side in box)
         pen.rectangle((x, y, right - 1, bottom - 1), outline=OUTLINE, width=2)
-    return picture
+    return drawn
 
 
 def show(index: int, model_arguments: ModelArguments, data: DataArguments, output: Path) -> None:
-    """Print sample `index` and save its pictures.
+    """Print sample `index` and save its images.
 
     Raises:
         UserError: no such sample, or see the message.
@@ -98,39 +99,41 @@ def show(index: int, model_arguments: ModelArguments, data: DataArguments, outpu
         raise UserError(f"There is no sample {index}: the set has {len(records)}, counted from 0.")
     config, processor = prepare(model_arguments)
     sample = ConversationDataset(records, processor, data.max_length)[index]
-    row = records.row(index)
-    record = records.record(row)
-    console = Console()
-    console.rule(records.describe(row, record))
-    console.print(coloured(sample, processor))
-    table = Table(show_header=False)
-    learnt = sum(label != IGNORE_INDEX for label in sample["labels"][1:])
-    table.add_row("rows", f"{len(sample['input_ids'])}")
-    table.add_row("learnt", f"{learnt}")
-    table.add_row(f"cut by --max_length {data.max_length}", f"{sample['truncated']}")
-    if record["images"]:
+    rows: list[tuple[Any, Any]] = [
+        ("tokens", len(sample["input_ids"])),
+        ("supervised", sum(label != IGNORE_INDEX for label in sample["labels"][1:])),
+        (f"cut by --max_length {data.max_length}", sample["truncated"]),
+    ]
+    drawn = []
+    if "pixel_values" in sample:
         model = build_model(model_arguments, config, torch.float32)
         pixels = torch.stack([torch.as_tensor(crop) for crop in sample["pixel_values"]])
         counts = torch.as_tensor(sample.get("crop_counts", [1] * len(pixels))).tolist()
         output.mkdir(parents=True, exist_ok=True)
         for number, crops in enumerate(pixels.split(counts)):
             boxes, words = retained_boxes(model, crops)
-            path = output / f"{index}-{number}.png"
-            draw(crops, boxes, processor).save(path)
-            table.add_row(str(path), words)
-    console.print(table)
+            drawn.append(output / f"{index}-{number}.png")
+            draw(crops, boxes, processor).save(drawn[-1])
+            rows.append((drawn[-1], words))
+    console = output_console()
+    console.rule(Text(sample["record_id"]))
+    console.print(coloured(sample, processor))
+    console.print(make_table(None, ("", ""), rows))
+    if drawn:
+        print(f"Open {shown(drawn[0])} to see the image as the model does.")
+    else:
+        print("llava-skip train with the same arguments trains on it.")
 
 
 def main() -> None:
     """Show a sample; a user's mistake is one message and exit code 2."""
-    try:
+    with one_message():
+        if sys.argv[1:2] in (["--help"], ["-h"]):
+            read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[1:])
         if not sys.argv[1:] or not sys.argv[1].isdecimal():
             raise UserError("Name the sample first: python -m train.show_sample 0 --data ...")
         model, data, own = read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[2:])
-        show(int(sys.argv[1]), model, data, Path(own.output))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(USER_ERROR) from None
+        show(int(sys.argv[1]), model, data, Path(own.output).expanduser())
 
 
 if __name__ == "__main__":

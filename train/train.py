@@ -1,4 +1,4 @@
-"""The entry point of stage 1 and of supervised fine-tuning; `scripts/finetune_skip.sh` calls it on every process."""
+"""The entry point of stage 1 and of supervised fine-tuning, in every process of a run; `train.launch` starts them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,182 +15,30 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from transformers import set_seed
 
-from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.console import print_error
 from llava_skip.errors import UserError
 from llava_skip.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
-from llava_skip.processing import LlavaSkipProcessor
-from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
-from train.command_line import read_command_line
-from train.data import (
-    ConversationDataset,
-    ConversationStream,
-    RecordError,
-    collate,
-    collate_flat,
-    dropped_report,
-    load_tables,
-    read_sources,
-    sample_lengths,
-    usable_records,
-)
-from train.recipe.lora import check_lora
-from train.recipe.model import check_weights, make_trainable_model, prepare
-from train.recipe.plan import check_plan, show_plan
-from train.reporting.callbacks import check_reporters, keep_reports_in
-from train.reporting.result import as_json, draw_loss, load_json, show_result, write_json
+from llava_skip.files import read_json, write_json
+from train.data import ConversationDataset, RecordError
+from train.recipe.model import make_trainable_model
+from train.recipe.plan import show_plan
+from train.reporting.callbacks import keep_reports_in, show_no_bars
+from train.reporting.result import draw_loss, show_result
 from train.resilience.exits import leave
 from train.resilience.preemption import Preemption
 from train.resilience.resume import CheckpointError
-from train.resilience.run_folder import DROPPED, LOCK, RECORD, RESULT, RunFolder
+from train.resilience.run_folder import RESULT, RunFolder
 from train.resilience.watchdog import Watchdog
+from train.run import Run, check, check_same_records, parse
 from train.trainer import NonFiniteLoss, SkipTrainer
 
 FIND_RECORDS = (
-    " train.validate_data with the same arguments finds all such records; training then refuses them at its start, or "
-    "drops them (--drop_faulty true)."
+    " llava-skip validate-data with the same arguments finds all such records; training then refuses them at its "
+    "start, or drops them (--drop_faulty true)."
 )
-"""What to do about a record that only failed when it was read."""
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be loaded, or whose parts do not fit each other."""
-
-
-@dataclass
-class Run:
-    """A checked run, before any weight is loaded."""
-
-    model_arguments: ModelArguments
-    arguments: RunArguments
-    config: LlavaSkipConfig
-    processor: LlavaSkipProcessor
-    dataset: ConversationDataset | ConversationStream
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    dropped: dict[str, Any] | None
-    parts: dict[str, tuple[int, int]]
-    resolved: dict[str, Any]
-
-    @property
-    def output(self) -> Path:
-        """The run's folder."""
-        return Path(self.arguments.output_dir)
-
-
-def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """Arguments from the command line.
-
-    Raises:
-        UserError: unknown flags or values out of range.
-    """
-    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
-    return model, data, run
-
-
-def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
-    """Everything that can be wrong without weights, in the order in which it is cheap to find.
-
-    Raises:
-        UserError: see the message.
-        MissingFileError: see the message.
-    """
-    arguments = resolved(model, data, run)
-    check_lora(model)
-    check_reporters(run)
-    check_output(Path(run.output_dir), arguments, run.overwrite)
-    if data.streaming and run.max_steps < 1:
-        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
-    sources = read_sources(data.data, data.images)
-    records = None if data.streaming else load_tables(sources)
-    config, processor = prepare(model)
-    check_weights(model)
-    parts = check_plan(model, run, config)
-    collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    if records is None:
-        stream = ConversationStream(
-            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
-        )  # fmt: skip
-        return Run(model, run, config, processor, stream, collator, None, parts, arguments)
-    records, errors = usable_records(records, processor, data.max_length, data.data_processes, data.drop_faulty)
-    dropped = dropped_report(records, errors) if errors else None
-    check_dropped(Path(run.output_dir), dropped, run.overwrite)
-    lengths = None
-    if data.group_by_modality_length:
-        lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
-    dataset = ConversationDataset(records, processor, data.max_length, lengths)
-    step = run.per_device_train_batch_size * run.world_size
-    if run.dataloader_drop_last and len(dataset) < step:
-        raise UserError(
-            f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
-        )
-    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
-
-
-def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool) -> None:
-    """Refuse to continue a run with other records than it began with: its data order would be another one.
-
-    Raises:
-        UserError: other records are dropped now than when the run began.
-    """
-    if overwrite or not (output / RECORD).is_file():
-        return
-    record = output / DROPPED
-    before = load_json(record) if record.is_file() else None
-    if before != as_json(dropped):
-        counts = [0 if report is None else len(report["records"]) for report in (before, dropped)]
-        raise UserError(
-            f"OUTPUT {output} began with {counts[0]} dropped records, and now {counts[1]} would be: restore the data "
-            "as it was to continue, or start anew with another OUTPUT or --overwrite true."
-        )
-
-
-def check_same_records(run: Run) -> None:
-    """Refuse processes that read other records than rank 0: their steps would be of other samples. Every rank calls it.
-
-    Raises:
-        UserError: names the first such process.
-    """
-    if isinstance(run.dataset, ConversationStream):
-        return
-    dropped = run.dropped["records"] if run.dropped else []
-    views = gather_object([(socket.gethostname(), len(run.dataset), dropped)])
-    if different := [rank for rank, view in enumerate(views) if view[1:] != views[0][1:]]:
-        told = [
-            f"rank {rank} on {views[rank][0]} reads {views[rank][1]} records and drops {len(views[rank][2])}"
-            for rank in (different[0], 0)
-        ]
-        raise UserError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
-
-
-def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:
-    """Refuse a folder that holds anything but this very run.
-
-    Raises:
-        UserError: says which arguments differ, or what else is in the folder.
-    """
-    if overwrite or not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"OUTPUT {output} is a file: give a folder.")
-    record = output / RECORD
-    if not record.is_file():
-        if any(path.name != LOCK for path in output.iterdir()):
-            raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
-        return
-    before, now = _flat(identity(load_json(record))), _flat(identity(as_json(arguments)))
-    if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
-        raise UserError(
-            f"OUTPUT {output} holds another run ({changes}): give another OUTPUT, the same arguments to continue it, "
-            "or --overwrite true to delete it."
-        )
-
-
-def _flat(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{group}.{key}": value for group, values in nested.items() for key, value in values.items()}
+"""What to do about a record that failed only when it was read."""
 
 
 def train(run: Run, checkpoint: Path | None = None) -> bool:
@@ -203,21 +48,18 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         Whether the run is finished; it is not if a signal asked it to leave.
 
     Raises:
-        ModelError: the model cannot be loaded.
-        RecordError: a record cannot be trained on, which the checks before the run did not look for.
+        UserError: the model cannot be loaded, or a record that was not checked before the run cannot be trained on.
         CheckpointError: a checkpoint could not be written.
         NonFiniteLoss: the loss is NaN or infinite.
     """
     arguments = run.arguments
     set_seed(arguments.seed)
     keep_reports_in(run.output)
-    try:
-        learner = make_trainable_model(run.model_arguments, arguments, run.config)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ModelError(f"{run.model_arguments.model or 'a new model'} cannot be loaded: {error}") from error
+    show_no_bars(arguments)
+    model = make_trainable_model(run.model_arguments, arguments, run.config)
     preemption = Preemption()
     trainer = SkipTrainer(
-        model=learner,
+        model=model,
         args=arguments,
         train_dataset=run.dataset,
         data_collator=run.collator,
@@ -254,7 +96,7 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "history": history,
         **counts,
     }
-    write_json(run.output / RESULT, result)
+    write_json(run.output / RESULT, result, sort_keys=True)
     draw_loss(history, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)
 
@@ -266,13 +108,11 @@ def silence_libraries() -> None:
 
 
 def _tell(error: Exception) -> None:
-    """Say what ended the run: rank 0 for all, whom the launcher then stops; a rank that lives on has failed alone."""
+    """Say what ended the run: rank 0 for all; the others wait 30 s, and report only if they are still alive then."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(30)
-    whose = f"rank {rank} on {socket.gethostname()}: " if rank else ""
-    sys.stderr.write(f"error: {whose}{error}\n")
-    sys.stderr.flush()
+    print_error(f"rank {rank} on {socket.gethostname()}: {error}" if rank else error)
 
 
 def main() -> None:
@@ -300,12 +140,12 @@ def _run(command_line: list[str]) -> int:
         folder = RunFolder(run.arguments, run.resolved, run.dropped)
         finished = folder.is_finished()
         checkpoint = None if finished else folder.open()
-    except (ValueError, OSError) as error:  # transformers answers an unknown hub name with OSError
+    except UserError as error:
         _tell(error)
         return USER_ERROR
     if finished:
         if rank == 0:
-            show_result(load_json(run.output / RESULT), run.output)
+            show_result(read_json(run.output / RESULT), run.output)
             sys.stderr.write(f"{run.output} holds this run, finished: nothing to do. --overwrite true repeats it.\n")
         return 0
     return 0 if _train_or_explain(run, checkpoint) else PREEMPTED
@@ -314,14 +154,16 @@ def _run(command_line: list[str]) -> int:
 def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     try:
         return train(run, checkpoint)
-    except ModelError as error:
+    except RecordError as error:  # of one rank
+        print_error(f"{error}{FIND_RECORDS}")
+        code = USER_ERROR
+    except UserError as error:  # of all ranks
         _tell(error)
-        os._exit(USER_ERROR)
-    except (RecordError, CheckpointError, NonFiniteLoss) as error:
-        code = {RecordError: USER_ERROR, CheckpointError: NOT_SAVED, NonFiniteLoss: TRAINING_ERROR}[type(error)]
-        sys.stderr.write(f"\nerror: {error}{FIND_RECORDS if code == USER_ERROR else ''}\n")
-        sys.stderr.flush()
-        os._exit(code)  # the others wait for this process: it cannot take leave of them in good order
+        code = USER_ERROR
+    except (CheckpointError, NonFiniteLoss) as error:
+        print_error(error)
+        code = NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR
+    os._exit(code)  # the other ranks block in a collective: a clean shutdown would hang
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from llava_skip.errors import UserError
+from llava_skip.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
-from train.reporting.callbacks import BriefProgress, JsonLines
+from train.reporting.callbacks import JsonLines, LogLine, Progress
 from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
-from train.reporting.result import write_json
 from train.resilience.resume import ResumableTrainer
 
 
@@ -50,9 +51,10 @@ class SkipTrainer(ResumableTrainer):
             self.accelerator.gather,
         )
         self._loss: tuple[Tensor, Any] | None = None
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(BriefProgress)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        if sys.stderr.isatty() and not self.args.disable_tqdm:
+            self.add_callback(Progress)
+        self.add_callback(LogLine)
         self.add_callback(JsonLines)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -129,7 +131,7 @@ class SkipTrainer(ResumableTrainer):
         step, rank = self.state.global_step + 1, self.args.process_index
         path = Path(self.args.output_dir) / f"nonfinite_loss.rank{rank}.json"
         found = {"loss": str(copy.item()), "learning_rate": self._get_learning_rate(), "record_ids": record_ids}
-        write_json(path, found | {"step": step, "rank": rank})
+        write_json(path, found | {"step": step, "rank": rank}, sort_keys=True)
         raise NonFiniteLoss(
             f"the loss of step {step} is {copy.item()} on rank {rank}; {path} has the ids of its records. Look at "
             "them, lower the learning rate, or use --bf16 true in the place of --fp16."
@@ -165,7 +167,7 @@ class SkipTrainer(ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            write_json(folder / "run.json", self._record)
+            write_json(folder / "run.json", self._record, sort_keys=True)
             if isinstance(self.model, PeftModel):
                 self.model.config.save_pretrained(folder)
 

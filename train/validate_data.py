@@ -1,9 +1,9 @@
-"""Read everything that training would read, and say what is wrong with it.
+"""Read everything that training would read, and list what is wrong with it.
 
     python -m train.validate_data mixture.yaml --template v1 --tokenizer lmsys/vicuna-7b-v1.5 --preset sv-llava-256
 
-Model and data arguments are those of train.train. Exit code 0: nothing stands against training; 1: there are errors;
-2: a mistake in the arguments. Training with the same arguments finds the report and starts at once.
+Model and data arguments are those of train.train. Exit code 0: the set can be trained on; 1: there are errors; 2: a
+mistake in the arguments. Training with the same arguments uses the findings and starts at once.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
+from llava_skip.console import make_table, one_message, output_console
+from llava_skip.exits import FAULTY_RECORDS
+from llava_skip.files import write_json
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import load_records
 from train.data.checks import CONVERTED, ERRORS, WARNINGS, Examined, Finding, FullCheck
 from train.data.usable import examine, save_errors
 from train.recipe.model import prepare
-from train.reporting.result import write_json
-
-FAULTY, USER_ERROR = 1, 2
 
 
 @dataclass
 class ValidationArguments:
     """Where the findings go."""
 
-    report: str = field(default="validation.json", metadata={"help": "JSON of the counts and of every offender."})
+    report: str = field(default="validation.json", metadata={"help": "JSON of the counts and of every finding."})
 
 
 @dataclass
@@ -41,41 +40,41 @@ class Findings:
 
     Attributes:
         records: examined.
-        pictures: of records without a structural fault.
+        images: of records without a structural fault.
         samples: that could be measured.
-        rows: of those samples, pictures included.
-        learnt: rows with a label.
-        longest: sample, in rows.
-        lost: rows that the limit would cut.
-        lost_learnt: of them, with a label.
+        tokens: of those samples, with the image tokens.
+        supervised: tokens with a label.
+        longest: sample, in tokens.
+        lost: tokens that the limit would cut.
+        lost_supervised: of them, with a label.
         counts: records of each kind.
         offenders: errors and warnings.
     """
 
     records: int = 0
-    pictures: int = 0
+    images: int = 0
     samples: int = 0
-    rows: int = 0
-    learnt: int = 0
+    tokens: int = 0
+    supervised: int = 0
     longest: int = 0
     lost: int = 0
-    lost_learnt: int = 0
+    lost_supervised: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     offenders: list[Finding] = field(default_factory=list)
 
     def add(self, examined: Examined) -> None:
         """Count a record."""
         self.records += 1
-        self.pictures += examined.pictures
+        self.images += examined.images
         self.counts.update({finding.kind for finding in examined.findings})
         self.offenders += [finding for finding in examined.findings if finding.kind not in CONVERTED]
         if (measured := examined.measure) is not None:
             self.samples += 1
-            self.rows += measured.rows
-            self.learnt += measured.learnt
-            self.longest = max(self.longest, measured.rows)
+            self.tokens += measured.length
+            self.supervised += measured.supervised
+            self.longest = max(self.longest, measured.length)
             self.lost += measured.lost
-            self.lost_learnt += measured.lost_learnt
+            self.lost_supervised += measured.lost_supervised
 
     @property
     def errors(self) -> list[Finding]:
@@ -83,8 +82,9 @@ class Findings:
         return [finding for finding in self.offenders if finding.is_error]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain data."""
-        totals = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        """Everything, as plain data under the keys of the file."""
+        keys = {"images": "pictures", "tokens": "rows", "supervised": "learnt", "lost_supervised": "lost_learnt"}
+        totals = {keys.get(name, name): value for name, value in vars(self).items() if isinstance(value, int)}
         offenders = [{**finding._asdict(), "error": finding.is_error} for finding in self.offenders]
         return {"totals": totals, "counts": dict(self.counts), "offenders": offenders}
 
@@ -93,8 +93,7 @@ def validate(model: ModelArguments, data: DataArguments) -> Findings:
     """Examine every record of a set; its errors are kept for training.
 
     Raises:
-        ValueError: see the message.
-        FileNotFoundError: see the message.
+        UserError: see the message.
     """
     records = load_records(data.data, data.images)
     _, processor = prepare(model)
@@ -106,45 +105,41 @@ def validate(model: ModelArguments, data: DataArguments) -> Findings:
 
 
 def show(findings: Findings, max_length: int, report: str) -> None:
-    """Two tables: what the set holds, and what is wrong or unusual."""
-    console = Console()
-    totals = Table(title="what was read", show_header=False)
-    mean = findings.rows / max(findings.samples, 1)
-    for name, text in (
+    """Two tables: what the set contains, and what is wrong or unusual; then what to do next."""
+    console = output_console()
+    mean = findings.tokens / max(findings.samples, 1)
+    totals = (
         ("records", f"{findings.records:,}"),
-        ("pictures", f"{findings.pictures:,}"),
-        ("rows a sample, mean and longest", f"{mean:,.0f}, {findings.longest:,}"),
-        ("share of rows learnt", f"{findings.learnt / max(findings.rows, 1):.1%}"),
-        (f"rows that --max_length {max_length} cuts", f"{findings.lost:,}, of them {findings.lost_learnt:,} learnt"),
-    ):
-        totals.add_row(name, text)
-    console.print(totals)
-    if not findings.counts:
-        console.print("Nothing is wrong with it.")
-        return
-    table = Table("records", "", "kind", "for example", title=f"findings -> {report}")
+        ("images", f"{findings.images:,}"),
+        ("tokens a sample, mean and longest", f"{mean:,.0f}, {findings.longest:,}"),
+        ("share of tokens supervised", f"{findings.supervised / max(findings.tokens, 1):.1%}"),
+        (f"tokens that --max_length {max_length} cuts", f"{findings.lost:,}, {findings.lost_supervised:,} supervised"),
+    )
+    console.print(make_table("what was read", ("", ""), totals))
+    rows = []
     for label, kinds in (("error", ERRORS), ("warning", WARNINGS), ("converted", CONVERTED)):
-        for kind in kinds:
-            if count := findings.counts[kind]:
-                example = next((f"{f.record}: {f.text}" for f in findings.offenders if f.kind == kind), "")
-                table.add_row(f"{count:,}", label, kind, example)
-    console.print(table)
+        for kind in filter(findings.counts.__getitem__, kinds):
+            example = next((f"{f.record}: {f.text}" for f in findings.offenders if f.kind == kind), "")
+            rows.append((f"{findings.counts[kind]:,}", label, kind, escape(example)))
+    if rows:
+        console.print(make_table(f"findings -> {report}", ("records", "", "kind", "for example"), rows))
+    if faulty := len({finding.row for finding in findings.errors}):
+        print(f"{faulty:,} records cannot be trained on: correct them, or train with --drop_faulty true.")
+    else:
+        print("The set can be trained on: run llava-skip train with the same arguments.")
 
 
 def main() -> None:
-    """Validate, show, write the report, and leave with the exit code."""
+    """Validate, show, write the findings, and exit with the code."""
     line = sys.argv[1:]
     if line and not line[0].startswith("-"):
         line = ["--data", *line]
-    try:
+    with one_message():
         model, data, own = read_command_line((ModelArguments, DataArguments, ValidationArguments), line)
         findings = validate(model, data)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(USER_ERROR) from None
-    write_json(Path(own.report), findings.as_dict())
+    write_json(Path(own.report).expanduser(), findings.as_dict())
     show(findings, data.max_length, own.report)
-    raise SystemExit(FAULTY if findings.errors else 0)
+    raise SystemExit(FAULTY_RECORDS if findings.errors else 0)
 
 
 if __name__ == "__main__":

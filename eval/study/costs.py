@@ -47,7 +47,7 @@ def counted_flops(config: LlavaSkipConfig, text_rows: int) -> int:
         embeddings = torch.empty(1, rows, text.hidden_size)
         mask = torch.empty(1, 1, rows, rows)  # given, since making one looks at values
         ffn = torch.empty(rows - skip.num_skipping, dtype=torch.long) if skip else None
-    route = Route(ffn_rows=ffn, layers=skip.layers if skip else None)
+    route = Route(ffn_tokens=ffn, layers=skip.layers if skip else None)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, route=route)
     return counter.get_total_flops()
@@ -62,13 +62,13 @@ def line(preset: str, size: str) -> str:
     config = preset_config(preset, size)
     dense = preset_config(DENSE[config.front_end], size)
     cost, skip = image_cost(config, TEXT_ROWS), config.skip_config
-    rows, ffn_rows = cost.rows + TEXT_ROWS, cost.ffn_rows + TEXT_ROWS
-    expected = decoder_flops(config.text_config, rows, ffn_rows, head_rows=0).total
+    rows, ffn_rows = cost.tokens + TEXT_ROWS, cost.ffn_tokens + TEXT_ROWS
+    expected = decoder_flops(config.text_config, rows, ffn_rows, head_tokens=0).total
     if (counted := counted_flops(config, TEXT_ROWS)) != expected:
         raise RuntimeError(f"{preset} at {size}: torch counts {counted} FLOPs, the formula gives {expected}.")
     share = cost.prefill_flops / image_cost(dense, TEXT_ROWS).prefill_flops
-    sizes = (skip.retained, skip.skipped) if skip else (cost.rows, "-")
-    numbers = [*sizes, cost.rows, round(cost.ffn_rows), cost.cache_rows]
+    sizes = (skip.retained, skip.skipped) if skip else (cost.tokens, "-")
+    numbers = [*sizes, cost.tokens, round(cost.ffn_tokens), cost.cache_tokens]
     cells = [f"{cost.cache_bytes / 2**20:.2f}", f"{cost.prefill_flops / 1e12:.3g}", f"{share:.1%}"]
     return "| " + " | ".join([f"`{preset}`", *(str(number) for number in numbers), *cells]) + " |\n"
 

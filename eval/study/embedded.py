@@ -46,12 +46,12 @@ def main(
         run = read_json(checkpoints / name / "train_result.json")
         scores = {b: read_json(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
         config = AutoConfig.from_pretrained(checkpoints / name)
-        cost = image_cost(config, text_rows=TEXT_ROWS)
+        cost = image_cost(config, text_tokens=TEXT_ROWS)
         flops = cost.prefill_flops / dense.setdefault(config.front_end, cost.prefill_flops)
         lines.append(
             f"| `{name}` | {scores['mmstar']['score']:.1f}% | {scores['mmbench']['score']:.1f}% | {run['steps']} "
             f"| {run['final_loss']:.3f} | {1000 * run['seconds'] / run['steps']:.0f} | {flops:.0%} "
-            f"| {cost.rows} | {cost.cache_rows} |"
+            f"| {cost.tokens} | {cost.cache_tokens} |"
         )
     header = HEADER.format(
         device=f"{platform.machine()} {run['device'].split(':')[0].upper()}",

@@ -1,1 +1,1 @@
-"""The embedded data set: pictures of real handwritten digits, with questions, in the public file formats."""
+"""The embedded data set: images of real handwritten digits, with questions, in the public file formats."""

@@ -6,8 +6,6 @@ The same arguments always give the same bytes. The manifest is written last, so 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from pathlib import Path
 from random import Random
@@ -15,12 +13,13 @@ from typing import Annotated, Any
 
 import typer
 from filelock import FileLock
-from rich.console import Console
-from rich.table import Table
 
+from llava_skip.console import make_table, output_console, program
 from llava_skip.errors import UserError
+from llava_skip.files import read_json
+from llava_skip.paths import embedded_data, shown
 
-from .formats import caption_record, training_records, write_json, write_mmbench, write_mmstar, write_mmvet
+from .formats import caption_record, training_records, write_indented, write_mmbench, write_mmstar, write_mmvet
 from .scenes import digit_pools
 from .short_answers import (
     write_gqa,
@@ -35,21 +34,23 @@ from .tokenizer import load_chat_template, train_tokenizer
 
 # Raise it whenever the builder would write other bytes for the same arguments.
 BUILDER_VERSION = 6
-DEFAULT_OUTPUT = Path(__file__).parent / "digits"
 DEFAULT_TRAIN_IMAGES = 30_000
 MANIFEST = "manifest.json"
 
 
 def ensure_built(
-    output: Path = DEFAULT_OUTPUT, train_images: int = DEFAULT_TRAIN_IMAGES, seed: int = 0, force: bool = False
+    output: Path | None = None, train_images: int = DEFAULT_TRAIN_IMAGES, seed: int = 0, force: bool = False
 ) -> Path:
-    """Build the data set unless `output` already holds what is asked for; return `output`.
+    """Build the data set unless `output` already has what the arguments ask for; return the folder.
 
-    Several processes may call it at once: one builds, the others wait for it.
+    The default is where training and evaluation look. Several processes may call it at once: one builds, the others
+    wait for it.
     """
     if train_images < 1:
-        raise UserError(f"train_images is {train_images}, but a data set needs at least one picture")
-    output = Path(output)
+        raise UserError(f"train_images is {train_images}, but a data set needs at least one image")
+    output = output or embedded_data()
+    if output.is_file():
+        raise UserError(f"{output} is a file: give a folder.")
     request = {
         "builder_version": BUILDER_VERSION,
         "seed": seed,
@@ -66,8 +67,8 @@ def ensure_built(
 def read_manifest(output: Path) -> dict[str, Any]:
     """The manifest of a built folder; empty when there is none, or none that can be read."""
     try:
-        return json.loads((output / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_json(output / MANIFEST)
+    except UserError:
         return {}
 
 
@@ -79,13 +80,11 @@ def _build(output: Path, request: dict[str, Any]) -> None:
     counts |= _write_evaluation(output / "eval", request["seed"])
     text_files = [p for p in output.rglob("*") if p.suffix in {".json", ".tsv", ".jinja"}]
     checksums = {p.relative_to(output).as_posix(): _sha256(p.read_bytes()) for p in sorted(text_files)}
-    partial = output / (MANIFEST + ".partial")
-    write_json(partial, {"request": request, "counts": counts, "sha256": checksums})
-    os.replace(partial, output / MANIFEST)
+    write_indented(output / MANIFEST, {"request": request, "counts": counts, "sha256": checksums})
 
 
 def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
-    """Write train.json, its pictures, captions of them and the tokenizer trained on its text."""
+    """Write train.json, its images, captions of them and the tokenizer trained on its text."""
     (output / "images" / "train").mkdir(parents=True)
     records, captions = [], []
     for record, scene in training_records(digit_pools()[0], images, Random(f"{seed}/train")):
@@ -93,15 +92,15 @@ def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
         if scene:
             (output / "images" / record["image"]).write_bytes(scene.png())
             captions.append(caption_record(record, scene))
-    write_json(output / "train.json", records)
-    write_json(output / "captions.json", captions)
+    write_indented(output / "train.json", records)
+    write_indented(output / "captions.json", captions)
     tokenizer = train_tokenizer(turn["value"] for record in records for turn in record["conversations"])
     tokenizer.save_pretrained(output / "tokenizer")
     return {"train records": len(records), "train pictures": images, "tokenizer entries": len(tokenizer)}
 
 
 def _write_evaluation(folder: Path, seed: int) -> dict[str, int]:
-    """Write the benchmarks; each draws from a generator of its own, so they do not depend on one another."""
+    """Write the benchmarks; each has a random generator of its own, so none depends on another."""
     folder.mkdir()
     pool = digit_pools()[1]
     return {
@@ -122,19 +121,23 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="Folder to write to.")] = DEFAULT_OUTPUT,
-    train_images: Annotated[int, typer.Option(min=1, help="Number of training pictures.")] = DEFAULT_TRAIN_IMAGES,
+def build(
+    output: Annotated[Path | None, typer.Option(help="Folder; by default where training and evaluation look.")] = None,
+    train_images: Annotated[int, typer.Option(min=1, help="Number of training images.")] = DEFAULT_TRAIN_IMAGES,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Build even if the folder is up to date.")] = False,
 ) -> None:
     """Build the embedded data set of handwritten digits."""
-    folder = ensure_built(output, train_images, seed, force)
-    table = Table("part", "count", title=str(folder))
-    for part, count in read_manifest(folder)["counts"].items():
-        table.add_row(part, str(count))
-    Console().print(table)
+    folder = ensure_built(output and output.expanduser(), train_images, seed, force)
+    counts = read_manifest(folder)["counts"]
+    output_console().print(make_table(shown(folder), ("part", "count"), counts.items(), right=1))
+    print("llava-skip train --recipe embedded trains on it, llava-skip eval evaluates on it.")
+
+
+def main() -> None:
+    """Run `build` as a program."""
+    program(build)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from llava_skip.files import write_bytes, write_text
 
 from .questions import SHORT_INSTRUCTION, Choice, Question, make_choice, number_questions, pick, scene_questions
 from .scenes import Pool, Scene, random_scene, varied
@@ -23,7 +26,7 @@ CIRCULAR_STEP = 1_000_000
 
 READING_SHARE = 0.5
 
-# How a question is put in a training record; the two multiple-choice layouts are those of the benchmarks.
+# The text of a question in a training record; the two multiple-choice layouts are those of the benchmarks.
 LAYOUTS: dict[str, Callable[[Question, Random], tuple[str, str]]] = {
     "open": lambda question, rng: (question.text, question.answer),
     "short": lambda question, rng: (question.text + SHORT_INSTRUCTION, question.answer),
@@ -33,7 +36,7 @@ LAYOUTS: dict[str, Callable[[Question, Random], tuple[str, str]]] = {
 MIXED_LAYOUTS = ("open", "mmbench", "mmstar")
 READING_LAYOUTS = ("open", "open", "short", "mmbench", "mmstar")
 
-# Kind -> number of questions, and its place in the benchmark's own hierarchy.
+# Kind -> number of questions, and its categories in the benchmark.
 MMBENCH_COUNTS = {"which": 60, "presence": 25, "count": 35, "larger": 30}
 MMBENCH_CATEGORIES = {
     "which": ("ocr", "finegrained_perception (instance-level)"),
@@ -65,10 +68,10 @@ MMSTAR_COLUMNS = "index question image answer category l2_category bench".split(
 def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dict[str, Any], Scene | None]]:
     """LLaVA conversation records with the scene of each; about 5% are text-only and have none."""
     text_only = round(images * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE))
-    pictured = [True] * images + [False] * text_only
-    rng.shuffle(pictured)
+    have_image = [True] * images + [False] * text_only
+    rng.shuffle(have_image)
     image_number = 0
-    for number, with_image in enumerate(pictured, start=1):
+    for number, with_image in enumerate(have_image, start=1):
         record: dict[str, Any] = {"id": f"digits-{number:06d}"}
         scene = varied(random_scene(pool, rng), rng) if with_image else None
         turns = _turns(scene_questions(scene) if scene else number_questions(), rng)
@@ -81,7 +84,7 @@ def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dic
 
 
 def caption_record(record: dict[str, Any], scene: Scene) -> dict[str, Any]:
-    """The record of the same picture for stage 1: one turn, and a caption that lists its digits."""
+    """The record of the same image for stage 1: one turn, and a caption that lists its digits."""
     listed = next(question for question in scene_questions(scene) if question.kind == "list")
     turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": listed.answer}]
     return {"id": record["id"], "image": record["image"], "conversations": turns}
@@ -117,11 +120,10 @@ def write_mmstar(path: Path, pool: Pool, rng: Random) -> int:
 
 def write_mmvet(folder: Path, pool: Pool, rng: Random) -> int:
     """Write mm-vet.json and its images; return the number of questions."""
-    (folder / "images").mkdir(parents=True)
     samples = {}
     for number, (scene, question) in enumerate(draw_questions(MMVET_COUNTS, pool, rng)):
         name = f"v1_{number}"
-        (folder / "images" / f"{name}.png").write_bytes(scene.png())
+        write_bytes(folder / "images" / f"{name}.png", scene.png())
         samples[name] = {
             "imagename": f"{name}.png",
             "question": question.text,
@@ -129,13 +131,13 @@ def write_mmvet(folder: Path, pool: Pool, rng: Random) -> int:
             "capability": MMVET_CAPABILITIES[question.kind],
             "imagesource": "scikit-learn digits",
         }
-    write_json(folder / "mm-vet.json", samples)
+    write_indented(folder / "mm-vet.json", samples)
     return len(samples)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_indented(path: Path, value: object) -> None:
+    """Write JSON, indented by one space."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _mmbench_turn(choice: Choice) -> tuple[str, str]:
@@ -147,9 +149,9 @@ def _mmstar_turn(choice: Choice) -> tuple[str, str]:
 
 
 def _turns(questions: list[Question], rng: Random) -> list[dict[str, str]]:
-    """The turns of a record: a lesson in reading digits or one in answering all kinds of question, none twice.
+    """The turns of a record: questions that read single digits, or questions of all kinds, none twice.
 
-    A picture's record ends with the list of its digits, the densest lesson in reading them.
+    The record of an image ends with the list of its digits, which teaches most about reading them.
     """
     listing = [question for question in questions if question.kind == "list"]
     reading = [question for question in questions if question.kind == "which"]
@@ -169,7 +171,7 @@ def _turns(questions: list[Question], rng: Random) -> list[dict[str, str]]:
 
 
 def draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[tuple[Scene, Question]]:
-    """As many questions of each kind as `counts` says, in random order, each about a scene of its own."""
+    """As many questions of each kind as `counts` says, in random order, each about another scene."""
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     rng.shuffle(kinds)
     for kind in kinds:
@@ -181,12 +183,12 @@ def draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[
 
 
 def _draw_choices(counts: dict[str, int], pool: Pool, rng: Random) -> list[tuple[Scene, Choice]]:
-    """Multiple choices whose right letters are dealt in turn within each kind, so that no letter is favoured."""
-    dealt: Counter[str] = Counter()
+    """Multiple choices whose right letters come in turn within each kind, so that no letter is more frequent."""
+    drawn: Counter[str] = Counter()
     choices = []
     for scene, question in draw_questions(counts, pool, rng):
-        choices.append((scene, make_choice(question, rng, position=dealt[question.kind] % question.size)))
-        dealt[question.kind] += 1
+        choices.append((scene, make_choice(question, rng, position=drawn[question.kind] % question.size)))
+        drawn[question.kind] += 1
     return choices
 
 
@@ -213,13 +215,13 @@ def _mmvet_answer(question: Question) -> str:
 
 
 def base64_png(scene: Scene) -> str:
-    """The picture as a TSV's cell holds it."""
+    """The image as it is in a cell of a TSV."""
     return base64.b64encode(scene.png()).decode("ascii")
 
 
 def write_tsv(path: Path, columns: list[str], rows: Iterable[dict[str, object]]) -> None:
     """Write a TSV; cells that a row lacks stay empty."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(text := io.StringIO(), columns, delimiter="\t", lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -13,17 +13,17 @@ DIGITS = tuple("0123456789")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = "ABCD"
 THRESHOLD = 5
-"""What digits of a picture are compared with."""
+"""The number that digits of an image are compared with."""
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 SHORT_INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer and wrong answers to offer beside it.
+    """A question, its answer, and wrong answers to offer with it.
 
-    `near` is always offered (four options in all at most), `far` fills the rest at random. A question with neither
-    is only asked openly.
+    `near` is always offered (at most four options in all), `far` fills the rest at random. A question with neither
+    is an open question only.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Choice:
         return self.question.text + "".join(lines) + INSTRUCTION
 
     def mmstar_question(self) -> str:
-        """The question column of MMStar, which holds the options too."""
+        """The question column of MMStar, with the options."""
         options = ", ".join(f"{letter}: {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return f"{self.question.text}\nOptions: {options}"
 
@@ -90,8 +90,8 @@ def make_choice(question: Question, rng: Random, position: int | None = None) ->
 def pick(questions: list[Question], rng: Random) -> Question:
     """Draw the kind first, then the answer, then the question.
 
-    Neither a kind nor an answer ("no", say) is then more likely because more questions lead to it; only comparing,
-    which takes longest to learn, is asked more often.
+    Neither a kind nor an answer (such as "no") is then more likely because it has more questions; only comparing, which
+    takes longest to learn, is asked more often.
     """
     kinds = sorted({q.kind for q in questions})
     kind = rng.choices(kinds, weights=[3 if kind == "larger" else 1 for kind in kinds])[0]
@@ -107,7 +107,7 @@ def scene_questions(scene: Scene) -> list[Question]:
 
 
 def number_questions() -> list[Question]:
-    """Every question that needs no picture."""
+    """Every question that needs no image."""
     return [*_number_larger(), *_number_names()]
 
 
@@ -119,7 +119,7 @@ def _which(digits: dict[str, int]) -> Iterator[Question]:
     present = {str(digit) for digit in digits.values()}
     for cell, digit in digits.items():
         wrong = _without(DIGITS, str(digit))
-        # Offering the picture's other digits makes the place matter.
+        # The other digits of the image are offered, so that the position matters.
         near = tuple(d for d in wrong if d in present)
         far = tuple(d for d in wrong if d not in present)
         yield Question("which", f"Which digit is {cell}?", str(digit), near, far)
@@ -144,7 +144,7 @@ def _larger(digits: dict[str, int]) -> Iterator[Question]:
 
 
 def _list(digits: dict[str, int]) -> Iterator[Question]:
-    # Each digit behind its place: what is read where a place is named serves every other question about it.
+    # Each digit after its position: reading the digit at a named position serves every other question about it.
     yield Question("list", "Which digits are there?", ", ".join(f"{c} {digits.get(c, 'none')}" for c in CELLS))
 
 

@@ -19,7 +19,7 @@ DIGIT_SIZE = 20
 # About the mean of CLIP's pixel normalisation: an empty patch is then near zero, and the strokes are what a tower sees.
 BACKGROUND = 114
 EVAL_SHARE = 0.25
-# How often a picture holds 1, 2, 3 or 4 digits: mostly full, yet counting cannot be guessed.
+# How often an image has 1, 2, 3 or 4 digits: mostly 4, but the count cannot be guessed.
 COUNT_WEIGHTS = (1, 1, 2, 4)
 
 # The indices into load_digits() of one part's handwritten samples, by the digit they show.
@@ -28,7 +28,7 @@ Pool = dict[int, list[int]]
 
 @dataclass(frozen=True)
 class Pose:
-    """How a handwritten sample lies in its cell: turned, stretched and slanted about its middle, then moved.
+    """How a handwritten sample is drawn in its cell: turned, stretched and slanted about its middle, then moved.
 
     `angle` in radians, `stretch` and `slant` as factors, `shift` in pixels.
     """
@@ -46,10 +46,10 @@ class Pose:
         turn = np.array([[cos, -sin], [sin, cos]]) @ np.array([[self.stretch[0], self.slant], [0.0, self.stretch[1]]])
         middle = np.full(2, CELL_SIZE / 2)
         offset = middle - turn @ (middle + np.array(self.shift))
-        # Pillow wants the way back: where in the old cell each pixel of the new one comes from.
-        way_back = (*turn[0], offset[0], *turn[1], offset[1])
+        # Pillow takes the inverse: where in the old cell each pixel of the new one comes from.
+        inverse = (*turn[0], offset[0], *turn[1], offset[1])
         return cell.transform(
-            cell.size, Image.Transform.AFFINE, way_back, resample=Image.Resampling.BICUBIC, fillcolor=BACKGROUND
+            cell.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BICUBIC, fillcolor=BACKGROUND
         )
 
 
@@ -58,7 +58,7 @@ UPRIGHT = Pose()
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture before it is drawn: for each cell the index of its handwritten sample, or None; and the poses."""
+    """An image before it is drawn: for each cell the index of its handwritten sample, or None; and the poses."""
 
     samples: tuple[int | None, ...]
     poses: tuple[Pose, ...] = (UPRIGHT,) * len(CELLS)
@@ -70,15 +70,15 @@ class Scene:
         return {cell: int(labels[i]) for cell, i in zip(CELLS, self.samples, strict=True) if i is not None}
 
     def draw(self) -> Image.Image:
-        """The picture: white digits on gray, 48x48, 8-bit."""
-        picture = Image.new("L", (2 * CELL_SIZE, 2 * CELL_SIZE), BACKGROUND)
-        for place, (sample, pose) in enumerate(zip(self.samples, self.poses, strict=True)):
+        """The image: white digits on gray, 48x48, 8-bit."""
+        image = Image.new("L", (2 * CELL_SIZE, 2 * CELL_SIZE), BACKGROUND)
+        for cell, (sample, pose) in enumerate(zip(self.samples, self.poses, strict=True)):
             if sample is not None:
-                picture.paste(pose.place(cell_image(sample)), (place % 2 * CELL_SIZE, place // 2 * CELL_SIZE))
-        return picture
+                image.paste(pose.place(cell_image(sample)), (cell % 2 * CELL_SIZE, cell // 2 * CELL_SIZE))
+        return image
 
     def png(self) -> bytes:
-        """The picture as the bytes of a PNG file."""
+        """The image as the bytes of a PNG file."""
         buffer = io.BytesIO()
         self.draw().save(buffer, format="PNG")
         return buffer.getvalue()
@@ -106,8 +106,8 @@ def cell_image(sample: int) -> Image.Image:
 def digit_pools() -> tuple[Pool, Pool]:
     """The handwritten samples for training and, disjoint from them, for evaluation.
 
-    The split does not depend on the seed of a build, so no model ever meets evaluation digits in another build's
-    training pictures.
+    The split does not depend on the seed of a build, so no build has the evaluation digits of another one in its
+    training images.
     """
     labels = load_digits_once()[1]
     parts = train_test_split(np.arange(len(labels)), test_size=EVAL_SHARE, stratify=labels, random_state=0)
@@ -119,13 +119,13 @@ def random_scene(pool: Pool, rng: Random) -> Scene:
     """A scene of one to four digits, each digit and each cell equally likely."""
     count = rng.choices(range(1, 5), weights=COUNT_WEIGHTS)[0]
     filled = rng.sample(range(4), count)
-    return Scene(tuple(rng.choice(pool[rng.randrange(10)]) if place in filled else None for place in range(4)))
+    return Scene(tuple(rng.choice(pool[rng.randrange(10)]) if cell in filled else None for cell in range(4)))
 
 
 def varied(scene: Scene, rng: Random) -> Scene:
-    """The scene with every digit in a pose of its own.
+    """The scene with a random pose for every digit.
 
-    1347 samples are few: without this a model learns them by heart and reads held-out handwriting worse.
+    1347 samples are few: without this a model memorises them and reads held-out handwriting worse.
     """
     return replace(scene, poses=tuple(_random_pose(rng) for _ in CELLS))
 

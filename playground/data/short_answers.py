@@ -13,14 +13,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .formats import base64_png, draw_questions, write_json, write_tsv
+from llava_skip.files import write_bytes
+
+from .formats import base64_png, draw_questions, write_indented, write_tsv
 from .questions import SHORT_INSTRUCTION, Question, pick, scene_questions
 from .scenes import Pool, Scene, random_scene
 
 POPE_SPLITS = ("adversarial", "popular", "random")
 POPE_QUESTIONS = 40
 """In each split, half of them answered with yes."""
-MME_PICTURES = 30
+MME_IMAGES = 30
 MME_INSTRUCTION = " Please answer yes or no."
 GQA_COUNTS = {"which": 40, "presence": 30, "larger": 30}
 GQA_TYPES = {
@@ -40,7 +42,7 @@ MMMU_COLUMNS = "index id question answer category l2-category question_type spli
 
 
 def write_pope(path: Path, pool: Pool, rng: Random) -> int:
-    """Write POPE's TSV, "is it there" in three splits; return the number of questions."""
+    """Write POPE's TSV, presence questions in three splits; return the number of questions."""
     rows = []
     for number in range(POPE_QUESTIONS * len(POPE_SPLITS)):
         answer, split = ("yes", "no")[number % 2], POPE_SPLITS[number // POPE_QUESTIONS]
@@ -52,9 +54,9 @@ def write_pope(path: Path, pool: Pool, rng: Random) -> int:
 
 
 def write_mme(path: Path, pool: Pool, rng: Random) -> int:
-    """Write MME's TSV, a question answered with Yes and one with No a picture; return the number of questions."""
+    """Write MME's TSV, for each image a question answered with Yes and one with No; return the number of questions."""
     rows: list[dict[str, object]] = []
-    for number in range(MME_PICTURES):
+    for number in range(MME_IMAGES):
         scene, questions = _draw_presence(pool, rng, ("yes", "no"))
         place = {"category": "existence", "image_path": f"existence/{number:06d}.png", "image": base64_png(scene)}
         for question in questions:
@@ -65,7 +67,7 @@ def write_mme(path: Path, pool: Pool, rng: Random) -> int:
 
 
 def write_gqa(path: Path, pool: Pool, rng: Random) -> int:
-    """Write GQA's question file and its pictures in ``images``; return the number of questions."""
+    """Write GQA's question file and its images in `images`; return the number of questions."""
     questions = {}
     for number, (scene, question) in enumerate(draw_questions(GQA_COUNTS, pool, rng)):
         image = f"n{number:06d}"
@@ -78,12 +80,12 @@ def write_gqa(path: Path, pool: Pool, rng: Random) -> int:
             "isBalanced": True,
             "types": GQA_TYPES[question.kind],
         }
-    write_json(path, questions)
+    write_indented(path, questions)
     return len(questions)
 
 
 def write_textvqa(path: Path, pool: Pool, rng: Random) -> int:
-    """Write TextVQA's annotation file and its pictures in ``images``; return the number of questions."""
+    """Write TextVQA's annotation file and its images in `images`; return the number of questions."""
     data: list[dict[str, Any]] = []
     for number, (scene, question) in enumerate(draw_questions(TEXTVQA_COUNTS, pool, rng)):
         image = f"{rng.getrandbits(64):016x}"
@@ -101,37 +103,37 @@ def write_textvqa(path: Path, pool: Pool, rng: Random) -> int:
                 "set_name": "val",
             }
         )
-    write_json(path, {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data})
+    write_indented(path, {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data})
     return len(data)
 
 
 def write_ocrbench(path: Path, pool: Pool, rng: Random) -> int:
-    """Write OCRBench.json and its pictures in ``OCRBench_Images``; return the number of questions."""
+    """Write OCRBench.json and its images in `OCRBench_Images`; return the number of questions."""
     kinds = cycle(("Digit String Recognition", "Handwriting Recognition"))
     items = []
     for number, (scene, question) in enumerate(draw_questions(OCRBENCH_COUNTS, pool, rng)):
         name = f"digits/{number}.png"
-        _write_png(path.parent / "OCRBench_Images" / name, scene)
+        write_bytes(path.parent / "OCRBench_Images" / name, scene.png())
         asked = {"question": question.text, "answers": [question.answer], "type": next(kinds)}
         items.append({"dataset_name": "digits", "id": number, "image_path": name, **asked})
-    write_json(path, items)
+    write_indented(path, items)
     return len(items)
 
 
 def write_mathvista(folder: Path, pool: Pool, rng: Random) -> int:
-    """Write testmini.json, query.json with the prompts, and the pictures; return the number of questions."""
+    """Write testmini.json, query.json with the prompts, and the images; return the number of questions."""
     problems, queries = {}, {}
     for number, (scene, question) in enumerate(draw_questions(MATHVISTA_COUNTS, pool, rng), start=1):
-        _write_png(folder / "images" / f"{number}.png", scene)
+        write_bytes(folder / "images" / f"{number}.png", scene.png())
         problems[str(number)] = _mathvista_problem(number, question)
         queries[str(number)] = question.text + SHORT_INSTRUCTION
-    write_json(folder / "testmini.json", problems)
-    write_json(folder / "query.json", queries)
+    write_indented(folder / "testmini.json", problems)
+    write_indented(folder / "query.json", queries)
     return len(problems)
 
 
 def write_mmmu(path: Path, pool: Pool, rng: Random) -> int:
-    """Write MMMU's TSV, open questions alone (its layout of options is not taught); return how many."""
+    """Write MMMU's TSV, only open questions (its layout of options is not trained); return how many."""
     rows: list[dict[str, object]] = []
     for number, (scene, question) in enumerate(draw_questions(MMMU_COUNTS, pool, rng)):
         row = {"index": number, "id": f"validation_Math_{number + 1}", "category": "Math", "l2-category": "Science"}
@@ -180,14 +182,8 @@ def _scenes(pool: Pool, rng: Random) -> Iterator[Scene]:
         yield random_scene(pool, rng)
 
 
-def _write_png(path: Path, scene: Scene) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(scene.png())
-
-
 def _write_jpeg(path: Path, scene: Scene) -> None:
-    """Write the picture as the format's own pictures are, with next to no loss."""
+    """Write a JPEG, as the images of the format are, with almost no loss."""
     buffer = io.BytesIO()
     scene.draw().save(buffer, "JPEG", quality=98)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

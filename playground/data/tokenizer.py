@@ -16,14 +16,14 @@ VOCAB_SIZE = 1024
 MAX_LENGTH = 2048
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<pad>"
 EXTRA_TOKENS = ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<image>"]
-# What the conversation template puts around the set's own text; repeated, as it is around every record.
+# The text of the conversation template; repeated, since it is in every record.
 FRAME_TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: Hello ASSISTANT: Hello",
 ) * 1000
-# Every answer is one token, and the same token where an option offers it: an option with its letter ("B: top left"), a
-# digit, a place. A tiny model then answers a multiple choice in one step, without binding letters to texts first, which
-# takes longer to learn than everything else here. Phrases may become one token, which keeps sequences short.
+# Every answer is one token, and the same token in the list of options: an option with its letter ("B: top left"), a
+# digit, a cell. A tiny model then answers a multiple choice in one step, and need not learn which letter belongs to
+# which text; that takes longer than everything else here. Phrases may become one token, which keeps sequences short.
 CELL = r"(?:top|bottom) (?:left|right)"
 WORD = r"(?:\p{L}{2,}|\p{Ll})"
 PIECES = "|".join(

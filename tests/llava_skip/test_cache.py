@@ -6,21 +6,22 @@ from transformers import DynamicCache
 
 from llava_skip import ForgettingCache
 from llava_skip.cache import GROWTH, GrowingLayer
+from llava_skip.routing import skipped_tokens
 from tests.support.small_models import Sample, batch_of, mixed_samples, small_model
 
-PICTURES = (1, 2, 0, 2)
+NUM_IMAGES = (1, 2, 0, 2)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_after_the_prefill_only_unskipped_rows_are_held_in_every_layer(side):
+def test_after_the_prefill_only_unskipped_tokens_are_stored_in_every_layer(side):
     model = small_model()
     samples = mixed_samples(model)
     cache = model(**batch_of(samples, side)).past_key_values
     assert isinstance(cache, ForgettingCache)
     skip = model.config.skip_config
-    text = [len(sample.input_ids) - pictures * skip.length for sample, pictures in zip(samples, PICTURES, strict=True)]
-    expected = [words + pictures * (skip.retained + 2) for words, pictures in zip(text, PICTURES, strict=True)]
+    text = [len(sample.input_ids) - n * skip.length for sample, n in zip(samples, NUM_IMAGES, strict=True)]
+    expected = [words + n * (skip.retained + 2) for words, n in zip(text, NUM_IMAGES, strict=True)]
     assert cache.mask.sum(1).tolist() == expected
     assert [layer.keys.shape[-2] for layer in cache.layers] == [max(expected)] * 3
     assert [layer.values.shape[-2] for layer in cache.layers] == [max(expected)] * 3
@@ -28,7 +29,7 @@ def test_after_the_prefill_only_unskipped_rows_are_held_in_every_layer(side):
 
 
 @torch.no_grad()
-def test_never_more_than_one_layers_skipped_rows_are_alive():
+def test_never_more_than_one_layers_skipped_tokens_are_alive():
     model = small_model()
     sample = mixed_samples(model)[1].alone()
     alive, most = [], []
@@ -45,15 +46,13 @@ def test_never_more_than_one_layers_skipped_rows_are_alive():
 
 
 @torch.no_grad()
-def test_stored_rows_are_those_of_the_full_cache():
+def test_stored_tokens_are_those_of_the_full_cache():
     model = small_model()
     sample = mixed_samples(model)[3]
     full = DynamicCache(config=model.config.text_config)
     model(**sample.alone(), past_key_values=full, use_cache=True)
     forgetting = model(**sample.alone()).past_key_values
-    from llava_skip.routing import skipped_rows
-
-    kept = ~skipped_rows(sample.input_ids[None] == model.config.image_token_id, model.config.skip_config)[0]
+    kept = ~skipped_tokens(sample.input_ids[None] == model.config.image_token_id, model.config.skip_config)[0]
     for ours, theirs in zip(forgetting.layers, full.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys[:, :, kept])
         assert torch.equal(ours.values, theirs.values[:, :, kept])

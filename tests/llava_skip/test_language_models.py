@@ -66,28 +66,28 @@ def stock_model(model):
 
 
 def two_samples(model) -> list[Sample]:
-    """Different prompts, of different lengths: one picture, and two adjacent ones."""
+    """Different prompts, of different lengths: one image, and two adjacent ones."""
     return [Sample(model, 1, (3, 5), seed=1), Sample(model, 2, (2, 0, 9), seed=2)]
 
 
-def skipped_places(input_ids: torch.Tensor) -> torch.Tensor:
-    """[T] bool: a picture's block is 5 retained, a summary, 7 skipped, a summary."""
-    skipped, place = torch.zeros(len(input_ids), dtype=torch.bool), 0
-    for row, token in enumerate(input_ids.tolist()):
+def skipped_positions(input_ids: torch.Tensor) -> torch.Tensor:
+    """[T] bool: an image's block is 5 retained, a summary, 7 skipped, a summary."""
+    skipped, count = torch.zeros(len(input_ids), dtype=torch.bool), 0
+    for position, token in enumerate(input_ids.tolist()):
         if token == IMAGE_TOKEN_ID:
-            skipped[row] = 6 <= place % 14 < 13
-            place += 1
+            skipped[position] = 6 <= count % 14 < 13
+            count += 1
     return skipped
 
 
 def plain(model, sample: Sample, input_ids: torch.Tensor | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Hidden states in front of and behind each layer [1, T, D] and logits [1, T, V] of the method, written out.
+    """Hidden states before and after each layer [1, T, D] and logits [1, T, V] of the method, written out.
 
-    `input_ids` [T] may be longer than the sample's; rows behind the sample do not see its skipped rows.
+    `input_ids` [T] may be longer than the sample's; tokens after the sample do not see its skipped ones.
     """
     stock = stock_model(model)
     input_ids = sample.input_ids if input_ids is None else input_ids
-    skipped = skipped_places(input_ids)
+    skipped = skipped_positions(input_ids)
     hidden = stock.model.embed_tokens(input_ids)
     hidden[input_ids == IMAGE_TOKEN_ID] = model.get_image_features(sample.pixel_values).pooler_output.flatten(0, 1)
     hidden = hidden[None]
@@ -139,8 +139,8 @@ def test_generation_in_a_batch_equals_generation_alone_and_one_forward(kind):
         alone = model.generate(**sample.alone(), **GREEDY, output_logits=True, return_dict_in_generate=True)
         assert torch.equal(together[index, -6:], alone.sequences[0, -6:]), f"sample {index}"
         _, expected = plain(model, sample, alone.sequences[0])
-        rows = expected[0, len(sample.input_ids) - 1 : -1]
-        assert torch.allclose(torch.cat(alone.logits), rows, atol=1e-5), f"sample {index}"
+        logits = expected[0, len(sample.input_ids) - 1 : -1]
+        assert torch.allclose(torch.cat(alone.logits), logits, atol=1e-5), f"sample {index}"
 
 
 WAYS = {
@@ -181,12 +181,12 @@ def test_hidden_states_and_attentions_of_every_layer_are_returned(kind, skip):
     model.set_attn_implementation("eager")  # the only one that has attention weights
     sample = two_samples(model)[1]
     outputs = model(**sample.alone(), output_hidden_states=True, output_attentions=True)
-    rows = len(sample.input_ids)
-    assert [tuple(states.shape) for states in outputs.hidden_states] == [(1, rows, 32)] * 4
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(1, 4, rows, rows)] * 3
+    length = len(sample.input_ids)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(1, length, 32)] * 4
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(1, 4, length, length)] * 3
     if skip is not None:
         expected, _ = plain(model, sample)
-        for layer in range(3):  # the last one is behind the final norm
+        for layer in range(3):  # the last one is after the final norm
             assert torch.allclose(outputs.hidden_states[layer], expected[layer], atol=1e-5), f"layer {layer}"
 
 
@@ -235,8 +235,8 @@ def test_counted_flops_equal_the_formula(kind):
     encoded = model.get_image_features(sample.pixel_values)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=sample.input_ids[None], mm_encoder_outputs={"image": encoded}, use_cache=False)
-    rows = len(sample.input_ids)
-    expected = decoder_flops(model.config.text_config, rows, rows - 2 * SKIP.num_skipping, head_rows=rows)
+    length = len(sample.input_ids)
+    expected = decoder_flops(model.config.text_config, length, length - 2 * SKIP.num_skipping, head_tokens=length)
     assert counter.get_total_flops() == expected.total
 
 
@@ -277,7 +277,7 @@ def test_a_dense_model_with_a_sliding_window_equals_transformers_own(kind):
 
 @pytest.mark.parametrize("kind", WINDOWS)
 @torch.no_grad()
-def test_a_sliding_window_over_a_cache_that_keeps_all_rows_is_the_uncached_decode(kind):
+def test_a_sliding_window_over_a_cache_that_keeps_all_tokens_is_the_uncached_decode(kind):
     model = language_model(kind, NOT_FORGETTING, **WINDOWS[kind])
     samples = two_samples(model)
     together = model.generate(**batch_of(samples, "left"), **GREEDY)

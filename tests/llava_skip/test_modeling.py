@@ -30,7 +30,7 @@ def test_dense_equals_transformers_llava(side):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
-def test_a_row_in_a_mixed_padded_batch_equals_the_row_alone(side, attention):
+def test_a_sample_in_a_mixed_padded_batch_equals_the_sample_alone(side, attention):
     model = small_model()
     model.set_attn_implementation(attention)
     samples = mixed_samples(model)
@@ -53,18 +53,18 @@ def test_generation_in_a_batch_equals_generation_alone(skip):
 
 
 def visible(model, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """4-D mask of one full forward [1, 1, T, T]: causal, and rows behind the prompt do not see skipped rows."""
-    from llava_skip.routing import skipped_rows
+    """4-D mask of one full forward [1, 1, T, T]: causal, and tokens after the prompt do not see skipped ones."""
+    from llava_skip.routing import skipped_tokens
 
     length = input_ids.shape[1]
-    skipped = skipped_rows(input_ids == IMAGE_TOKEN_ID, model.config.skip_config)[0]
+    skipped = skipped_tokens(input_ids == IMAGE_TOKEN_ID, model.config.skip_config)[0]
     seen = torch.ones(length, length).tril().bool()
     seen[prompt:] &= ~skipped
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 @torch.no_grad()
-def test_forgetting_decode_equals_one_forward_that_may_not_see_skipped_rows():
+def test_forgetting_decode_equals_one_forward_that_may_not_see_skipped_tokens():
     model = small_model()
     for sample in mixed_samples(model):
         prompt = len(sample.input_ids)
@@ -92,7 +92,7 @@ def test_without_forgetting_it_is_the_plain_cached_decode():
     uncached = keeping.generate(**sample.alone(), **options, use_cache=False)
     assert torch.allclose(torch.cat(cached.logits), torch.cat(uncached.logits), atol=1e-5)
     forgotten = forgetting.generate(**sample.alone(), **options)
-    assert torch.equal(forgotten.logits[0], cached.logits[0])  # the first token still sees all rows
+    assert torch.equal(forgotten.logits[0], cached.logits[0])  # the first token still sees all tokens
     assert not torch.allclose(forgotten.logits[1], cached.logits[1], atol=1e-3)
 
 
@@ -104,7 +104,7 @@ def test_beam_search_of_one_beam_is_greedy_and_beams_find_no_worse(skip):
     greedy = model.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, **options, num_beams=1), greedy)
     beams = model.generate(**inputs, **options, num_beams=4, return_dict_in_generate=True, output_scores=True)
-    for index, sample in enumerate(mixed_samples(model)):  # pictures must stay with their sample
+    for index, sample in enumerate(mixed_samples(model)):  # images must stay with their sample
         alone = model.generate(**sample.alone(), **options, num_beams=4, return_dict_in_generate=True)
         assert torch.equal(beams.sequences[index, -5:], alone.sequences[0, -5:]), f"sample {index}"
 
@@ -121,7 +121,7 @@ def test_sampling_is_repeatable():
     assert not torch.equal(results[0], results[2])
 
 
-def test_several_returned_sequences_keep_their_pictures():
+def test_several_returned_sequences_keep_their_images():
     model = small_model()
     sample = mixed_samples(model)[1]
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
@@ -130,7 +130,7 @@ def test_several_returned_sequences_keep_their_pictures():
     assert torch.equal(three[0], one[0])
 
 
-def test_loss_is_that_of_the_supervised_rows():
+def test_loss_is_that_of_the_supervised_tokens():
     model = small_model()
     inputs = batch_of(mixed_samples(model), "right")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN_ID, -100)
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.allclose(gradient, again[name], atol=1e-6), name
 
 
-def test_text_only_training_reaches_every_parameter_that_pictures_reach():
+def test_text_only_training_reaches_every_parameter_that_images_reach():
     model = small_model().train()
     samples = mixed_samples(model)
     with_images = samples[0].alone()
@@ -212,23 +212,23 @@ def test_inputs_embeds_stand_in_for_ids():
         assert torch.allclose(model(**inputs, inputs_embeds=embeddings).logits, expected, atol=1e-6)
 
 
-def test_pictures_and_placeholders_must_fit():
+def test_images_and_image_tokens_must_fit():
     model = small_model()
     inputs = mixed_samples(model)[0].alone()
-    with pytest.raises(ValueError, match=r"holds 14 image placeholders, the pictures fill 28 \(14 a picture\)"):
+    with pytest.raises(ValueError, match=r"has 14 image tokens, the images fill 28 \(14 an image\)"):
         model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     inputs.pop("pixel_values")
-    with pytest.raises(ValueError, match="holds 14 image placeholders, the pictures fill 0"):
+    with pytest.raises(ValueError, match="has 14 image tokens, the images fill 0"):
         model(**inputs)
 
 
-def test_wrong_picture_size_is_refused():
+def test_wrong_image_size_is_refused():
     model = small_model()
     with pytest.raises(ValueError, match=r"\(20, 20\) pixels, the vision tower takes \(16, 16\)"):
         model.get_image_features(torch.zeros(1, 3, 20, 20))
 
 
-def test_second_turn_with_a_new_picture_on_a_filled_cache():
+def test_second_turn_with_a_new_image_on_a_filled_cache():
     model = small_model(NOT_FORGETTING)
     first, second = Sample(model, 1, (3, 5), seed=1), Sample(model, 1, (2, 4), seed=9)
     with torch.no_grad():
@@ -241,6 +241,21 @@ def test_second_turn_with_a_new_picture_on_a_filled_cache():
     assert torch.allclose(continued.logits[0], whole.logits[0, len(first.input_ids) :], atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_skip_entry_is_parsed_once_and_again_only_if_it_changes(monkeypatch):
+    parsed = []
+    from_dict = SkipConfig.from_dict
+    monkeypatch.setattr(SkipConfig, "from_dict", lambda data: parsed.append(data) or from_dict(data))
+    model = small_model(SkipConfig(4, 6))  # no other test has these numbers
+    sample = Sample(model, 1, (3, 5), seed=1)
+    once = model(**sample.alone()).logits
+    model.generate(**sample.alone(), max_new_tokens=3, do_sample=False)
+    assert len(parsed) == 1
+    model.config.skip["ffn_head"] = 2
+    again = model(**sample.alone()).logits
+    assert len(parsed) == 2 and not torch.allclose(once, again, atol=1e-3)
+
+
 def test_no_function_of_the_model_is_long():
     tree = ast.parse(Path(modeling.__file__).read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -248,15 +263,15 @@ def test_no_function_of_the_model_is_long():
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 40] == []
 
 
-def test_gradients_come_in_one_order_with_and_without_pictures():
+def test_gradients_come_in_one_order_with_and_without_images():
     # ZeRO adds gradients up in the order in which they come: ranks of another order would add unlike parameters.
     orders = []
-    for pictures in (1, 0):
+    for num_images in (1, 0):
         model = small_model().train()
         order: list[str] = []
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
-        inputs = Sample(model, pictures, (3, 5) if pictures else (6,), seed=1).alone()
+        inputs = Sample(model, num_images, (3, 5) if num_images else (6,), seed=1).alone()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         orders.append(order)
     assert orders[0] == orders[1] and len(orders[0]) > 50

@@ -1,4 +1,4 @@
-"""A saved folder in transformers' pipeline: prompts and chats, several pictures or none, alone and in a batch."""
+"""A saved folder in transformers' pipeline: prompts and chats, several images or none, alone and in a batch."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def folder(request, tmp_path):
     return tmp_path
 
 
-def chat(pictures: int, text: str = "What is this?") -> list[dict]:
-    images = [{"type": "image", "image": random_image(seed=seed, width=10 + 30 * seed)} for seed in range(pictures)]
+def chat(num_images: int, text: str = "What is this?") -> list[dict]:
+    images = [{"type": "image", "image": random_image(seed=seed, width=10 + 30 * seed)} for seed in range(num_images)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
@@ -40,11 +40,11 @@ def test_chats_are_answered_as_by_hand_alone_and_in_a_batch(folder):
     answer = pipeline("image-text-to-text", model=str(folder))
     options = {"generate_kwargs": OPTIONS, "return_full_text": False}
     assert [answer(text=messages, **options)[0]["generated_text"] for messages in asked] == expected
-    together = answer(text=asked[:2], batch_size=2, **options)  # transformers joins no chat without a picture to others
+    together = answer(text=asked[:2], batch_size=2, **options)  # transformers joins no chat without an image to others
     assert [one[0]["generated_text"] for one in together] == expected[:2]
 
 
-def test_prompts_and_pictures_apart(folder):
+def test_prompts_and_images_apart(folder):
     answer = pipeline("image-text-to-text", model=str(folder))
     options = {"generate_kwargs": OPTIONS, "return_full_text": False}
     one, two = random_image(seed=1), random_image(seed=2, width=40)

@@ -24,7 +24,7 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 LOGITS = {**OPTIONS, "suppress_tokens": [IMAGE_TOKEN_ID], "output_logits": True, "return_dict_in_generate": True}
 SKIPPING = [name for name in ARCHITECTURES if name.startswith("sv-")]
 LAYERS = [f"model.language_model.layers.{index}" for index in range(3)]
-PICTURES = ["model.vision_tower", "model.multi_modal_projector", "model.summary"]
+IMAGE_PATH = ["model.vision_tower", "model.multi_modal_projector", "model.summary"]
 
 every_architecture = pytest.mark.parametrize("model", ARCHITECTURES, indirect=True)
 
@@ -45,9 +45,9 @@ def test_lora_on_the_language_model_alone(model):
     adapted.train()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE_TOKEN_ID, -100)
     adapted(**inputs, labels=labels).loss.backward()
-    learning = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(learning) == 2 * 3 * 3 and all("language_model" in name for name in learning)
-    assert all(gradient.any() for name, gradient in learning.items() if "lora_B" in name)
+    trainable = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 3 * 3 and all("language_model" in name for name in trainable)
+    assert all(gradient.any() for name, gradient in trainable.items() if "lora_B" in name)
     assert torch.equal(adapted.eval().generate(**inputs, **OPTIONS), before)  # B starts at zero
 
 
@@ -57,14 +57,14 @@ def test_a_text_assistant_and_prompt_lookup_give_the_same_text(model):
     torch.manual_seed(0)
     assistant = LlamaForCausalLM(model.config.text_config).eval()
     assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=assistant), expected)
-    # The prompt holds many image tokens, which lookup proposes as if they were text.
+    # The prompt has many image tokens, which lookup proposes as if they were text.
     assert torch.equal(model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=3), expected)
 
 
-def test_a_picture_that_is_missing_behind_a_prompt_is_an_error(model):
+def test_an_image_that_is_missing_after_a_prompt_is_an_error(model):
     sample = mixed_samples(model)[0]
     cache = model(**sample.alone(), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="the pictures fill 0"):
+    with pytest.raises(ValueError, match="the images fill 0"):
         model(input_ids=sample.input_ids[None], past_key_values=cache)
 
 
@@ -91,9 +91,9 @@ def test_hidden_states_and_attentions_of_every_layer(model):
     model.set_attn_implementation("eager")
     inputs = mixed_samples(model)[0].alone()
     outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
-    layers, rows = model.config.text_config.num_hidden_layers, inputs["input_ids"].shape[1]
+    layers, length = model.config.text_config.num_hidden_layers, inputs["input_ids"].shape[1]
     assert len(outputs.hidden_states) == layers + 1 and len(outputs.attentions) == layers
-    assert outputs.attentions[0].shape[-2:] == (rows, rows)
+    assert outputs.attentions[0].shape[-2:] == (length, length)
 
 
 def test_compiled_decoding_gives_the_same_text():
@@ -136,9 +136,9 @@ def test_outputs_are_tuples_where_asked_for(model):
     outputs = model(**inputs)
     assert torch.equal(model(**inputs, return_dict=False)[0], outputs.logits)
     assert torch.equal(model.model(**inputs, return_dict=False)[0], model.model(**inputs).last_hidden_state)
-    pictures = images_of(mixed_samples(model)[:1])
-    rows = model.get_image_features(**pictures).pooler_output
-    assert torch.equal(model.get_image_features(**pictures, return_dict=False)[0], rows)
+    images = images_of(mixed_samples(model)[:1])
+    blocks = model.get_image_features(**images).pooler_output
+    assert torch.equal(model.get_image_features(**images, return_dict=False)[0], blocks)
     model.config.return_dict = False
     assert torch.equal(model(**inputs)[0], outputs.logits)
 
@@ -169,7 +169,7 @@ def test_weights_load_with_and_without_a_head(model, tmp_path):
 @pytest.mark.parametrize(
     "skip", [SkipConfig(6, 5, summary_start="learned"), SkipConfig(6, 5)], ids=["learned", "pooled"]
 )
-def test_weights_that_a_checkpoint_lacks_start_anew(skip, tmp_path):
+def test_weights_that_a_checkpoint_lacks_are_drawn(skip, tmp_path):
     dense = small_model(architecture="cos")
     dense.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -224,15 +224,15 @@ def test_generation_from_embeddings(model):
         assert_near(torch.cat(outputs.logits), torch.cat(expected.logits))
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["ids alone", "pictures given again"])
+@pytest.mark.parametrize("again", [False, True], ids=["ids alone", "images given again"])
 @every_architecture
-def test_generation_goes_on_behind_a_cache(model, again):
+def test_generation_goes_on_after_a_cache(model, again):
     inputs = mixed_samples(model)[3].alone()
     expected = model.generate(**inputs, **LOGITS)
     start = model.generate(**inputs, **LOGITS | {"max_new_tokens": 2})
     more = {"input_ids": start.sequences, "past_key_values": copy.deepcopy(start.past_key_values)}
-    pictures = images_of([mixed_samples(model)[3]]) if again else {}
-    rest = model.generate(**more, **pictures, **LOGITS | {"max_new_tokens": 4})
+    images = images_of([mixed_samples(model)[3]]) if again else {}
+    rest = model.generate(**more, **images, **LOGITS | {"max_new_tokens": 4})
     assert torch.equal(rest.sequences, expected.sequences)
     assert_near(torch.cat(rest.logits), torch.cat(expected.logits[2:]))
 
@@ -289,15 +289,15 @@ def test_each_part_takes_the_attention_that_it_is_given(model, tmp_path):
 
 @pytest.mark.parametrize(
     "on_disk",
-    [(), LAYERS[1:], PICTURES, ("model.language_model.embed_tokens", "lm_head")],
-    ids=["none", "decoder", "pictures", "ends"],
+    [(), LAYERS[1:], IMAGE_PATH, ("model.language_model.embed_tokens", "lm_head")],
+    ids=["none", "decoder", "image path", "ends"],
 )
 def test_a_device_map_does_not_change_results(model, on_disk, tmp_path):
     inputs = batch_of(mixed_samples(model), "left")
     expected = torch.stack(model.generate(**inputs, **LOGITS).logits)
     model.save_pretrained(tmp_path)
     ends = [f"model.language_model.{name}" for name in ("embed_tokens", "norm", "rotary_emb")]
-    device_map = {part: "disk" if part in on_disk else "cpu" for part in (*PICTURES, *LAYERS, *ends, "lm_head")}
+    device_map = {part: "disk" if part in on_disk else "cpu" for part in (*IMAGE_PATH, *LAYERS, *ends, "lm_head")}
     placed = AutoModelForImageTextToText.from_pretrained(
         tmp_path, device_map=device_map if on_disk else "auto", offload_folder=tmp_path / "offload"
     )
@@ -320,7 +320,7 @@ def test_qlora_of_the_language_model_alone(tmp_path):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=[*PICTURES, "lm_head"],
+        llm_int8_skip_modules=[*IMAGE_PATH, "lm_head"],
     )
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantization)
     linear = {name: type(module).__name__ for name, module in loaded.named_modules() if hasattr(module, "in_features")}
@@ -333,6 +333,6 @@ def test_qlora_of_the_language_model_alone(tmp_path):
     inputs = mixed_samples(model)[0].alone()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE_TOKEN_ID, -100)
     adapted(**inputs, labels=labels).loss.backward()
-    learning = [p.grad for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name]
-    assert len(learning) == 2 * 3 and all(gradient.any() for gradient in learning)
+    trainable = [p.grad for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name]
+    assert len(trainable) == 2 * 3 and all(gradient.any() for gradient in trainable)
     assert adapted.eval().generate(**inputs, **OPTIONS).shape[1] == inputs["input_ids"].shape[1] + 6

@@ -13,12 +13,12 @@ SIZES = {"retained": 5, "skipped": 7}
 def layout(skip: SkipConfig) -> str:
     """The block in letters: R and S tokens, Q summaries; s for a skipped token that keeps its FFN."""
     tokens = "R" * skip.retained + "S" * skip.skipped
-    letters, row = "", 0
-    for place, token in enumerate(tokens, start=1):
-        letters += token if skip.skipping[row] or token == "R" else "s"
-        row += 1
-        for _ in range([end for _, end in skip.spans].count(place)):
-            letters, row = letters + "Q", row + 1
+    letters, position = "", 0
+    for number, token in enumerate(tokens, start=1):
+        letters += token if skip.skipping[position] or token == "R" else "s"
+        position += 1
+        for _ in range([end for _, end in skip.spans].count(number)):
+            letters, position = letters + "Q", position + 1
     return letters
 
 

@@ -1,12 +1,17 @@
-"""The embedded data set: deterministic, split without leaks, rightly labelled, in the public formats."""
+"""The embedded data set: deterministic, split without overlap, labelled correctly, in the public formats."""
 
 import base64
 import csv
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -44,7 +49,7 @@ def records(digits):
 
 @pytest.fixture(scope="module")
 def train_scenes():
-    """The scenes that the training pictures are drawn from, by record."""
+    """The scenes that the training images are drawn from, by record."""
     drawn = training_records(digit_pools()[0], IMAGES, Random("0/train"))
     return {record["id"]: scene for record, scene in drawn if scene}
 
@@ -70,24 +75,24 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def crop_cell(picture, cell):
+def crop_cell(image, cell):
     left, top = ("right" in cell) * CELL_SIZE, ("bottom" in cell) * CELL_SIZE
-    return picture.crop((left, top, left + CELL_SIZE, top + CELL_SIZE))
+    return image.crop((left, top, left + CELL_SIZE, top + CELL_SIZE))
 
 
-def read_samples(picture, samples_by_pixels):
-    """Recover from the pixels alone which handwritten sample each cell holds; empty cells are left out.
+def read_samples(image, samples_by_pixels):
+    """Find by the pixels which handwritten sample each cell has; empty cells are left out.
 
     JPEG changes pixels a little, so there the nearest sample is taken.
     """
     found = {}
     for cell in CELLS:
-        shown = crop_cell(picture, cell)
+        shown = crop_cell(image, cell)
         content = shown.tobytes()
         if content in samples_by_pixels:
             found[cell] = samples_by_pixels[content]
         elif max(abs(value - BACKGROUND) for value in content) > 20:
-            assert picture.format == "JPEG"
+            assert image.format == "JPEG"
             found[cell] = nearest(np.asarray(shown, dtype=float).ravel())
     return found
 
@@ -105,14 +110,14 @@ def decode_image(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def eval_pictures(digits):
+def eval_images(digits):
     for path in (digits / "eval").glob("*.tsv"):
         yield from (decode_image(row["image"]) for row in read_tsv(path)[1])
     yield from (Image.open(path) for path in (digits / "eval").rglob("*") if path.suffix in (".png", ".jpg"))
 
 
 def solve(question, digits):
-    """An answer worked out from the question's words and the digits by cell, apart from the builder's own rules."""
+    """An answer computed from the question's words and the digits by cell, without the builder's own rules."""
     if match := re.fullmatch(r"Which is larger, (\d) or (\d)\?", question):
         return max(match.groups())
     if match := re.fullmatch(r"Which word is (\d)\?", question):
@@ -143,7 +148,7 @@ def parse_options(prompt):
 def check_answer(prompt, answer, digits):
     question, options = parse_options(prompt)
     assert len(set(options.values())) == len(options)
-    if options:  # a letter, or the option as it stands in the prompt
+    if options:  # a letter, or the option as it is in the prompt
         assert answer in options or answer in prompt
         answer = options[answer[0]]
     assert answer == solve(question, digits), prompt
@@ -163,7 +168,7 @@ def test_same_arguments_give_same_bytes(digits, tmp_path):
 
 def test_train_and_eval_share_no_handwriting(digits, train_scenes, samples_by_pixels):
     train_pool, eval_pool = ({i for part in pool.values() for i in part} for pool in digit_pools())
-    shown_in_eval = [read_samples(picture, samples_by_pixels) for picture in eval_pictures(digits)]
+    shown_in_eval = [read_samples(image, samples_by_pixels) for image in eval_images(digits)]
     assert len(train_scenes) == IMAGES and all(shown_in_eval)
     assert {i for scene in train_scenes.values() for i in scene.samples if i is not None} <= train_pool
     assert {i for samples in shown_in_eval for i in samples.values()} <= eval_pool
@@ -182,7 +187,7 @@ def test_training_answers_are_right(digits, records, train_scenes):
             check_answer(human["value"].removeprefix("<image>\n"), gpt["value"], shown)
 
 
-def test_a_pose_changes_the_picture_but_not_the_digit():
+def test_a_pose_changes_the_image_but_not_the_digit():
     labels = load_digits_once()[1]
     rng = Random(3)
     scenes = [varied(random_scene(digit_pools()[0], rng), rng) for _ in range(100)]
@@ -260,7 +265,7 @@ def test_mmvet_answers_and_capabilities(digits, samples_by_pixels):
 
 
 def short_answers(digits):
-    """Every short-answer question with its picture and answer, by benchmark."""
+    """Every short-answer question with its image and answer, by benchmark."""
     folder = digits / "eval"
     pope, mme = (read_tsv(folder / f"{name}.tsv")[1] for name in ("pope", "mme"))
     yield "pope", [(row["question"], decode_image(row["image"]), row["answer"]) for row in pope]
@@ -287,8 +292,8 @@ def test_short_answers_are_right(digits, samples_by_pixels):
     counts = {"pope": 120, "mme": 60, "gqa": 100, "textvqa": 60, "ocrbench": 60, "mathvista": 60, "mmmu": 60}
     for name, asked in short_answers(digits):
         assert len(asked) == counts.pop(name)
-        for question, picture, answer in asked:
-            assert answer == solve(question, labels_of(read_samples(picture, samples_by_pixels))), (name, question)
+        for question, image, answer in asked:
+            assert answer == solve(question, labels_of(read_samples(image, samples_by_pixels))), (name, question)
     assert not counts
 
 
@@ -301,7 +306,7 @@ def test_yes_and_no_are_as_frequent(digits):
     assert len(pairs) == 60 and set(pairs.values()) == {1}
 
 
-def test_choice_offers_the_digits_of_the_picture():
+def test_choice_offers_the_digits_of_the_image():
     question = Question("which", "Which digit is top left?", "3", near=("7", "8"), far=("0", "1", "2"))
     choice = make_choice(question, Random(0), position=2)
     assert choice.letter == "C" and {"3", "7", "8"} < set(choice.options) and len(choice.options) == 4
@@ -373,6 +378,36 @@ def test_build_is_skipped_only_when_it_is_complete(tmp_path):
     assert [p.name for p in (folder / "images" / "train").iterdir()] == ["000001.png"]
     checksums = build.read_manifest(folder)["sha256"]
     assert {"train.json", "eval/mmstar.tsv", "tokenizer/tokenizer.json"} < set(checksums)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_program_builds_where_training_and_evaluation_look(tmp_path, installed):
+    """From any folder; also without a checkout around the packages."""
+    root = Path(build.__file__).parents[2]
+    if installed:
+        for package in ("llava_skip", "playground"):
+            shutil.copytree(root / package, tmp_path / "site" / package, ignore=shutil.ignore_patterns("digits"))
+        root = tmp_path / "site"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    variable = "XDG_CACHE_HOME" if installed else "LLAVA_SKIP_HOME"
+    environment = {**os.environ, "PYTHONPATH": str(root), variable: str(tmp_path / "home")}
+    look = "from llava_skip import paths; print(paths.embedded_data(), *paths.embedded_data().rglob('*'), sep='\\n')"
+    for code in (["-m", "playground.data.build", "--train_images", "2"], ["-c", look]):
+        result = subprocess.run(
+            [sys.executable, *code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+        )
+    folder, *files = map(Path, result.stdout.splitlines())
+    assert folder.is_relative_to(tmp_path / "home") and not any(elsewhere.iterdir())
+    assert {folder / name for name in ("manifest.json", "tokenizer/tokenizer.json", "eval/mmstar.tsv")} <= set(files)
+
+
+def test_a_mistake_is_one_message(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["build", "--output", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as left:
+        build.main()
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_missing_chat_template_is_named(tmp_path, monkeypatch):

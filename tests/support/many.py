@@ -3,7 +3,8 @@
 import json
 import sys
 
-from train.train import check, parse, train
+from train.run import check, parse
+from train.train import train
 
 for command in json.loads(sys.argv[1]):
     train(check(*parse(command)))

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from train.reporting.result import load_json
+from llava_skip.files import read_json
 from train.resilience.run_folder import RunFolder
-from train.train import check, parse
+from train.run import check, parse
 from train.train import train as train_here
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def train(output: Path, *arguments: str, processes: int = 1, **variables: str) -
         with mock.patch.dict(os.environ, variables):
             checked = check(*parse([*FIXED, str(output), *arguments]))
             train_here(checked, RunFolder(checked.arguments, checked.resolved, checked.dropped).open())
-        return load_json(output / "train_result.json")
+        return read_json(output / "train_result.json")
     return train_many({output: list(arguments)}, processes, **variables)[0]
 
 
@@ -48,7 +48,7 @@ def train_many(runs: dict[Path, list[str]], processes: int, **variables: str) ->
     launch = ["-m", "train.launch", "--standalone", f"--nproc_per_node={processes}", "-m", "tests.support.many"]
     result = run(sys.executable, *launch, commands, **variables)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return [load_json(output / "train_result.json") for output in runs]
+    return [read_json(output / "train_result.json") for output in runs]
 
 
 def losses(result: dict) -> list[float]:

@@ -73,20 +73,20 @@ def small_model(
 
 
 class Sample:
-    """A sample with `pictures` pictures between text; ids and pixels of its own."""
+    """A sample with `num_images` images between text; ids and pixels of its own."""
 
-    def __init__(self, model, pictures: int, text: tuple[int, ...], seed: int) -> None:
+    def __init__(self, model, num_images: int, text: tuple[int, ...], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         hd = model.config.front_end == "hd"
-        crops = [(3, 5, 2)[(seed + index) % 3] if hd else 1 for index in range(pictures)]
+        crops = [(3, 5, 2)[(seed + index) % 3] if hd else 1 for index in range(num_images)]
         parts = []
         for index, words in enumerate(text):
             parts.append(torch.randint(2, 80, (words,), generator=generator))
-            if index < pictures:
+            if index < num_images:
                 parts.append(torch.full((model.config.image_length(crops[index]),), IMAGE_TOKEN_ID))
         self.input_ids = torch.cat(parts)
-        self.pixel_values = torch.randn(sum(crops), 3, 16, 16, generator=generator) if pictures else None
-        self.crop_counts = torch.tensor(crops) if hd and pictures else None
+        self.pixel_values = torch.randn(sum(crops), 3, 16, 16, generator=generator) if num_images else None
+        self.crop_counts = torch.tensor(crops) if hd and num_images else None
 
     def alone(self) -> dict:
         """The inputs of the sample by itself."""
@@ -95,7 +95,7 @@ class Sample:
 
 
 def images_of(samples: "list[Sample]") -> dict:
-    """The pictures of samples, as the model takes them."""
+    """The images of samples, as the model takes them."""
     with_images = [sample for sample in samples if sample.pixel_values is not None]
     inputs = {}
     if with_images:
@@ -106,7 +106,7 @@ def images_of(samples: "list[Sample]") -> dict:
 
 
 def mixed_samples(model) -> list[Sample]:
-    """One picture, two (adjacent), none, two apart; all of different lengths and offsets."""
+    """One image, two (adjacent), none, two apart; all of different lengths and offsets."""
     return [
         Sample(model, 1, (3, 5), seed=1),
         Sample(model, 2, (2, 0, 9), seed=2),
@@ -116,17 +116,17 @@ def mixed_samples(model) -> list[Sample]:
 
 
 def batch_of(samples: list[Sample], side: str) -> dict:
-    """The samples as one padded batch; `where[i]` are the real rows of sample i."""
+    """The samples as one padded batch."""
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     for index, sample in enumerate(samples):
         size = len(sample.input_ids)
-        place = slice(0, size) if side == "right" else slice(length - size, length)
-        input_ids[index, place], mask[index, place] = sample.input_ids, 1
+        columns = slice(0, size) if side == "right" else slice(length - size, length)
+        input_ids[index, columns], mask[index, columns] = sample.input_ids, 1
     return {"input_ids": input_ids, "attention_mask": mask} | images_of(samples)
 
 
 def real_tokens(tensor: torch.Tensor, inputs: dict, index: int) -> torch.Tensor:
-    """The rows of one sample of a batch that are not padding."""
+    """The tokens of one sample of a batch that are not padding."""
     return tensor[index][inputs["attention_mask"][index].bool()]

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from train.bench_data import (
     in_new_process,
     load_and_read,
     made_up_records,
+    main,
     measure,
     show,
     write_records,
@@ -42,6 +44,7 @@ def test_a_million_records_load_in_two_gibibytes(tmp_path):
 
 
 def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))  # which `measure` changes
     monkeypatch.setattr("train.bench_data.in_new_process", in_fork)
     byte_tokenizer().save_pretrained(tmp_path)
     model = ModelArguments(tokenizer=str(tmp_path), template="v1", preset="sv-llava-100")
@@ -49,10 +52,22 @@ def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
     assert figures["later_load"]["records"] == 200
     assert all(rate > 0 for name in ("pictures", "samples") for rate in figures[f"{name}_per_second"].values())
     show(figures)
-    assert "pictures decoded/s, 1 workers" in capsys.readouterr().out
+    assert "images decoded/s, 1 workers" in capsys.readouterr().out
 
 
-def test_made_up_records_are_like_those_of_llava():
+def test_the_program_reads_its_command_line_as_the_others_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.bench_data.measure", lambda model, arguments: {"workers": arguments.workers})
+    monkeypatch.setattr("train.bench_data.show", print)
+    monkeypatch.setattr(sys, "argv", ["bench_data", "--workers", "1", "2", "--report", str(tmp_path / "figures.json")])
+    main()
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"workers": [1, 2]}
+    monkeypatch.setattr(sys, "argv", ["bench_data", "--workerz", "1"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and "Did you mean --workers?" in capsys.readouterr().err
+
+
+def test_made_up_records_have_the_form_of_llavas():
     records = list(made_up_records(64))
     assert json.dumps(records) == json.dumps(list(made_up_records(64)))
     assert sum("image" in record for record in records) == 56

@@ -10,11 +10,11 @@ from PIL import Image
 from train.data import ConversationDataset, collate, load_records, usable_records
 
 
-def record(pictures=("a.png",), text="<image>\nWhat?", answer="This.", **more):
+def record(images=("a.png",), text="<image>\nWhat?", answer="This.", **more):
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
     entry = {"id": "r1", "conversations": turns, **more}
-    if pictures:
-        entry["image"] = pictures[0] if len(pictures) == 1 else list(pictures)
+    if images:
+        entry["image"] = images[0] if len(images) == 1 else list(images)
     return entry
 
 
@@ -35,21 +35,27 @@ def check(records, images, processor, drop_faulty=False):
     ("faulty", "message"),
     [
         (record(("missing.png",)), "the image .*missing.png does not exist"),
-        (record(("a.png", "b.png")), "2 pictures, but 1 <image> in the text"),
-        (record(()), "0 pictures, but 1 <image>"),
-        (record(text="no placeholder"), "1 pictures, but 0 <image>"),
+        (record(("a.png", "b.png")), "2 images, but 1 <image> in the text"),
+        (record(()), "0 images, but 1 <image>"),
+        (record(text="no placeholder"), "1 images, but 0 <image>"),
         ({"id": "x", "conversations": [{"from": "robot", "value": "?"}]}, "unknown speakers"),
         ({"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}, "must alternate human, gpt"),
         ({"id": "x", "conversations": record()["conversations"][:1], "image": "a.png"}, "must alternate"),
         ({"id": "x"}, "'conversations' must be a list"),
         (7, "a row must be an object, not 7"),
         (record(text=3), "a turn's text must be a string, not 3"),
-        (record((), image=[]), "0 pictures, but 1 <image>"),
+        (record((), image=[]), "0 images, but 1 <image>"),
         (record((), image=[None]), "an image must be a file name"),
         (record(("../a.png",)), "the image ../a.png leaves the image folder"),
         (record(("/a.png",)), "the image /a.png leaves the image folder"),
-        (record(text="What?", answer="<image>"), "an answer holds <image>"),
-        (record(("a.png",) * 8, text="<image>" * 8), "8 pictures take 112 rows, --max_length is 100"),
+        (record(text=[{"type": "text"}]), r"a turn's text must be a string, not \[{"),
+        ({"id": "x", "messages": [{"role": "user", "content": ["?"]}]}, "a part of a turn must be an object"),
+        ({"id": "x", "messages": [{"role": 7, "content": "?"}]}, "must be a string, not 7"),
+        (record((), image={"bytes": "iVBO"}), "an image must be a file name"),
+        (record((), image={"path": 7}), "an image must be a file name"),
+        (record(("\0.png",)), "does not exist"),
+        (record(text="What?", answer="<image>"), "an answer has <image>"),
+        (record(("a.png",) * 8, text="<image>" * 8), "8 images take 112 tokens, --max_length is 100"),
     ],
 )
 def test_faulty_records_are_named_before_training(images, processor, faulty, message):
@@ -69,18 +75,24 @@ def test_many_faults_are_counted(images, processor):
     assert str(caught.value).count("record ") == 5 and "and 3 more" in str(caught.value)
 
 
+def test_a_programming_error_about_a_row_is_no_fault_of_it(images, monkeypatch):
+    monkeypatch.setattr("train.data.records._image_first", lambda text: {}["planted"])
+    with pytest.raises(KeyError, match="planted"):
+        stored([record()], images)
+
+
 def test_faulty_records_are_dropped_when_asked(images, processor):
     kept, dropped = check([record(("no.png",)), record(), record(text="?")], images, processor, drop_faulty=True)
     assert len(kept) == 1 and kept.record(kept.row(0))["messages"][0]["content"] == "<image>\nWhat?"
     assert [(error.row, error.kind) for error in dropped] == [(0, "missing picture"), (2, "placeholders")]
 
 
-def test_what_was_repaired_is_looked_at_again_and_nothing_else(images, processor):
+def test_what_was_corrected_is_examined_again_and_nothing_else(images, processor):
     faulty = [record(("late.png",)), record(("never.png",)), record()]
     with pytest.raises(ValueError, match="2 of 3 records are faulty"):
         check(faulty, images, processor)
     Image.new("RGB", (4, 4)).save(images / "late.png")
-    (images / "a.png").unlink()  # the record was good: a second start does not look at it
+    (images / "a.png").unlink()  # the record was good: a second start does not examine it
     records = load_records(str(images / "data.json"), str(images))
     with pytest.raises(ValueError, match="1 of 3 records are faulty:\nrecord 1 "):
         usable_records(records, processor, 100, 0, False)
@@ -96,6 +108,16 @@ def test_broken_data_files(tmp_path, content, message):
         load_records(str(path))
     with pytest.raises(FileNotFoundError, match="DATA .*nowhere.json does not exist"):
         load_records(str(tmp_path / "nowhere.json"))
+
+
+def test_lines_that_cannot_be_stored_are_faulty_records(tmp_path):
+    rows = [record((), "Hi \ud83d"), record((), id="\ud83d"), record(("\ud83d.png",))]
+    (tmp_path / "data.jsonl").write_text("\n".join(['{"id": ' + "7" * 5000 + "}", *map(json.dumps, rows)]))
+    records = load_records(str(tmp_path / "data.jsonl"))
+    faults = [records.record(row)["fault"] for row in range(4)]
+    assert "line 1 is not valid JSON" in faults[0] and faults[2] is None and records.record(2)["id"] == "\\ud83d"
+    assert faults[1].startswith("a turn's text has half of a surrogate pair")
+    assert faults[3].startswith("an image's name has half of a surrogate pair")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +142,7 @@ def test_lines_as_other_systems_write_them(tmp_path):
     assert len(records) == 3 and "line 4 is not valid JSON: 'utf-8' codec" in records.record(2)["fault"]
 
 
-def test_a_turns_only_picture_moves_to_its_front(images):
+def test_a_turns_only_image_moves_to_its_start(images):
     turns = [record(text="Look: \n<image>"), record(("a.png", "b.png"), text="<image> or <image>?")]
     records = stored(turns, images)
     assert records.record(0)["messages"] == [
@@ -143,23 +165,23 @@ def test_batch_of_mixed_samples(images, processor):
     assert "pixel_values" not in collate([dataset[1]], 0)
 
 
-def test_cut_samples_are_counted_and_a_picture_is_never_cut(images, processor):
+def test_cut_samples_are_counted_and_an_image_is_never_cut(images, processor):
     dataset = dataset_of([record(answer="long " * 50)], images, processor, 250)
     sample = dataset[0]
     assert len(sample["input_ids"]) == len(sample["labels"]) == 250 and sample["truncated"] > 0
     assert collate([sample, sample], 0)["truncated"].item() == 2
-    late = record(text="word " * 40 + "<image> and <image>", pictures=("a.png", "b.png"))
-    with pytest.raises(ValueError, match=r"record 0 \(id 'r1'\) is \d+ rows long.* would cut a picture"):
+    late = record(text="word " * 40 + "<image> and <image>", images=("a.png", "b.png"))
+    with pytest.raises(ValueError, match=r"record 0 \(id 'r1'\) is \d+ tokens long.* would cut an image"):
         dataset_of([late], images, processor, 390)[0]
 
 
-def test_an_unreadable_picture_names_its_record(images, processor):
-    (images / "a.png").write_bytes(b"not a picture")
+def test_an_unreadable_image_names_its_record(images, processor):
+    (images / "a.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=re.escape("record 0 (id 'r1'): cannot identify image file")):
         dataset_of([record()], images, processor)[0]
 
 
-def test_a_sample_with_nothing_to_learn_is_counted(images, processor):
+def test_a_sample_with_nothing_supervised_is_counted(images, processor):
     dataset = dataset_of([record(), record(text="<image>" + "long " * 50)], images, processor, 250)
     batch = collate([dataset[0], dataset[1]], 0)
     assert batch["unsupervised"].item() == 1 and batch["truncated"].item() == 1
@@ -178,7 +200,7 @@ def test_a_changed_file_is_read_again(images):
     assert len(stored([record()] * 3, images)) == 3
 
 
-def test_pictures_reach_the_model_as_they_are(images, processor):
+def test_images_reach_the_model_as_they_are(images, processor):
     Image.new("L", (8, 8), 200).save(images / "a.png")
     pixels = torch.as_tensor(np.array(dataset_of([record()], images, processor)[0]["pixel_values"]))
     mean, std = (torch.tensor(v) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))

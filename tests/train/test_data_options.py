@@ -69,8 +69,8 @@ def in_folder(folder, *options):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_broken_picture_that_nobody_looked_for_is_one_message(folder, attempt, workers):
-    (folder / "3.png").write_text("no picture")
+def test_a_broken_image_that_was_not_looked_for_is_one_message(folder, attempt, workers):
+    (folder / "3.png").write_text("no image")
     whole = ("--per_device_train_batch_size", "24", "--dataloader_num_workers", workers)
     end = attempt(in_folder(folder, *whole))
     assert end["code"] == USER_ERROR and "Traceback" not in end["output"], end["output"]
@@ -116,7 +116,7 @@ def test_a_run_says_what_it_dropped_and_goes_on_with_the_same(folder, capsys):
         run(folder, "lenient", "--drop_faulty", "true")
 
 
-def test_what_was_cut_and_what_taught_nothing_is_counted(folder):
+def test_cut_and_unsupervised_samples_are_counted(folder):
     long = record((), "long " * 40, "Answer.")
     (folder / "data.json").write_text(json.dumps([long] * 12))
     result = run(folder, "cut", "--max_length", "200")

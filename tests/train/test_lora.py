@@ -9,6 +9,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from llava_skip.checkpoints import load_checkpoint
 from llava_skip.errors import UserError
+from llava_skip.files import read_json
 from playground.data.build import ensure_built
 from tests.support.runs import train
 from tests.support.small_models import small_model
@@ -16,7 +17,6 @@ from tests.support.stand_ins import language_model, vision_tower
 from train.arguments import ModelArguments
 from train.merge_lora import load_base, merge
 from train.recipe.lora import check_lora, quantization_config
-from train.reporting.result import load_json
 from train.train import parse
 
 
@@ -65,7 +65,7 @@ def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     assert any(".lora_A." in name for name in names)
     assert not any("vision_tower" in name and ".lora_" in name for name in names)
     assert not (adapter / "model.safetensors").exists()
-    assert load_json(adapter / "run.json") == load_json(adapter / "checkpoint-2/run.json")
+    assert read_json(adapter / "run.json") == read_json(adapter / "checkpoint-2/run.json")
     assert AutoConfig.from_pretrained(adapter).preset == "sv-llava-256"
 
 

@@ -13,9 +13,9 @@ from train.data import ConversationDataset, sample_lengths
 from train.data.sampler import ModalityLengthSampler, length_order, modality_order
 
 
-def lengths_of(pictures=70, text=41, seed=0):
+def lengths_of(images=70, text=41, seed=0):
     chance = np.random.default_rng(seed)
-    signed = np.concatenate([chance.integers(100, 900, pictures), -chance.integers(5, 600, text)])
+    signed = np.concatenate([chance.integers(100, 900, images), -chance.integers(5, 600, text)])
     return signed[chance.permutation(len(signed))].astype(np.int32)
 
 
@@ -23,10 +23,10 @@ def generator(seed=1):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("pictures", "text"), [(70, 41), (64, 32), (5, 3), (70, 0), (0, 41), (1, 1)])
-def test_every_sample_comes_once(pictures, text):
-    order = modality_order(lengths_of(pictures, text), 4, 2, generator())
-    assert sorted(order) == list(range(pictures + text))
+@pytest.mark.parametrize(("images", "text"), [(70, 41), (64, 32), (5, 3), (70, 0), (0, 41), (1, 1)])
+def test_every_sample_comes_once(images, text):
+    order = modality_order(lengths_of(images, text), 4, 2, generator())
+    assert sorted(order) == list(range(images + text))
 
 
 def test_steps_have_one_modality_but_the_last():
@@ -62,7 +62,7 @@ def test_batches_of_a_step_are_about_equally_long():
     [
         ([9, 8, 7, 6, 5, 4, 3, 2], [[9, 6, 5, 2], [8, 7, 4, 3]]),  # greedy, the smaller sum first
         ([10, 1, 1, 1], [[10, 1], [1, 1]]),  # a full batch takes no more
-        ([5, 4, 3], [[5, 3], [4]]),  # not divisible: dealt out
+        ([5, 4, 3], [[5, 3], [4]]),  # not divisible: shared in turn
     ],
 )
 def test_samples_are_dealt_to_the_batches_of_a_step(lengths, expected):
@@ -103,7 +103,7 @@ def test_a_resumed_epoch_goes_on_where_it_was(monkeypatch):
     assert list(skip_first_batches(batches_of(1, 2, epoch=3), 5)) == whole[5:]
 
 
-def test_lengths_are_those_of_the_samples(images, processor):
+def test_lengths_equal_those_of_encoded_samples(images, processor):
     rows = [record(), record((), "Just text"), record(("a.png", "b.png"), text="<image> or <image>?", answer="x" * 90)]
     records = stored(rows, images)
     lengths = sample_lengths(records, processor, 100, 0)
@@ -112,7 +112,7 @@ def test_lengths_are_those_of_the_samples(images, processor):
     assert sample_lengths(records, processor, 2048, 0).tolist()[2] == len(samples[2]["input_ids"])
 
 
-def test_lengths_of_pictures_with_tiles(images):
+def test_lengths_of_images_with_tiles(images):
     config = small_config(architecture="llava-hd", vocab_size=400)
     config.image_token_index = 3
     hd = LlavaSkipProcessor.for_config(config, byte_tokenizer(), "v1")

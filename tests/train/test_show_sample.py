@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.support.conversations import byte_tokenizer, random_image
 from tests.train.test_data import record
-from train.show_sample import LEARNT, OUTLINE, main
+from train.show_sample import OUTLINE, SUPERVISED, main
 
 
 @pytest.fixture
@@ -30,16 +30,25 @@ def line(tmp_path):
         ("llava", "dense: all"),
     ],
 )
-def test_a_picture_with_what_is_retained(tmp_path, monkeypatch, capsys, line, preset, words):
+def test_an_image_with_what_is_retained(tmp_path, monkeypatch, capsys, line, preset, words):
     monkeypatch.setattr(sys, "argv", ["show_sample", "1", *line, "--preset", preset])
     monkeypatch.setenv("COLUMNS", "200")
     main()
     printed = capsys.readouterr().out
-    assert words in printed and "rows of pictures]" in printed and "USER:" in printed
+    assert words in printed and "image tokens]" in printed and "USER:" in printed
     pixels = np.asarray(Image.open(tmp_path / "shown" / "1-0.png"))
     outlined = bool((pixels == OUTLINE).all(axis=2).any())
     assert outlined == (preset != "llava")
-    assert (pixels.shape[1] > pixels.shape[0]) == (preset == "sv-llava-hd")  # the thumbnail, and tiles beside it
+    assert (pixels.shape[1] > pixels.shape[0]) == (preset == "sv-llava-hd")  # the thumbnail and its tiles
+
+
+def test_a_faulty_record_is_one_message(tmp_path, monkeypatch, capsys, line):
+    (tmp_path / "data.json").write_text(json.dumps([record(text="no placeholder")]))
+    monkeypatch.setattr(sys, "argv", ["show_sample", "0", *line])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: record 0 (id 'r1'): 1 images, but 0 <image> in the text")
 
 
 def test_text_alone_and_its_colours(tmp_path, monkeypatch, capsys, line):
@@ -48,7 +57,7 @@ def test_text_alone_and_its_colours(tmp_path, monkeypatch, capsys, line):
     monkeypatch.setenv("TERM", "xterm-256color")
     main()
     printed = capsys.readouterr().out
-    assert LEARNT == "bold green" and "\x1b[1;32m This.</s>" in printed and not (tmp_path / "shown").exists()
+    assert SUPERVISED == "bold green" and "\x1b[1;32m This.</s>" in printed and not (tmp_path / "shown").exists()
 
 
 @pytest.mark.parametrize(

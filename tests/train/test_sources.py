@@ -5,8 +5,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
 
+from llava_skip.errors import UserError
 from tests.train.test_data import record
-from train.data import load_records
+from train.data import load_records, read_sources
 
 TURNS = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
 PARTS = [
@@ -58,9 +59,9 @@ def test_messages_and_images_of_every_kind_of_set(folder, kind, messages):
     assert len(records) == 3
     found = records.record(2)
     assert found["messages"] == TURNS and found["fault"] is None
-    picture = records.images_of(2).open(found["images"][0])
+    image = records.images_of(2).open(found["images"][0])
     inside = messages is TURNS and kind not in ("json", "jsonl")
-    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == ((1, 2, 3) if inside else (9, 8, 7))
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == ((1, 2, 3) if inside else (9, 8, 7))
 
 
 def test_a_broken_line_is_a_faulty_record(folder):
@@ -89,7 +90,7 @@ def test_a_mixture_reads_its_sources_by_weight(folder):
     assert set(records.used_rows) == set(records.rows) and records.fingerprint == again.fingerprint
 
 
-def test_another_weight_or_picture_folder_is_another_set(folder):
+def test_another_weight_or_image_folder_is_another_set(folder):
     variants = ["weight: 1", "weight: 2", "images: coco", "images: gqa"]
     prints = [load_records(mixture(folder, f"sources: {{a: {{path: a.json, {v}}}}}")).fingerprint for v in variants]
     assert len(set(prints)) == 4
@@ -107,6 +108,8 @@ def test_another_weight_or_picture_folder_is_another_set(folder):
         ("sources: {a: {path: none.json}}", "none.json does not exist"),
         ("sources: {a: {path: a.json, images: nowhere}}", "IMAGES .*nowhere does not exist"),
         ("sources: {a: {path: a.json, images: {coco: coco, gqa: nowhere}}}", "IMAGES .*nowhere does not exist"),
+        ("sources: {a: {path: a.json, images: [coco]}}", r"has the images \['coco'\]; give a path"),
+        ("sources: {a: {path: data/a.json}}", "data/a.json does not exist"),
         ("sources: {a: {path: a.json, renames: none.json}}", "none.json does not exist"),
         ("sources: {a: {path: a.json, weight: 0.01}}", "has no records"),
         ("sources: {a: {path: mix.yaml}}", "of an unknown kind"),
@@ -124,24 +127,60 @@ def test_images_by_first_component_and_new_names(folder):
         folder,
         "sources: {a: {path: a.json, images: {coco: coco, ocr: gqa}, renames: {ocr: renames.json}}}",
     )
-    pictures = load_records(path).images_of(0)
-    assert pictures.path("coco/1.png") == folder / "coco/1.png"
-    assert pictures.path("ocr/old.png") == folder / "gqa/1.png"
-    assert pictures.path("coco/old.png") == folder / "coco/old.png"  # renamed in its own part alone
+    images = load_records(path).images_of(0)
+    assert images.path("coco/1.png") == folder / "coco/1.png"
+    assert images.path("ocr/old.png") == folder / "gqa/1.png"
+    assert images.path("coco/old.png") == folder / "coco/old.png"  # only in its own part
     with pytest.raises(ValueError, match=r"starts with 'vg', which has no folder; known: \['coco', 'ocr'\]"):
-        pictures.path("vg/1.png")
+        images.path("vg/1.png")
     for name in ("coco/../gqa/1.png", "coco//etc/passwd"):
         with pytest.raises(ValueError, match="leaves the image folder"):
-            pictures.path(name)
+            images.path(name)
 
 
 def test_a_folder_map_as_a_json_file(folder):
     (folder / "a.json").write_text(json.dumps([record(("coco/1.png",))]))
     (folder / "image_folder.json").write_text(json.dumps({"coco": str(folder / "gqa")}))
-    pictures = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).images_of(0)
-    assert pictures.path("coco/1.png") == folder / "gqa/1.png"
+    images = load_records(str(folder / "a.json"), str(folder / "image_folder.json")).images_of(0)
+    assert images.path("coco/1.png") == folder / "gqa/1.png"
     with pytest.raises(ValueError, match="--images does not go with"):
         load_records(mixture(folder, "sources: {a: {path: a.json}}"), str(folder))
+
+
+def test_a_tilde_is_the_home_folder_everywhere(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "renames.json").write_text('{"old.png": "1.png"}')
+    (folder / "folders.json").write_text('{"coco": "~/gqa"}')
+    mixture(folder, "sources: {a: {path: ~/a.json, images: ~/coco, renames: ~/renames.json}}")
+    assert load_records("~/mix.yaml").images_of(0).path("old.png") == folder / "coco/1.png"
+    mapped = mixture(folder, "sources: {a: {path: ~/a.json, images: {coco: ~/gqa}}}")
+    for records in (load_records(mapped), load_records("~/a.json", "~/folders.json")):
+        assert records.images_of(0).path("coco/1.png") == folder / "gqa/1.png"
+    assert load_records("~/a.json", "~/gqa").images_of(0).path("1.png") == folder / "gqa/1.png"
+
+
+def test_a_hub_name_stays_one_beside_a_mixture(folder):
+    path = mixture(folder, "sources: {a: {path: owner/name-v1.5}}")
+    assert read_sources(path)[0].path == "owner/name-v1.5"
+    with pytest.raises(UserError, match="DATA owner/nothing cannot be read"):
+        load_records("owner/nothing")
+
+
+@pytest.mark.parametrize(("name", "content"), [("set.parquet", "no parquet"), ("saved/dataset_info.json", "{")])
+def test_a_broken_set_is_one_message(folder, name, content):
+    (folder / "saved").mkdir()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_records(str(folder / name.split("/")[0]))
+
+
+def test_a_set_saved_again_is_another_set(folder):
+    """The reader's own cache has no part in it: `datasets` maps the files of the folder."""
+    path, prints = folder / "saved", []
+    for count in (2, 3):
+        table(TURNS).select(range(count)).save_to_disk(path)
+        prints.append(load_records(str(path)).fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_dropped_rows_leave_every_copy(folder):

@@ -56,7 +56,7 @@ def test_sources_are_drawn_by_weight(images, processor):
     assert 0.65 < sum(name[0] == "a" for name in found) / 200 < 0.85
 
 
-def test_faulty_records_stop_a_stream_or_are_passed_over(images, processor, caplog):
+def test_faulty_records_stop_a_stream_or_are_skipped(images, processor, caplog):
     stream = stream_of(images, processor)
     lines = (images / "a.jsonl").read_text().splitlines()
     lines[3] = json.dumps({**json.loads(lines[3]), "image": "gone.png"})

@@ -1,10 +1,11 @@
 """Sources of conversations -> a mixture -> samples -> batches."""
 
-from train.data.dataset import COUNTED, ConversationDataset, RecordError, collate, collate_flat
-from train.data.lengths import sample_lengths
+from train.data.dataset import COUNTED, ConversationDataset, collate, collate_flat
+from train.data.measure import sample_lengths
+from train.data.records import RecordError
 from train.data.sources import RecordSet, load_records, load_tables, read_sources
 from train.data.stream import ConversationStream, stream_loader
-from train.data.usable import dropped_report, usable_records
+from train.data.usable import dropped_findings, usable_records
 
 __all__ = [
     "COUNTED",
@@ -14,7 +15,7 @@ __all__ = [
     "RecordSet",
     "collate",
     "collate_flat",
-    "dropped_report",
+    "dropped_findings",
     "load_records",
     "load_tables",
     "read_sources",

@@ -1,4 +1,4 @@
-"""What can be wrong with a set: the quick check of a run's start, and the full one of `train.validate_data`."""
+"""What can be wrong with a set: the quick check at the start of a run, and the full one of `train.validate_data`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.rgb import is_deep, is_turned
-from train.data.measure import Measure, measure
-from train.data.records import Fault, Record, find_fault
-from train.data.sources import UNREADABLE, RecordSet
+from train.data.measure import Measure, measure, processor_parts
+from train.data.records import Fault, Record, RecordError, find_fault
+from train.data.sources import RecordSet, calling_pillow
 
 ERRORS = (
     "broken row",
@@ -29,11 +30,11 @@ ERRORS = (
     "picture would be cut",
     "nothing learnt",
 )
-"""Kinds of faults with which a record cannot be trained on."""
+"""Kinds of faults with which a record cannot be trained on. Kinds are keys of the files of findings: they stay."""
 WARNINGS = ("empty answer", "longer than the limit", "picture of many pixels", "picture of 1 pixel")
-"""Kinds with which a record is trained on, but perhaps not as was meant."""
+"""Kinds with which a record is trained on, but perhaps not as intended."""
 CONVERTED = ("turned upright", "16-bit greys scaled", "CMYK converted", "palette converted", "transparency on white")
-"""Kinds of pictures that are brought into RGB by more than a copy; nothing is wrong with them."""
+"""Informational: kinds of images whose conversion to RGB changes pixels."""
 
 
 class Finding(NamedTuple):
@@ -55,18 +56,18 @@ class Examined:
     """What a check found out about a record."""
 
     findings: list[Finding] = field(default_factory=list)
-    pictures: int = 0
+    images: int = 0
     measure: Measure | None = None
 
 
 @dataclass(frozen=True)
 class QuickCheck:
-    """Structure, and that the files of the pictures exist; called with a row of the set, in any process.
+    """Structure, and that the image files exist; called with a row of the set, in any process.
 
     Attributes:
         records: the set.
         processor: of the model.
-        max_length: rows of a sample.
+        max_length: the most tokens of a sample.
     """
 
     records: RecordSet
@@ -94,14 +95,14 @@ class QuickCheck:
         return Examined()
 
     def _missing(self, row: int, record: Record) -> Fault | None:
-        pictures = self.records.images_of(row)
+        images = self.records.images_of(row)
         for image in record["images"]:
             name = image if isinstance(image, str) else None if image.get("bytes") else image["path"]
             if name is None:
                 continue
             try:
-                path = pictures.path(name)
-            except ValueError as error:
+                path = images.path(name)
+            except RecordError as error:
                 return Fault("path outside the image folder", str(error))
             if not os.path.isfile(path):
                 return Fault("missing picture", f"the image {path} does not exist")
@@ -110,49 +111,52 @@ class QuickCheck:
 
 @dataclass(frozen=True)
 class FullCheck(QuickCheck):
-    """Everything that training would read: each picture is decoded, each conversation is tokenised."""
+    """Everything that training would read: each image is decoded, each conversation is tokenised."""
 
     def _depends_on(self) -> list[Any]:
         return processor_parts(self.processor)
 
     def _examine_good(self, row: int, record: Record) -> Examined:
-        name = self.records.describe(row, record)
-        faults = [fault for image in record["images"] for fault in self._examine_picture(row, image)]
+        faults = [fault for image in record["images"] for fault in self._examine_image(row, image)]
         measured = None
         if not any(fault.kind in ERRORS for fault in faults):
             try:
                 measured = measure(record, self.records.images_of(row), self.processor, self.max_length)
-                faults += _examine_text(record, measured, self.max_length)
-            except ValueError as error:
+            except UserError as error:
                 faults.append(Fault("refused by the template", str(error)))
+            else:
+                faults += _examine_text(record, measured, self.max_length)
+        name = self.records.describe(row, record)
         return Examined([Finding(row, name, *fault) for fault in faults], len(record["images"]), measured)
 
-    def _examine_picture(self, row: int, image: Any) -> list[Fault]:
+    def _examine_image(self, row: int, image: Any) -> list[Fault]:
         name = image if isinstance(image, str) else image.get("path") or "of the table"
-        pictures = self.records.images_of(row)
         try:
-            with pictures.open_file(image) as picture:
-                faults = [Fault(kind, f"the image {name}: {text}") for kind, text in picture_notes(picture)]
-                picture.load()
-            return faults
-        except Image.DecompressionBombError as error:
-            return [Fault("picture of too many pixels", f"the image {name}: {error}")]
-        except UNREADABLE as error:
-            return [Fault("unreadable picture", f"the image {name}: {error}")]
+            with self.records.images_of(row).open_file(image) as opened:
+                with calling_pillow():
+                    opened.getexif()
+                notes = image_notes(opened)
+                with calling_pillow():
+                    opened.load()
+        except RecordError as error:
+            too_large = isinstance(error.__cause__, Image.DecompressionBombError)
+            kind = "picture of too many pixels" if too_large else "unreadable picture"
+            return [Fault(kind, f"the image {name}: {error}")]
+        return [Fault(kind, f"the image {name}: {text}") for kind, text in notes]
 
 
-def picture_notes(picture: Image.Image) -> list[Fault]:
-    """What is unusual about an opened picture."""
-    width, height = picture.size
+def image_notes(image: Image.Image) -> list[Fault]:
+    """What is unusual about an opened image."""
+    width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS or width * height
     chosen = [
         (width * height > limit, "picture of many pixels", f"{width} x {height} pixels"),
         (width * height == 1, "picture of 1 pixel", "1 x 1 pixel"),
-        (is_turned(picture), "turned upright", "its file says that it is turned or mirrored"),
-        (is_deep(picture), "16-bit greys scaled", f"mode {picture.mode}"),
-        (picture.mode == "CMYK", "CMYK converted", "mode CMYK"),
-        (picture.mode == "P", "palette converted", "mode P"),
-        (picture.has_transparency_data, "transparency on white", "it has transparent parts"),
+        (is_turned(image), "turned upright", "its file says that it is turned or mirrored"),
+        (is_deep(image), "16-bit greys scaled", f"mode {image.mode}"),
+        (image.mode == "CMYK", "CMYK converted", "mode CMYK"),
+        (image.mode == "P", "palette converted", "mode P"),
+        (image.has_transparency_data, "transparency on white", "it has transparent parts"),
     ]
     return [Fault(kind, text) for applies, kind, text in chosen if applies]
 
@@ -163,20 +167,11 @@ def _examine_text(record: Record, measured: Measure, max_length: int) -> list[Fa
     if empty := sum(not answer.strip() for answer in answers):
         faults.append(Fault("empty answer", f"{empty} of {len(answers)} answers are empty"))
     if measured.cuts_image:
-        text = f"{measured.rows} rows, and --max_length {max_length} would cut a picture"
+        text = f"{measured.length} tokens, and --max_length {max_length} would cut an image"
         faults.append(Fault("picture would be cut", text))
-    elif measured.learnt == measured.lost_learnt:
-        faults.append(Fault("nothing learnt", f"none of the {min(measured.rows, max_length)} rows has a label"))
+    elif measured.supervised == measured.lost_supervised:
+        faults.append(Fault("nothing learnt", f"none of the {min(measured.length, max_length)} tokens has a label"))
     elif measured.lost:
-        text = f"{measured.rows} rows; {measured.lost} would be cut, {measured.lost_learnt} of them learnt"
+        text = f"{measured.length} tokens; {measured.lost} would be cut, {measured.lost_supervised} of them supervised"
         faults.append(Fault("longer than the limit", text))
     return faults
-
-
-def processor_parts(processor: LlavaSkipProcessor) -> list[Any]:
-    """What of a processor decides the rows of a sample: tokenizer, template, and rows of a picture."""
-    tokenizer = processor.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return [vocabulary, processor.chat_template, repr(processor.image_processor), processor.image_seq_length,
-            processor.crop_rows]  # fmt: skip

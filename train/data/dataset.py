@@ -1,6 +1,6 @@
 """Records -> training samples -> batches.
 
-Shapes: T rows of a sample, B samples, N pictures.
+Shapes: T tokens of a sample, B samples, N images.
 """
 
 from __future__ import annotations
@@ -13,63 +13,55 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_skip.configuration import IGNORE_INDEX
+from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
-from train.data.records import Record
-from train.data.sources import UNREADABLE, Pictures, RecordSet
-
-
-class RecordError(ValueError):
-    """A record that cannot be trained on, found when it was read; the message names it."""
-
-    def __str__(self) -> str:
-        """The message; a loader's worker hands it on below its traceback."""
-        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
-
+from train.data.records import Record, RecordError, find_fault
+from train.data.sources import Images, RecordSet
 
 COUNTED = ("truncated", "unsupervised")
-"""What is counted in a batch: samples that lost rows to max_length, and samples without a learnt token."""
+"""What is counted in a batch: samples that were cut to max_length, and samples without a supervised token."""
 
 
-def encode(
-    record: Record, pictures: Pictures, processor: LlavaSkipProcessor, max_length: int, name: str
-) -> dict[str, Any]:
+def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_length: int, name: str) -> dict[str, Any]:
     """A record as a sample.
 
     Args:
-        record: without a fault.
-        pictures: opens its pictures.
+        record: in the form of `train.data.records`.
+        images: opens its images.
         processor: of the model.
-        max_length: rows; what is behind them is cut.
+        max_length: tokens of a sample; later ones are cut.
         name: of the record, for messages.
 
     Returns:
         `input_ids`, `labels` (lists of T), `pixel_values` [N, 3, side, side] and `crop_counts` [N] if any, `truncated`
-        (lost rows), `unsupervised` (whether nothing is learnt), `record_id` (the name).
+        (tokens that were cut), `unsupervised` (whether no token is supervised), `record_id` (the name).
 
     Raises:
-        RecordError: names the record whose picture cannot be read or would be cut.
+        RecordError: the record is faulty, or an image cannot be read or would be cut; the message names it.
     """
+    if fault := find_fault(record, processor.image_seq_length, max_length):
+        raise RecordError(f"{name}: {fault.text}")
     try:
-        images = [pictures.open(image) for image in record["images"]]
-        sample = processor.encode_conversation(record["messages"], images)
-    except UNREADABLE as error:
+        opened = [images.open(image) for image in record["images"]]
+        sample = processor.encode_conversation(record["messages"], opened)
+    except UserError as error:
         raise RecordError(f"{name}: {error}") from error
     lost = max(0, len(sample["input_ids"]) - max_length)
     if lost and processor.image_token_id in sample["input_ids"][max_length:]:
         raise RecordError(
-            f"{name} is {len(sample['input_ids'])} rows long, and cutting it to --max_length {max_length} would cut a "
-            "picture: raise --max_length."
+            f"{name} is {len(sample['input_ids'])} tokens long, and cutting it to --max_length {max_length} would cut "
+            "an image: raise --max_length."
         )
     for column in ("input_ids", "labels"):
         sample[column] = sample[column][:max_length]
-    learnt = any(label != IGNORE_INDEX for label in sample["labels"][1:])
-    return sample | {"truncated": lost, "unsupervised": not learnt, "record_id": name}
+    supervised = any(label != IGNORE_INDEX for label in sample["labels"][1:])
+    return sample | {"truncated": lost, "unsupervised": not supervised, "record_id": name}
 
 
 class ConversationDataset(Dataset):
     """Records, encoded when they are read.
 
-    `lengths` are those of `train.data.lengths`, for a sampler that groups by them; None: not needed.
+    `lengths` are what `sample_lengths` gives, for a sampler that groups by them; None: not needed.
     """
 
     def __init__(
@@ -106,10 +98,10 @@ def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
 
 
 def collate_flat(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples one behind the other in a single row, without padding: `input_ids`, `labels`, `position_ids` [1, sum T].
+    """Samples one after the other in one sequence, no padding: `input_ids`, `labels`, `position_ids` [1, sum T].
 
-    Positions start again with each sample. Where there is no attention mask, transformers takes that for the end of a
-    sequence: no row attends to another sample. A sample's first token is nobody's next token, so its label goes.
+    Positions start again with each sample. Without an attention mask transformers starts a sequence there: no token
+    attends to another sample. No token predicts the first one of a sample, so its label is removed.
     """
 
     def joined(parts: list[Tensor]) -> Tensor:
@@ -126,9 +118,9 @@ def _shared(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """`pixel_values` [N, 3, side, side] and `crop_counts` if any, `record_ids` (list), and counts of `COUNTED`."""
     shared: dict[str, Any] = {name: torch.tensor(sum(bool(sample[name]) for sample in samples)) for name in COUNTED}
     shared["record_ids"] = [sample.get("record_id") for sample in samples]
-    pictures = [torch.as_tensor(p) for sample in samples for p in sample.get("pixel_values", ())]
-    if pictures:
-        shared["pixel_values"] = torch.stack(pictures)
+    pixels = [torch.as_tensor(image) for sample in samples for image in sample.get("pixel_values", ())]
+    if pixels:
+        shared["pixel_values"] = torch.stack(pixels)
     crop_counts = [torch.as_tensor(sample["crop_counts"]) for sample in samples if "crop_counts" in sample]
     if crop_counts:
         shared["crop_counts"] = torch.cat(crop_counts)

@@ -36,13 +36,13 @@ def map_rows(function: Callable[[int], Result], rows: np.ndarray, processes: int
     The processes are those of torch's DataLoader, as in training: one that dies is an error here.
 
     Args:
-        function: what it reaches is shared with the processes, not copied.
+        function: what it refers to is shared with the processes, not copied.
         rows: their numbers.
         processes: 0 and 1 stay in this process.
-        title: of the progress bar, which is shown where there is much to do.
+        title: of the progress bar, which is shown if there are many rows.
     """
     processes = processes if processes > 1 and len(rows) >= WORTH_PROCESSES else 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive the fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     own = torch.Generator()  # a loader draws a number; not from the run's own generator
     loader: Any = DataLoader(_Calls(function, rows), CHUNK, num_workers=processes, collate_fn=list, generator=own)
     with tqdm(total=len(rows), desc=title, disable=len(rows) < WORTH_PROCESSES, delay=2) as bar:
@@ -51,6 +51,11 @@ def map_rows(function: Callable[[int], Result], rows: np.ndarray, processes: int
             bar.update(len(results))
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_processes() -> int:
     """Processes for work on the data: the cores of this process, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, usable_cores())

@@ -1,7 +1,7 @@
 """Files and `datasets` sets -> memory-mapped Arrow tables.
 
 JSON is read as a stream, once, into a table of one schema, which `datasets` keeps in its cache under the file's name,
-size and time; memory grows neither with the records nor with the processes that read them.
+size and time; memory does not grow with the records or the processes that read them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import datasets
 import ijson
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip.errors import MissingFileError, UserError, first_few
+from llava_skip.files import local_path
 from train.data.records import Record, normalise
 
 SCHEMA = Features(
@@ -32,14 +34,14 @@ SCHEMA = Features(
 )
 """The columns of a table made of JSON."""
 FORMAT = 2
-"""To be raised when the meaning of a table changes: tables of another number are not used again."""
+"""Raise it when the meaning of a table changes: tables of another number are not used again."""
 JSON_KINDS = (".json", ".jsonl")
 _MARK = codecs.BOM_UTF8
 
 
 def cache_folder() -> Path:
-    """Where tables, reports and lengths are kept: the cache of `datasets` (`HF_DATASETS_CACHE`)."""
-    return Path(datasets.config.HF_DATASETS_CACHE)
+    """Where tables, findings and lengths are kept: `HF_DATASETS_CACHE`, by default the cache of `datasets`."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
 
 
 def cache_file(name: str) -> Path:
@@ -61,48 +63,70 @@ def read_table(path: str, split: str, config: str | None = None) -> Dataset:
         MissingFileError: no such file.
         UserError: what is there cannot be read.
     """
-    local = Path(path)
-    if local.suffix in JSON_KINDS:
-        return _read_json(_existing(local))
-    if local.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=str(_existing(local)), split="train")
+    local = _existing(path)
+    if local is None:
+        return _load(path, name=config, split=split)
     if local.is_dir():
         return _load_folder(local, split)
-    if local.exists() or local.is_absolute() or path.count("/") != 1 or path.startswith((".", "~")):
-        _existing(local)
-        raise UserError(f"DATA {path} is of an unknown kind: give .json, .jsonl, .parquet, a folder or a hub name.")
-    return datasets.load_dataset(path, config, split=split)
+    return _read_json(local) if local.suffix in JSON_KINDS else _load_parquet([local])
 
 
 def stream_table(path: str, split: str, config: str | None = None) -> IterableDataset:
     """As `read_table`, but read as it is needed, without a copy on disk."""
-    local = Path(path)
-    if local.suffix in JSON_KINDS:
-        return IterableDataset.from_generator(
-            _json_records, features=SCHEMA, gen_kwargs={"path": str(_existing(local))}
-        )
-    if local.suffix == ".parquet":
-        rows = datasets.load_dataset("parquet", data_files=str(_existing(local)), split="train", streaming=True)
+    local = _existing(path)
+    if local is None:
+        rows = _load(path, name=config, split=split, streaming=True)
     elif local.is_dir():
-        return _load_folder(local, split).to_iterable_dataset().decode(False)
+        rows = _load_folder(local, split).to_iterable_dataset()
+    elif local.suffix in JSON_KINDS:
+        return IterableDataset.from_generator(_json_records, features=SCHEMA, gen_kwargs={"path": str(local)})
     else:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
-    return rows.decode(False)  # pictures inside a table stay bytes until they are opened
+        rows = _load_parquet([local], streaming=True)
+    return rows.decode(False)  # images inside a table stay bytes until they are opened
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
+def table_stamp(table: Dataset) -> list[str]:
+    """What changes whenever the records of a table do: files of the cache are named by what they were made of."""
+    files, cache = [Path(entry["filename"]) for entry in table.cache_files], cache_folder()
+    return [
+        str(file.relative_to(cache)) if file.is_relative_to(cache) else f"{file} {file_stamp(file)}" for file in files
+    ]
+
+
+def _existing(path: str) -> Path | None:
+    """The file or folder of a set; None for a hub name."""
+    local = local_path(path)
+    if local is None:
+        return None
+    if not local.exists():
         raise MissingFileError(f"DATA {path} does not exist: give a LLaVA conversation JSON file, or another set.")
-    return path
+    if not local.is_dir() and local.suffix not in (*JSON_KINDS, ".parquet"):
+        raise UserError(f"DATA {path} is of an unknown kind: give .json, .jsonl, .parquet, a folder or a hub name.")
+    return local
+
+
+def _load(path: str, **options: Any) -> Any:
+    """`datasets.load_dataset`; what it raises about a set that it does not find or cannot read is a UserError."""
+    try:
+        return datasets.load_dataset(path, cache_dir=str(cache_folder()), keep_in_memory=False, **options)
+    except (DatasetsError, OSError, ValueError) as error:
+        source = first_few(options["data_files"]) if "data_files" in options else path
+        raise UserError(f"DATA {source} cannot be read: {_one_line(error.__cause__ or error)}") from error
+
+
+def _load_parquet(files: list[Path], **options: Any) -> Any:
+    return _load("parquet", data_files=list(map(str, files)), split="train", **options)
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
     if not ((folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()):
-        files = sorted(str(file) for file in folder.glob("**/*.parquet"))
-        if not files:
+        if not (files := sorted(folder.glob("**/*.parquet"))):
             raise UserError(f"DATA {folder} is a folder, but neither saved by `datasets` nor one of .parquet files.")
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    loaded = datasets.load_from_disk(str(folder))
+        return _load_parquet(files)
+    try:
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"DATA {folder} cannot be read: {_one_line(error)}") from error
     if isinstance(loaded, Dataset):
         return loaded
     if split not in loaded:
@@ -113,10 +137,14 @@ def _load_folder(folder: Path, split: str) -> Dataset:
 def _read_json(path: Path) -> Dataset:
     # A list among them would be taken for shards, and read once for each of its entries.
     kwargs = {"path": str(path.resolve()), "stamp": file_stamp(path), "version": FORMAT}
-    datasets.disable_progress_bars()  # ours comes where a file is large
+    datasets.disable_progress_bars()  # ours is shown if a file is large
     try:
-        return Dataset.from_generator(_json_records, features=SCHEMA, gen_kwargs=kwargs)
+        return Dataset.from_generator(
+            _json_records, features=SCHEMA, cache_dir=str(cache_folder()), gen_kwargs=kwargs
+        )  # fmt: skip
     except DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"DATA {path} cannot be read, or its table written: {error.__cause__}") from error
         raise error.__cause__ or error from None
     finally:
         datasets.enable_progress_bars()
@@ -129,7 +157,7 @@ def _json_records(path: str, stamp: Any = None, version: int = FORMAT) -> Iterat
     for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2):
         found = True
         record = row if isinstance(row, _Broken) else normalise(row)
-        # A JSON row cannot hold a picture itself, only its name.
+        # A JSON row has only the name of an image.
         record["images"] = [image if isinstance(image, str) else image["path"] for image in record["images"]]
         yield dict(record)
     if not found:
@@ -141,16 +169,17 @@ class _Broken(dict):
 
 
 def _lines(path: str) -> Iterator[Any]:
-    with open(path, "rb") as file:  # json passes over a byte order mark in bytes, but not in text
+    with open(path, "rb") as file:  # json skips a byte order mark in bytes, but not in text
         for number, line in enumerate(file, start=1):
             if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
                 raise UserError(f"DATA {path} holds a list, not one object a line: name it .json.")
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    fault = f"line {number} is not valid JSON: {error}"
-                    yield _Broken(id=None, messages=[], images=[], fault=fault)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = _Broken(id=None, messages=[], images=[], fault=f"line {number} is not valid JSON: {error}")
+            yield row
 
 
 def _items(path: str) -> Iterator[Any]:
@@ -165,15 +194,15 @@ def _items(path: str) -> Iterator[Any]:
                 yield from ijson.items(file, "item", use_float=True)
                 return
             json.load(file)
-        except (ijson.JSONError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ijson.JSONError, ValueError) as error:
             hint = " (one object a line is named .jsonl)" if str(error).startswith("Extra data") else ""
             raise UserError(f"DATA {path} is not valid JSON: {_one_line(error)}{hint}.") from error
     raise UserError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     said = error.args[0] if error.args else ""
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)  # ijson speaks in bytes
+    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)  # ijson's messages are bytes
     return " ".join(text.split())[:200]
 
 

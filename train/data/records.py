@@ -1,7 +1,7 @@
-"""The one form of a record, whatever file it comes from, and what can be wrong with it before a picture is opened.
+"""The one form of a record, whatever file it comes from, and what can be wrong with it before an image is opened.
 
 A record is `{"id", "messages", "images", "fault"}`: messages are `{"role", "content"}` turns in transformers' roles
-with `<image>` where a picture belongs, images are file names or `{"bytes", "path"}`, and fault says why a row could
+with `<image>` where an image belongs, images are file names or `{"bytes", "path"}`, and fault says why a row could
 not be brought into this form.
 """
 
@@ -19,6 +19,14 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 """Speakers of LLaVA's format -> roles of transformers'."""
 
 
+class RecordError(UserError):
+    """A record that cannot be trained on."""
+
+    def __str__(self) -> str:
+        """The message; a loader's worker raises the error again with its traceback before the message."""
+        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
+
+
 class Fault(NamedTuple):
     """What is wrong with a record: a kind, for counting, and a sentence."""
 
@@ -27,47 +35,55 @@ class Fault(NamedTuple):
 
 
 def normalise(row: Any) -> Record:
-    """A row of any of the formats as a record; what does not fit is said in `fault`, nothing is raised."""
+    """A row of any of the formats as a record; `fault` says what does not fit."""
+    name = row.get("id") if isinstance(row, dict) else None
+    name = None if name is None else str(name).encode("utf-8", "backslashreplace").decode()
     try:
-        return _normalised(row)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        name = str(row["id"]) if isinstance(row, dict) and row.get("id") is not None else None
+        return {"id": name, "messages": _messages(row), "images": _images(row), "fault": None}
+    except RecordError as error:
         return {"id": name, "messages": [], "images": [], "fault": str(error)}
 
 
-def _normalised(row: Any) -> Record:
+def _messages(row: Any) -> list[dict[str, str]]:
     if not isinstance(row, dict):
-        raise UserError(f"a row must be an object, not {_short(row)}")
+        raise RecordError(f"a row must be an object, not {_short(row)}")
     if row.get("messages") is not None:
-        messages = [_from_message(message) for message in _list_of_objects(row, "messages", ("role", "content"))]
-    else:
-        turns = _list_of_objects(row, "conversations", ("from", "value"))
-        messages = [{"role": _role(turn["from"]), "content": _image_first(_text(turn["value"]))} for turn in turns]
-    name = None if row.get("id") is None else str(row["id"])
-    return {"id": name, "messages": messages, "images": _images(row), "fault": None}
+        return [_from_message(message) for message in _list_of_objects(row, "messages", ("role", "content"))]
+    turns = _list_of_objects(row, "conversations", ("from", "value"))
+    return [{"role": _role(turn["from"]), "content": _image_first(_text(turn["value"]))} for turn in turns]
 
 
 def _list_of_objects(row: dict[str, Any], name: str, keys: tuple[str, str]) -> list[dict[str, Any]]:
     turns = row.get(name)
     if not isinstance(turns, list) or not all(isinstance(t, dict) and set(keys) <= set(t) for t in turns):
-        raise UserError(f"'{name}' must be a list of turns with '{keys[0]}' and '{keys[1]}'")
+        raise RecordError(f"'{name}' must be a list of turns with '{keys[0]}' and '{keys[1]}'")
     return turns
 
 
 def _from_message(message: dict[str, Any]) -> dict[str, str]:
     content = message["content"]
-    if isinstance(content, list):  # parts: text, and places of pictures
-        content = "".join(f"{IMAGE_TOKEN}\n" if p.get("type") == "image" else _text(p.get("text")) for p in content)
+    if isinstance(content, list):
+        content = "".join(map(_part, content))
     return {"role": _text(message["role"]), "content": _text(content)}
 
 
+def _part(part: Any) -> str:
+    if not isinstance(part, dict):
+        raise RecordError(f"a part of a turn must be an object with 'type', not {_short(part)}")
+    return f"{IMAGE_TOKEN}\n" if part.get("type") == "image" else _text(part.get("text"))
+
+
 def _role(speaker: Any) -> str:
-    return ROLES.get(speaker, speaker) if isinstance(speaker, str) else _short(speaker)
+    return ROLES.get(speaker, _text(speaker)) if isinstance(speaker, str) else _short(speaker)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, what: str = "a turn's text") -> str:
     if not isinstance(value, str):
-        raise UserError(f"a turn's text must be a string, not {_short(value)}")
+        raise RecordError(f"{what} must be a string, not {_short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"{what} has half of a surrogate pair, which is no character: {_short(value)}") from None
     return value
 
 
@@ -77,14 +93,17 @@ def _images(row: dict[str, Any]) -> list[Any]:
         return []
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     for image in images:
-        named = isinstance(image, str) and image
-        if not named and not (isinstance(image, dict) and (image.get("bytes") or image.get("path"))):
-            raise UserError(f"an image must be a file name, or have bytes or a path; got {_short(image)}")
+        name = image.get("path") if isinstance(image, dict) else image
+        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
+            continue
+        if not name or not isinstance(name, str):
+            raise RecordError(f"an image must be a file name, or have bytes or a path; got {_short(image)}")
+        _text(name, "an image's name")
     return images
 
 
 def _image_first(text: str) -> str:
-    """A turn's only picture is moved to its front, as LLaVA does."""
+    """A turn's only image is moved to its start, as LLaVA does."""
     if text.count(IMAGE_TOKEN) != 1:
         return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
@@ -95,13 +114,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def find_fault(record: Record, image_seq_length: int, max_length: int) -> Fault | None:
+def find_fault(record: Record, image_length: int, max_length: int) -> Fault | None:
     """What is wrong with a record's structure; None if nothing is.
 
     Args:
         record: in the form above.
-        image_seq_length: the most rows that a picture takes.
-        max_length: rows of a sample.
+        image_length: the most tokens that an image takes.
+        max_length: the most tokens of a sample.
     """
     if record["fault"]:
         return Fault("broken row", record["fault"])
@@ -115,17 +134,17 @@ def find_fault(record: Record, image_seq_length: int, max_length: int) -> Fault 
             f"turns must alternate human, gpt, ... and end with gpt; got {roles}",
         )
     if any(IMAGE_TOKEN in message["content"] for message in record["messages"] if message["role"] == "assistant"):
-        return Fault("placeholders", f"an answer holds {IMAGE_TOKEN}, but pictures can only be shown, not answered")
-    pictures = len(record["images"])
+        return Fault("placeholders", f"an answer has {IMAGE_TOKEN}, but images can only be in a question")
+    images = len(record["images"])
     placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in record["messages"])
-    if placeholders != pictures:
+    if placeholders != images:
         return Fault(
             "placeholders",
-            f"{pictures} pictures, but {placeholders} {IMAGE_TOKEN} in the text: the numbers must be the same",
+            f"{images} images, but {placeholders} {IMAGE_TOKEN} in the text: the numbers must be the same",
         )
-    if pictures * image_seq_length >= max_length:
+    if images * image_length >= max_length:
         return Fault(
             "too many pictures",
-            f"{pictures} pictures take {pictures * image_seq_length} rows, --max_length is {max_length}",
+            f"{images} images take {images * image_length} tokens, --max_length is {max_length}",
         )
     return None

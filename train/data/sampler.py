@@ -16,14 +16,14 @@ from torch.utils.data import Sampler
 class ModalityLengthSampler(Sampler[int]):
     """Indices of an epoch; the same on every process, and for every resumption of the epoch.
 
-    Batches are dealt out in turn: the c-th b indices of a step go to process c mod processes.
+    Processes take batches in turn: the c-th b indices of a step go to process c mod processes.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, batches_per_step: int, seed: int) -> None:
         """Sample by lengths.
 
         Args:
-            lengths: [N] rows of the samples, negative where there is no picture.
+            lengths: [N] tokens of the samples, negative where there is no image.
             batch_size: b.
             batches_per_step: W.
             seed: with the epoch's number, decides the order.
@@ -46,10 +46,10 @@ class ModalityLengthSampler(Sampler[int]):
 def modality_order(
     lengths: np.ndarray, batch_size: int, batches_per_step: int, generator: torch.Generator
 ) -> list[int]:
-    """An order of all samples in steps of one modality, but for a last step of what is left of both.
+    """An order of all samples in steps of one modality; the last step has the rest of both.
 
     Args:
-        lengths: [N], not 0, negative where there is no picture.
+        lengths: [N], not 0, negative where there is no image.
         batch_size: b.
         batches_per_step: W.
         generator: the only source of chance.
@@ -58,18 +58,18 @@ def modality_order(
     for sign in (1, -1):
         members = np.flatnonzero(lengths * sign > 0)
         order = length_order(lengths[members] * sign, batch_size, batches_per_step, generator)
-        indices, size = [int(members[place]) for place in order], batch_size * batches_per_step
+        indices, size = [int(members[index]) for index in order], batch_size * batches_per_step
         steps[sign] = [indices[start : start + size] for start in range(0, len(indices), size)]
-    pictures, text = steps[1], steps[-1]
-    if not pictures or not text:
-        return [index for step in pictures or text for index in step]
-    whole = pictures[:-1] + text[:-1]
-    mixed = [whole[place] for place in torch.randperm(len(whole), generator=generator).tolist()]
-    return [index for step in mixed for index in step] + sorted(pictures[-1] + text[-1])
+    images, text = steps[1], steps[-1]
+    if not images or not text:
+        return [index for step in images or text for index in step]
+    whole = images[:-1] + text[:-1]
+    mixed = [whole[number] for number in torch.randperm(len(whole), generator=generator).tolist()]
+    return [index for step in mixed for index in step] + sorted(images[-1] + text[-1])
 
 
 def length_order(lengths: np.ndarray, batch_size: int, batches_per_step: int, generator: torch.Generator) -> list[int]:
-    """An order in which the batches of a step have about equal sums of lengths [N]; steps are drawn by chance."""
+    """An order in which the batches of a step have about equal sums of lengths [N]; the steps are random."""
     order = torch.randperm(len(lengths), generator=generator).numpy()
     size, result = batch_size * batches_per_step, []
     for start in range(0, len(order), size):
@@ -81,7 +81,7 @@ def length_order(lengths: np.ndarray, batch_size: int, batches_per_step: int, ge
 
 
 def _even_batches(indices: list[int], lengths: np.ndarray, count: int) -> list[list[int]]:
-    """Each index in turn goes to the batch with the smallest sum that is not full; leftovers are dealt out."""
+    """Each index goes to the batch with the smallest sum that is not full; an uneven rest is shared in turn."""
     if len(indices) % count:
         return [indices[first::count] for first in range(count)]
     batches: list[list[int]] = [[] for _ in range(count)]

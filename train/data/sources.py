@@ -1,7 +1,7 @@
 """Sources of records, and the mixture that a run reads.
 
-A source is a table, the folder of its pictures, and how often its records are read in an epoch. `--data` names one
-file, or a YAML that mixes several:
+A source is a table, the folder of its images, and how often its records are read in an epoch. `--data` names one file,
+or a YAML that mixes several:
 
     sources:
       llava:
@@ -18,8 +18,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,13 +34,17 @@ from datasets import Dataset
 from PIL import Image
 
 from llava_skip.errors import MissingFileError, UserError
+from llava_skip.files import is_hub_name, read_json, read_text
 from llava_skip.vision.rgb import to_rgb
-from train.data.reading import SCHEMA, file_stamp, read_table
-from train.data.records import Record, normalise
+from train.data.reading import SCHEMA, file_stamp, read_table, table_stamp
+from train.data.records import Record, RecordError, normalise
 
 MIX_KINDS = (".yaml", ".yml")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What opening a picture raises; PIL answers a broken PNG with SyntaxError."""
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises about a broken file; SyntaxError about a PNG."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,10 @@ class Source:
     Attributes:
         name: of the source, for messages and counts.
         path: a file, a folder or a hub name, see `train.data.reading.read_table`.
-        images: the folder that picture names start from, or a map from their first component to a folder; "": names
-            are paths as they stand.
-        renames: a JSON object of old to new names of pictures, or a map from the first component to such a file, for
-            the names behind it.
+        images: the folder that image names start from, or a map from their first component to a folder; "": names
+            are paths.
+        renames: a JSON object of old to new names of images, or a map from the first component to such a file, for
+            the names after it.
         weight: how often a record is read in an epoch; 0.5 takes half of the records, always the same ones.
         split: of a `datasets` set.
         config: of a hub set that has several.
@@ -68,6 +76,10 @@ class Source:
             raise UserError(f"source {self.name!r} has no path: give a file, a folder or a hub name.")
         if not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1000:
             raise UserError(f"source {self.name!r} has the weight {self.weight!r}; it must be between 0 and 1000.")
+        for name in ("images", "renames"):
+            value = getattr(self, name) or ""
+            if not all(isinstance(v, str) for v in (value.values() if isinstance(value, dict) else [value])):
+                raise UserError(f"source {self.name!r} has the {name} {value!r}; give a path, or names with paths.")
         for folder in self.images.values() if isinstance(self.images, dict) else [self.images]:
             if folder and not Path(folder).is_dir():
                 raise MissingFileError(f"IMAGES {folder} does not exist: give the folder that image paths start from.")
@@ -78,17 +90,20 @@ def read_sources(data: str, images: str = "") -> list[Source]:
 
     Args:
         data: a mixture (.yaml), whose paths start from its own folder, or one source.
-        images: for one source: a folder, or a JSON object from the first component of picture names to folders.
+        images: for one source: a folder, or a JSON object from the first component of image names to folders.
 
     Raises:
         UserError: see the message.
         MissingFileError: a file or folder that does not exist.
     """
+    data, images = os.path.expanduser(data), os.path.expanduser(images)
     if Path(data).suffix in MIX_KINDS:
         if images:
             raise UserError(f"--images does not go with {data}: a mixture names the image folder of each source.")
         return _read_mixture(Path(data))
-    folders: str | dict[str, str] = _json_object(Path(images)) if images.endswith(".json") else images
+    folders: str | dict[str, str] = images
+    if images.endswith(".json"):
+        folders = {part: os.path.expanduser(folder) for part, folder in _json_object(Path(images)).items()}
     return [Source(Path(data).stem, data, folders)]
 
 
@@ -96,7 +111,7 @@ def _read_mixture(path: Path) -> list[Source]:
     if not path.is_file():
         raise MissingFileError(f"DATA {path} does not exist: give a YAML with `sources`.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"DATA {path} is not valid YAML: {error}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
@@ -115,45 +130,47 @@ def _read_source(name: str, entry: Any, mixture: Path) -> Source:
 
 
 def _beside(mixture: Path, value: Any) -> Any:
-    """Paths of a mixture start from its folder; what is not there stays as written: a hub name."""
+    """Paths of a mixture start from its folder; a name with the form of a hub name is one unless such a path exists."""
     if isinstance(value, dict):
         return {str(key): _beside(mixture, entry) for key, entry in value.items()}
     if not isinstance(value, str) or not value:
         return value
-    beside = mixture.parent / value
-    looks_local = beside.exists() or value.startswith(".") or value.count("/") != 1 or Path(value).suffix
-    return str(beside) if looks_local else value
+    path = mixture.parent / os.path.expanduser(value)
+    return value if is_hub_name(value) and not path.exists() else str(path)
 
 
 def _json_object(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist: give a JSON object of names.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist: give a JSON object of names.")
+    content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise UserError(f"{path} must hold a JSON object whose values are strings.")
     return content
 
 
-class Pictures:
-    """Opens a source's pictures: from its image folders, under their new names, or from bytes in the table."""
+@contextmanager
+def calling_pillow() -> Iterator[None]:
+    """Around calls of Pillow alone: what it raises is a fault of the image, and a RecordError."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise RecordError(str(error)) from error
+
+
+class Images:
+    """Opens a source's images: from its image folders, under their new names, or from bytes in the table."""
 
     def __init__(self, source: Source) -> None:
         self.roots = source.images
         renames = source.renames or {}
-        self.renames = (
-            {part: _json_object(Path(file)) for part, file in renames.items()}
-            if isinstance(renames, dict)
-            else {"": _json_object(Path(renames))}
-        )
+        files = renames if isinstance(renames, dict) else {"": renames}
+        self.renames = {part: _json_object(Path(file)) for part, file in files.items()}
 
     def path(self, name: str) -> Path:
-        """The file of a picture.
+        """The file of an image.
 
         Raises:
-            UserError: the name leaves the image folder, or starts with a component that has none.
+            RecordError: the name is outside the image folder, or starts with a component that has none.
         """
         name = self.renames.get("", {}).get(name, name)
         first, _, rest = name.partition("/")
@@ -165,38 +182,36 @@ class Pictures:
         root, below = self.roots, name
         if isinstance(root, dict):
             if first not in root:
-                raise UserError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
+                raise RecordError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
             root, below = root[first], rest
         if PurePosixPath(below).is_absolute() or ".." in PurePosixPath(below).parts:
-            raise UserError(f"the image {name} leaves the image folder {root}")
+            raise RecordError(f"the image {name} leaves the image folder {root}")
         return Path(root) / below
 
     def open_file(self, image: Any) -> Image.Image:
-        """A picture whose header has been read.
+        """An image whose header has been read.
 
         Raises:
-            OSError: no such file, or not a picture.
-            UserError: see `path`.
-            Image.DecompressionBombError: more pixels than PIL accepts.
+            RecordError: no such file, not an image, more pixels than Pillow accepts, or see `path`.
         """
         if isinstance(image, dict):
             image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
         file = self.path(image) if isinstance(image, str) else image
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # reported by train.validate_data
+        with calling_pillow(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # train.validate_data reports it
             return Image.open(file)
 
     def open(self, image: Any) -> Image.Image:
-        """A picture as upright RGB; raises one of `UNREADABLE`."""
-        with self.open_file(image) as picture:
-            return to_rgb(picture)
+        """An image as upright RGB; errors as `open_file`."""
+        with self.open_file(image) as opened, calling_pillow():
+            return to_rgb(opened)
 
 
 @dataclass
 class RecordSet:
-    """The records that a run reads: the tables of its sources one behind the other, and the order of an epoch.
+    """The records that a run reads: the tables of its sources one after the other, and the order of an epoch.
 
-    A row is the place of a record among all tables, an index its place in the epoch.
+    A row is the number of a record among all tables, an index its number in the epoch.
 
     Attributes:
         sources: the entries of the mixture.
@@ -207,12 +222,12 @@ class RecordSet:
     sources: list[Source]
     tables: list[Dataset]
     rows: np.ndarray | None = None
-    pictures: list[Pictures] = field(init=False)
+    images: list[Images] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tables = [table.with_format("arrow") for table in self.tables]
         self.ends = np.cumsum([len(table) for table in self.tables])
-        self.pictures = [Pictures(source) for source in self.sources]
+        self.images = [Images(source) for source in self.sources]
         if self.rows is None and any(source.weight != 1 for source in self.sources):
             self.rows = np.concatenate([self._share(number) for number in range(len(self.sources))])
         if not len(self):
@@ -222,7 +237,7 @@ class RecordSet:
         return int(self.ends[-1]) if self.rows is None else len(self.rows)
 
     def _share(self, number: int) -> np.ndarray:
-        """Rows of a source in an epoch: all as often as its weight is whole, and a fixed choice for the rest."""
+        """Rows of a source in an epoch: all of them as often as its weight says, and a fixed choice for a fraction."""
         source, size = self.sources[number], len(self.tables[number])
         whole, part = divmod(source.weight, 1)
         chosen = np.random.default_rng(zlib.crc32(source.name.encode())).permutation(size)[: round(part * size)]
@@ -231,9 +246,9 @@ class RecordSet:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever another record, picture folder or order is read."""
+        """Changes whenever another record, image folder or order is read."""
         renamed = [_stamps(source.renames) for source in self.sources]
-        parts = [[asdict(source) for source in self.sources], [t._fingerprint for t in self.tables], renamed]
+        parts = [[asdict(source) for source in self.sources], [table_stamp(t) for t in self.tables], renamed]
         order = b"" if self.rows is None else self.rows.tobytes()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode() + order).hexdigest()[:32]
 
@@ -247,28 +262,28 @@ class RecordSet:
         return index if self.rows is None else int(self.rows[index])
 
     def source_of(self, row: int) -> tuple[int, int]:
-        """Number of the source that holds a row, and the row's place in its table."""
+        """Number of the source that a row is from, and the row's number in its table."""
         number = int(np.searchsorted(self.ends, row, side="right"))
         return number, row - int(self.ends[number]) + len(self.tables[number])
 
     def record(self, row: int) -> Record:
         """The record of a row, in the form of `train.data.records`."""
-        number, place = self.source_of(row)
-        content = self.tables[number][place].to_pylist()[0]
+        number, within = self.source_of(row)
+        content = self.tables[number][within].to_pylist()[0]
         return content if content.keys() == SCHEMA.keys() else normalise(content)
 
-    def images_of(self, row: int) -> Pictures:
-        """What opens the pictures of a row."""
-        return self.pictures[self.source_of(row)[0]]
+    def images_of(self, row: int) -> Images:
+        """What opens the images of a row."""
+        return self.images[self.source_of(row)[0]]
 
     def describe(self, row: int, record: Record) -> str:
         """A record's name for messages."""
-        number, place = self.source_of(row)
+        number, within = self.source_of(row)
         where = f" of {self.sources[number].name}" if len(self.sources) > 1 else ""
-        return f"record {place}{where} (id {record['id']!r})"
+        return f"record {within}{where} (id {record['id']!r})"
 
     def without(self, rows: list[int]) -> RecordSet:
-        """The set less some rows."""
+        """The set without some rows."""
         if not rows:
             return self
         order = np.arange(self.ends[-1]) if self.rows is None else self.rows
@@ -286,5 +301,5 @@ def load_tables(sources: list[Source]) -> RecordSet:
 
 
 def load_records(data: str, images: str = "") -> RecordSet:
-    """The records that `--data` and `--images` name; arguments and errors as `read_sources` and `load_tables`."""
+    """The records of `--data` and `--images`; arguments and errors as `read_sources` and `load_tables`."""
     return load_tables(read_sources(data, images))

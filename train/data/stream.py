@@ -1,7 +1,7 @@
 """Records that are read as they are needed, for sets that do not fit a disk.
 
-A stream never ends: it begins anew, in another order, and --max_steps says how long a run is. Each process and each of
-its loader workers takes every n-th record, so none is read by two, and none waits for another at an end.
+A stream never ends: it starts again, in another order, and --max_steps says how long a run is. Each process and each of
+its loader workers takes every n-th record, so no two read the same one, and none waits for another at the end.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
-from train.data.dataset import RecordError, encode
+from train.data.dataset import encode
 from train.data.reading import SCHEMA, stream_table
-from train.data.records import find_fault, normalise
-from train.data.sources import Pictures, Source
+from train.data.records import RecordError, normalise
+from train.data.sources import Images, Source
 
 MOST_FAULTY = 1000
-"""So many faulty records in a row are not passed over any more."""
+"""Number of faulty records, one after the other, at which a stream stops even if it may skip them."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ConversationStream(IterableDataset):
-    """Samples of a mixture without an end.
+    """Samples of a mixture, without an end.
 
     Attributes:
         sources: weights are the relative frequencies of their records.
         processor: of the model.
-        max_length: rows of a sample.
-        drop_faulty: pass over faulty records, each with a warning in the log, instead of stopping.
-        shuffle_buffer: records among which the order is shuffled.
+        max_length: the most tokens of a sample.
+        drop_faulty: skip faulty records, each with a warning in the log, instead of stopping.
+        shuffle_buffer: number of records among which the order is shuffled.
         seed: of the order.
-        rank: number of this process.
-        processes: that share the stream.
+        rank: of this process.
+        processes: number of processes that share the stream.
     """
 
     sources: list[Source]
@@ -56,22 +56,24 @@ class ConversationStream(IterableDataset):
         """Samples, as `encode` gives them.
 
         Raises:
-            RecordError: names a faulty record, unless they are passed over; or so many in a row were.
+            RecordError: names a faulty record, unless they are skipped; or `MOST_FAULTY` were.
         """
         worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        first, step = self.rank * workers + number, self.processes * workers
-        pictures, faulty = [Pictures(source) for source in self.sources], 0
-        for place, (source, row) in enumerate(self._rows()):
-            if place % step != first:
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        first, step = self.rank * workers + own, self.processes * workers
+        images, faulty = [Images(source) for source in self.sources], 0
+        for number, (source, row) in enumerate(self._rows()):
+            if number % step != first:
                 continue
+            record = row if row.keys() == SCHEMA.keys() else normalise(row)
+            name = f"record {number} of the stream, of {self.sources[source].name} (id {record['id']!r})"
             try:
-                sample = self._sample(row, source, pictures[source], place)
+                sample = encode(record, images[source], self.processor, self.max_length, name)
             except RecordError as error:
                 faulty += 1
                 if not self.drop_faulty or faulty == MOST_FAULTY:
                     raise
-                logger.warning("passed over: %s", error)
+                logger.warning("skipped: %s", error)
             else:
                 faulty = 0
                 yield sample
@@ -89,20 +91,13 @@ class ConversationStream(IterableDataset):
         for epoch in itertools.count():
             table, row = stream_table(source.path, source.split, source.config), None
             shuffled = table.shuffle(seed=self.seed + epoch, buffer_size=self.shuffle_buffer)
-            # In batches, since a plain loop deals out whole files to the loader's workers, and one file to one alone.
+            # In batches: in a plain loop `datasets` gives each of the loader's workers whole files.
             for batch in shuffled.iter(batch_size=16):
                 for values in zip(*batch.values(), strict=True):
                     row = dict(zip(batch, values, strict=True))
                     yield row
             if row is None:
                 raise UserError(f"DATA {source.path} has no records.")
-
-    def _sample(self, row: dict[str, Any], source: int, pictures: Pictures, place: int) -> dict[str, Any]:
-        record = row if row.keys() == SCHEMA.keys() else normalise(row)
-        name = f"record {place} of the stream, of {self.sources[source].name} (id {record['id']!r})"
-        if fault := find_fault(record, self.processor.image_seq_length, self.max_length):
-            raise RecordError(f"{name}: {fault.text}")
-        return encode(record, pictures, self.processor, self.max_length, name)
 
 
 def stream_loader(stream: ConversationStream, arguments: Any, collator: Any) -> DataLoader:

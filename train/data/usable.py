@@ -1,12 +1,11 @@
-"""Reports of checks: kept in the cache, so that a set is looked at once, and what a run refuses or drops.
+"""Findings, kept in the cache so that a set is examined once, and what a run refuses or drops.
 
-The first process to come examines the set; the others, and later runs on the same set, read its report and examine
-again only the records that it names.
+The first process examines the set; the others, and later runs on the same set, read its findings and examine again only
+the records in them.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +14,19 @@ from typing import Any
 from filelock import FileLock
 
 from llava_skip.errors import UserError
+from llava_skip.files import read_json, write_json
 from llava_skip.processing import LlavaSkipProcessor
 from train.data.checks import Examined, Finding, FullCheck, QuickCheck
 from train.data.parallel import map_rows
 from train.data.reading import cache_file
 from train.data.sources import RecordSet
-from train.reporting.result import write_text
 
 SHOWN = 5
-"""Offenders that an error names."""
+"""Findings that an error shows."""
 
 
-def report_path(check: QuickCheck) -> Path:
-    """Where the report of a check lies in the cache."""
+def findings_path(check: QuickCheck) -> Path:
+    """The file of a check's findings in the cache."""
     return cache_file(f"check-{check.key}.json")
 
 
@@ -37,18 +36,18 @@ def examine(check: QuickCheck, processes: int, title: str) -> Iterator[Examined]
 
 
 def save_errors(check: QuickCheck, errors: list[Finding]) -> None:
-    """Keep a report, whole or not at all."""
-    write_text(report_path(check), json.dumps([error._asdict() for error in errors]))
+    """Keep the errors that a check found."""
+    write_json(findings_path(check), [error._asdict() for error in errors])
 
 
 def find_errors(records: RecordSet, processor: LlavaSkipProcessor, max_length: int, processes: int) -> list[Finding]:
-    """The errors of a set: from a full report on it, from a quick one, or by a quick check."""
+    """The errors of a set: from the findings of a full check or a quick one, or by a quick check now."""
     full, quick = (kind(records, processor, max_length) for kind in (FullCheck, QuickCheck))
     for check in (full, quick):
-        path = report_path(check)
+        path = findings_path(check)
         with FileLock(f"{path}.lock"):
             if path.is_file():
-                rows = [entry["row"] for entry in json.loads(path.read_text(encoding="utf-8"))]
+                rows = [entry["row"] for entry in read_json(path)]
                 return [f for row in rows for f in check(row).findings if f.is_error]
             if check is quick:
                 errors = [f for e in examine(check, processes, "checking records") for f in e.findings]
@@ -76,7 +75,7 @@ def usable_records(
     return records.without([error.row for error in errors]), errors
 
 
-def dropped_report(records: RecordSet, errors: list[Finding]) -> dict[str, Any]:
-    """What a run leaves behind about the records that it dropped."""
+def dropped_findings(records: RecordSet, errors: list[Finding]) -> dict[str, Any]:
+    """What `dropped.json` of a run says about the records that it dropped."""
     counts = dict(Counter(error.kind for error in errors))
     return {"fingerprint": records.fingerprint, "counts": counts, "records": [error._asdict() for error in errors]}

@@ -5,17 +5,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from datasets.utils import disable_progress_bars
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging as transformers_logging
 
 from llava_skip.errors import UserError
+from llava_skip.files import read_text, write_text
 from train.arguments import RunArguments
-from train.reporting.result import write_text
 
 LOG = "train_log.jsonl"
-_CONSOLE = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "epoch")
+_CONSOLE = {
+    "loss": "loss {:7.4f}",
+    "learning_rate": "rate {:.2e}",
+    "tokens_per_second": "{:9,.0f} tokens/s",
+    "skipped_ffn_share": "skipped {:5.1%}",
+    "mfu": "MFU {:5.1%}",
+}
+"""Metrics of a log line, and how they are shown."""
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
 
@@ -51,24 +64,60 @@ def keep_reports_in(output: Path) -> None:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
 
 
-class BriefProgress(ProgressCallback):
-    """The progress bar, with the metrics that fit on a line."""
+def show_no_bars(arguments: RunArguments) -> None:
+    """Turn progress bars of libraries off where they would fill a log file: on other ranks, and without a terminal."""
+    if arguments.process_index or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+class LogLine(TrainerCallback):
+    """Prints each log entry as one aligned line: step, loss, rate, tokens/s, skipped share, time gone and left."""
+
+    def __init__(self) -> None:
+        self._began = (0, time.monotonic())
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the time."""
+        self._began = (state.global_step, time.monotonic())
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Print the line; above the bar where there is one."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        first, start = self._began
+        elapsed = time.monotonic() - start
+        left = elapsed / max(1, state.global_step - first) * (state.max_steps - state.global_step)
+        width = len(str(state.max_steps))
+        parts = [f"step {state.global_step:{width}}/{state.max_steps}"]
+        for name, form in _CONSOLE.items():
+            if name in logs:
+                parts.append(form.format(logs[name]))
+        parts.append(f"{_clock(elapsed)} elapsed, {_clock(left)} left")
+        tqdm.write(" | ".join(parts))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar without its log lines."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print some of the metrics above the bar."""
-        if logs and "loss" in logs:
-            shown = {name: logs[name] for name in _CONSOLE if name in logs}
-            super().on_log(args, state, control, logs=shown, **kwargs)
+        """Nothing: `LogLine` prints them."""
 
 
 class JsonLines(TrainerCallback):
     """Appends every log entry to `train_log.jsonl` as one line, in one write."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what a broken run wrote behind the checkpoint that is continued: these steps are made again."""
+        """Drop what an interrupted run wrote after the checkpoint that is continued: these steps are repeated."""
         path = Path(args.output_dir) / LOG
         if state.is_world_process_zero and path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= state.global_step]
+            lines = [line for line in read_text(path).splitlines() if _step(line) <= state.global_step]
             write_text(path, "".join(f"{line}\n" for line in lines))
 
     def on_log(
@@ -82,7 +131,7 @@ class JsonLines(TrainerCallback):
 
 
 def _step(line: str) -> float:
-    """The step of a line of the log; a line that was cut off belongs to no step that counts."""
+    """The step of a line of the log; a line that was cut off counts as later than all."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

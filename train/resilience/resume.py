@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llava_skip.errors import UserError
-from train.reporting.result import load_json, write_json
+from llava_skip.files import read_json, write_json
 
 MANIFEST = "checkpoint.json"
 """Describes a whole checkpoint; written last."""
@@ -56,7 +56,7 @@ class Manifest:
         Raises:
             MissingFileError: the checkpoint has none.
         """
-        return cls(**load_json(checkpoint / MANIFEST))
+        return cls(**read_json(checkpoint / MANIFEST))
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
@@ -65,7 +65,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         manifest.files[str(file.relative_to(folder))] = file.stat().st_size
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_json(folder / MANIFEST, asdict(manifest), sort_keys=True)
 
 
 def find_fault(checkpoint: Path) -> str | None:

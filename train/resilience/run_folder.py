@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from llava_skip.errors import UserError
+from llava_skip.files import write_json
 from train.arguments import RunArguments
-from train.reporting.result import write_json
 from train.resilience.resume import check_fits, find_checkpoint, zero_stage
 
 RECORD, DROPPED, RESULT, LOCK = "run.json", "dropped.json", "train_result.json", ".lock"
@@ -71,8 +71,8 @@ class RunFolder:
         if self._arguments.overwrite:
             self._clear()
         if self._dropped is not None:
-            write_json(self.path / DROPPED, self._dropped)
-        write_json(self.path / RECORD, self._resolved)
+            write_json(self.path / DROPPED, self._dropped, sort_keys=True)
+        write_json(self.path / RECORD, self._resolved, sort_keys=True)
         checkpoint, messages = find_checkpoint(self.path)
         if checkpoint:
             check_fits(checkpoint, self._arguments.world_size, zero_stage(self._arguments))

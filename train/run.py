@@ -1,0 +1,170 @@
+"""What is checked before a run loads weights; everything that a user can get wrong shows here."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.errors import UserError
+from llava_skip.files import as_json, read_json
+from llava_skip.paths import checkpoints, shown
+from llava_skip.processing import LlavaSkipProcessor
+from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
+from train.command_line import read_command_line
+from train.data import (
+    ConversationDataset,
+    ConversationStream,
+    collate,
+    collate_flat,
+    dropped_findings,
+    load_tables,
+    read_sources,
+    sample_lengths,
+    usable_records,
+)
+from train.recipe.lora import check_lora
+from train.recipe.model import check_weights, prepare
+from train.recipe.plan import check_plan
+from train.reporting.callbacks import check_reporters
+from train.resilience.run_folder import DROPPED, LOCK, RECORD
+
+
+@dataclass
+class Run:
+    """A checked run, before any weight is loaded."""
+
+    model_arguments: ModelArguments
+    arguments: RunArguments
+    config: LlavaSkipConfig
+    processor: LlavaSkipProcessor
+    dataset: ConversationDataset | ConversationStream
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    dropped: dict[str, Any] | None
+    parts: dict[str, tuple[int, int]]
+    resolved: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self.arguments.output_dir)
+
+
+def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """Arguments from the command line.
+
+    Raises:
+        UserError: unknown flags or values out of range.
+    """
+    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
+    if not run.output_dir:
+        run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
+    return model, data, run
+
+
+def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
+    """Everything that can be wrong without weights, in the order in which it is cheap to find.
+
+    Raises:
+        UserError: see the message.
+    """
+    arguments = resolved(model, data, run)
+    check_lora(model)
+    check_reporters(run)
+    check_output(Path(run.output_dir), arguments, run.overwrite)
+    if data.streaming and run.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    sources = read_sources(data.data, data.images)
+    records = None if data.streaming else load_tables(sources)
+    config, processor = prepare(model)
+    check_weights(model)
+    parts = check_plan(model, run, config)
+    collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    if records is None:
+        stream = ConversationStream(
+            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
+        )  # fmt: skip
+        return Run(model, run, config, processor, stream, collator, None, parts, arguments)
+    records, errors = usable_records(records, processor, data.max_length, data.data_processes, data.drop_faulty)
+    dropped = dropped_findings(records, errors) if errors else None
+    check_dropped(Path(run.output_dir), dropped, run.overwrite)
+    lengths = None
+    if data.group_by_modality_length:
+        lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
+    dataset = ConversationDataset(records, processor, data.max_length, lengths)
+    step = run.per_device_train_batch_size * run.world_size
+    if run.dataloader_drop_last and len(dataset) < step:
+        raise UserError(
+            f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
+        )
+    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
+
+
+def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool) -> None:
+    """Refuse to continue a run with other records than it began with: its data order would be another one.
+
+    Raises:
+        UserError: other records are dropped now than when the run began.
+    """
+    if overwrite or not (output / RECORD).is_file():
+        return
+    record = output / DROPPED
+    before = read_json(record) if record.is_file() else None
+    if before != as_json(dropped):
+        counts = [0 if found is None else len(found["records"]) for found in (before, dropped)]
+        raise UserError(
+            f"OUTPUT {output} began with {counts[0]} dropped records, and now {counts[1]} would be: restore the data "
+            "as it was to continue, or start again with another OUTPUT or --overwrite true."
+        )
+
+
+def check_same_records(run: Run) -> None:
+    """Refuse processes that read other records than rank 0: their steps would be of other samples. Every rank calls it.
+
+    Raises:
+        UserError: names the first such process.
+    """
+    if isinstance(run.dataset, ConversationStream):
+        return
+    dropped = run.dropped["records"] if run.dropped else []
+    views = gather_object([(socket.gethostname(), len(run.dataset), dropped)])
+    if different := [rank for rank, view in enumerate(views) if view[1:] != views[0][1:]]:
+        told = [
+            f"rank {rank} on {views[rank][0]} reads {views[rank][1]} records and drops {len(views[rank][2])}"
+            for rank in (different[0], 0)
+        ]
+        raise UserError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
+
+
+def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that holds anything but this very run.
+
+    Raises:
+        UserError: says which arguments differ, or what else is in the folder.
+    """
+    if overwrite or not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"OUTPUT {output} is a file: give a folder.")
+    record = output / RECORD
+    if not record.is_file():
+        if any(path.name != LOCK for path in output.iterdir()):
+            raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
+        return
+    before, now = _flat(identity(read_json(record))), _flat(identity(as_json(arguments)))
+    if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
+        raise UserError(
+            f"OUTPUT {output} holds another run ({changes}): give another OUTPUT, the same arguments to continue it, "
+            "or --overwrite true to delete it."
+        )
+
+
+def _flat(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{group}.{key}": value for group, values in nested.items() for key, value in values.items()}
