@@ -89,7 +89,8 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
         wrong.append(f"{foreign} parameters of no name")
     if wrong:
         raise UserError(
-            f"Trainable parameters must be optimised exactly once, frozen ones never; these are not: {first_few(wrong)}."
+            f"Trainable parameters must be optimised exactly once, frozen ones never; these are not: "
+            f"{first_few(wrong)}."
         )
 
 
