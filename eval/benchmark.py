@@ -1,4 +1,4 @@
-"""What the runner and the scorer ask of a benchmark: load its records, word a prompt, score the answers."""
+"""What the runner and the scorer ask of a benchmark: read its questions, write prompts, score the answers."""
 
 import ast
 from abc import ABC, abstractmethod
@@ -9,10 +9,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
-from eval.errors import EvalError, first_few
-from eval.reading.images import Picture, row_pictures
+from eval.reading.images import ImageSource, row_images
 from eval.reading.tables import Row, StoredText, read_rows
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError, first_few
 
 Id = int | str
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -24,14 +24,14 @@ class Sample:
     """One question put to the model.
 
     Attributes:
-        id: the record's id in the benchmark file.
-        fields: the record's columns except its picture.
-        images: its pictures; empty when only answers are scored.
+        id: its id in the benchmark file.
+        fields: its columns except the image.
+        images: its images; empty when only answers are scored.
     """
 
     id: Id
     fields: Row
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
 
 
 @dataclass
@@ -39,12 +39,12 @@ class Score:
     """The outcome of scoring, as it is written to the result file.
 
     Attributes:
-        status: "scored"; "unscored" when gold answers or a judge are lacking; "incomplete" when a judge broke off.
+        status: "scored"; "unscored" when gold answers or a judge are lacking; "incomplete" when a judge failed.
         rule: name of the scoring rule.
-        score: the headline number as tables print it, up to the benchmark's ``full_score`` (100, but 2000 for MME);
+        score: the headline number as tables print it, up to the benchmark's `full_score` (100, but 2000 for MME);
             None unless the status is "scored".
-        scores: all values of the benchmark's own report, in its own unit and order.
-        counts: how many of what the values stand for, and everything that was left out.
+        scores: all values that the benchmark's own code prints, in their unit and order.
+        counts: the numbers of questions and answers behind the values, and of everything that was left out.
         notes: what a reader must know before using the number.
         judge: model and address of the judge that graded the answers, if one did.
         per_sample: right or wrong (or a grade from 0 to 1) of each question, by its id.
@@ -61,22 +61,22 @@ class Score:
 
 
 class Benchmark(ABC):
-    """A benchmark as data and four questions about it.
+    """How to read, ask and score one benchmark.
 
     Attributes:
         name: the name on the command line.
-        rules: scoring rules by the name on the command line, with the name and version that results carry; the first
-            is the default.
+        rules: scoring rules by the name on the command line, with the name and version for results; the first is the
+            default.
         protocols: prompt protocols; the first is the default.
         max_new_tokens: the generation limit of the chosen protocol.
-        limits: that of the protocols which have another one than the default.
+        limits: the generation limits of the protocols that differ from the default.
         embedded: its file in the embedded data set.
         columns: columns without which a file is not this benchmark.
-        list_columns: those of ``columns`` that may hold lists.
-        public_names: what public files call a column that ``normalise`` renames, for messages.
-        id_columns: columns that may hold a row's id, the first one found does.
-        answer_columns: columns that may hold the answers of a prediction file, the first one found does.
-        full_score: the highest headline score that there can be.
+        list_columns: the ones of `columns` that may hold lists.
+        public_names: what public files call a column that `normalise` renames, for messages.
+        id_columns: columns that may hold a row's id; the first one found does.
+        answer_columns: columns that may hold the answers of a prediction file; the first one found does.
+        full_score: the highest possible headline score.
         submission: name of the file that the benchmark's server or maintainers take, if there is one.
     """
 
@@ -95,14 +95,10 @@ class Benchmark(ABC):
     submission: ClassVar[str | None] = None
 
     def __init__(self, rule: str | None = None, protocol: str | None = None) -> None:
-        """Choose how to score and how to ask.
-
-        Args:
-            rule: a key of ``rules``.
-            protocol: one of ``protocols``.
+        """Choose how to score (a key of `rules`) and how to ask (one of `protocols`).
 
         Raises:
-            EvalError: listing the names there are.
+            UserError: an unknown name; it lists the known ones.
         """
         self.chosen_rule = self._choose("rule", rule, tuple(self.rules))
         self.chosen_protocol = self._choose("protocol", protocol, self.protocols)
@@ -110,40 +106,31 @@ class Benchmark(ABC):
 
     def _choose(self, kind: str, name: str | None, names: tuple[str, ...]) -> str:
         if name is not None and name not in names:
-            raise EvalError(f"{self.name} has no {kind} '{name}'; choose one of {', '.join(names)}.")
+            raise UserError(f"{self.name} has no {kind} '{name}'; choose one of {', '.join(names)}.")
         return name or names[0]
 
     @property
     def rule(self) -> str:
-        """Name and version of the scoring rule, as results carry it."""
+        """Name and version of the scoring rule, for results."""
         return self.rules[self.chosen_rule]
 
     def read(self, data: Path) -> list[Row]:
-        """Read the rows of a benchmark file; benchmarks whose questions lie in several files read their folder.
-
-        Args:
-            data: the file or folder.
-        """
+        """Read the rows of a benchmark file; benchmarks whose questions are in several files read their folder."""
         return read_rows(data)
 
     def read_predictions(self, path: Path) -> list[Row]:
-        """Read the rows of a prediction file, or of a folder where that is what the official tools write.
-
-        Args:
-            path: the file or folder.
-        """
+        """Read the rows of a prediction file, or of a folder where that is what the official tools write."""
         return read_rows(path)
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Bring the public forms of this benchmark's rows to one set of columns; rows that have it stay as they are.
+        """The rows of any public form with one set of columns; rows that have them already are not changed.
 
-        Args:
-            rows: rows of a benchmark file, or of a prediction file that repeats its columns.
+        They come from a benchmark file, or from a prediction file that repeats its columns.
         """
         return rows
 
     def image_folder(self, data: Path) -> Path:
-        """Find the folder of image files that belongs to a benchmark file."""
+        """The folder of image files that belongs to a benchmark file."""
         return (data if data.is_dir() else data.parent) / "images"
 
     def load(self, data: Path, images: Path | None = None, with_images: bool = True) -> list[Sample]:
@@ -151,71 +138,56 @@ class Benchmark(ABC):
 
         Args:
             data: the file in a public format.
-            images: folder of image files; beside the data by default.
+            images: folder of image files; the one next to the data by default.
             with_images: False when only saved answers are scored.
 
         Raises:
-            EvalError: if the file is not this benchmark's or a picture cannot be opened.
+            UserError: the file is not this benchmark's, or an image cannot be opened.
         """
         rows = self.normalise(self.read(data))
         self.check_columns(rows, str(data))
         samples = self.samples(rows)
         if not with_images:
             return samples
-        shown = self.pictures(rows, images or self.image_folder(data))
-        return [replace(sample, images=pictures) for sample, pictures in zip(samples, shown, strict=True)]
+        shown = self.find_images(rows, images or self.image_folder(data))
+        return [replace(sample, images=own) for sample, own in zip(samples, shown, strict=True)]
 
-    def pictures(self, rows: list[Row], folder: Path) -> list[tuple[Picture, ...]]:
-        """Find the pictures that the protocol shows with each row.
-
-        Args:
-            rows: normalised rows of a benchmark file.
-            folder: where image files lie.
+    def find_images(self, rows: list[Row], folder: Path) -> list[tuple[ImageSource, ...]]:
+        """The images that the protocol shows with each normalised row; `folder` has the image files.
 
         Raises:
-            EvalError: naming the records whose picture is missing or broken.
+            UserError: naming the samples whose image is missing or broken.
         """
-        return [(picture,) for picture in row_pictures(rows, folder)]
+        return [(image,) for image in row_images(rows, folder)]
 
     def check_columns(self, rows: Sequence[Row], source: str) -> None:
-        """Refuse rows that lack a column, saying which columns there are.
-
-        Args:
-            rows: rows of one file.
-            source: the file, for the message.
-        """
+        """Refuse rows that lack a column, saying which columns there are."""
         lacking = [name for name in self.columns if any(name not in row for row in rows)]
         if not any(name in rows[0] for name in self.id_columns):
             lacking.append(self.id_columns[0])
         if lacking:
             first = next((row for row in rows if any(name not in row for name in lacking)), rows[0])
             lacking = [self.public_names.get(name, name) for name in lacking]
-            raise EvalError(
+            raise UserError(
                 f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; a row has "
                 f"{', '.join(first)}. Give a whole benchmark file (for saved predictions: with --data)."
             )
         nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict)}
         nested &= {*self.columns, *ascii_uppercase} - self.list_columns
         if nested:
-            raise EvalError(f"{source}: the columns {', '.join(sorted(nested))} hold lists or objects; expected texts.")
+            raise UserError(f"{source}: the columns {', '.join(sorted(nested))} hold lists or objects; expected texts.")
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
-        """Turn rows into samples without their pictures, in file order.
-
-        Args:
-            rows: rows of a benchmark file, or of a prediction file that repeats its columns.
+        """Turn normalised rows into samples without their images, in file order.
 
         Raises:
-            EvalError: if an id occurs twice.
+            UserError: an id occurs twice.
         """
+        hidden = ("image", *self.answer_columns)
         samples = [
             Sample(
                 self.row_id(row),
-                {
-                    name: cell
-                    for name, cell in row.items()
-                    if name not in ("image", *self.answer_columns) and not is_picture(cell)
-                },
+                {name: cell for name, cell in row.items() if name not in hidden and not is_image(cell)},
             )
             for row in rows
         ]
@@ -223,47 +195,37 @@ class Benchmark(ABC):
         return samples
 
     def row_id(self, row: Row) -> Id:
-        """Return a row's id: a number where it reads as one, else its text."""
+        """A row's id: a number where it reads as one, else its text."""
         value = next((row[name] for name in self.id_columns if row.get(name, "") != ""), None)
         if value is None:
-            raise EvalError(
+            raise UserError(
                 f"a row has no id: expected a value in {' or '.join(self.id_columns)}, saw {first_few(list(row))}."
             )
         text = str(value).removesuffix(".0")
         return int(text) if text.isascii() and text.isdigit() else text
 
     def question(self, id_: Id) -> Id:
-        """Return the id of the question that a row asks, where several rows ask one."""
+        """The id of the question that a row asks, where several rows ask one question."""
         return id_
 
     def limit(self, samples: list[Sample], count: int) -> list[Sample]:
-        """Keep the first ``count`` questions."""
+        """The first `count` questions."""
         return samples[:count]
 
     def check_whole(self, samples: Sequence[Sample], source: str) -> None:  # noqa: B027  most files cannot tell
-        """Refuse a prediction file that shows by itself that rows are lacking.
-
-        Args:
-            samples: its rows.
-            source: the file, for the message.
-        """
+        """Refuse the rows of a prediction file that show by themselves that others are lacking."""
 
     def score_graded(self, samples: Sequence[Sample], rows: Sequence[Row]) -> "Score | None":
-        """Score rows that carry grades instead of answers; None if they do not.
-
-        Args:
-            samples: the questions.
-            rows: rows of a prediction file.
-        """
+        """Score rows of a prediction file that hold grades instead of answers; None if they do not."""
         return None
 
     def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name the prompt protocol that ``prompts`` follows for these samples."""
+        """The prompt protocol that `prompts` follows for these samples."""
         return self.chosen_protocol
 
     @abstractmethod
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word the prompt of each sample, without the picture's placeholder."""
+        """The prompt of each sample, without the image's placeholder."""
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
@@ -272,19 +234,19 @@ class Benchmark(ABC):
         Args:
             samples: the questions with their gold answers.
             answers: text by sample id, complete.
-            judge: a language model that grades, where the benchmark has one.
+            judge: a language model that grades, where the benchmark uses one.
         """
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
-        """Read the answers from the rows of a prediction file; rows without one are left for ``match`` to count.
+        """Read the answers from the rows of a prediction file; `match` counts rows without one.
 
         Args:
             rows: rows of the file.
             source: the file, for messages.
-            samples: the questions, for files whose ids are not theirs.
+            samples: the questions, for files with other ids.
 
         Raises:
-            EvalError: if there is no column of answers, or an id occurs twice.
+            UserError: there is no column of answers, or an id occurs twice.
         """
         column = self.answer_column(rows, source)
         answered = [row for row in rows if column in row]
@@ -293,50 +255,41 @@ class Benchmark(ABC):
         return {id_: str(row[column]) for id_, row in zip(ids, answered, strict=True)}
 
     def answer_column(self, rows: Sequence[Row], source: str) -> str:
-        """Find the column that holds the answers of a prediction file.
-
-        Args:
-            rows: rows of the file.
-            source: the file, for messages.
+        """The column that holds the answers of a prediction file.
 
         Raises:
-            EvalError: if there is none.
+            UserError: there is none.
         """
         column = next((name for name in self.answer_columns if any(name in row for row in rows)), None)
         if column is None:
-            raise EvalError(
+            raise UserError(
                 f"{source}: expected the answers in a column {' or '.join(self.answer_columns)}; "
                 f"the first row has {', '.join(rows[0])}."
             )
         if column == "text" and "image" in rows[0] and "prompt" not in rows[0]:
-            raise EvalError(f"{source}: is a file of questions (image and text), not of answers; give the answers.")
+            raise UserError(f"{source}: is a file of questions (image and text), not of answers; give the answers.")
         nested = [number for number, row in enumerate(rows, start=1) if isinstance(row.get(column), list | dict)]
         if nested:
-            raise EvalError(f"{source}: the answers of rows {first_few(nested)} are lists or objects; expected texts.")
+            raise UserError(f"{source}: the answers of rows {first_few(nested)} are lists or objects; expected texts.")
         return column
 
     def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
-        """Write the answers as the benchmark's server or maintainers take them.
-
-        Args:
-            samples: the questions.
-            answers: text by sample id, complete.
-            path: the file to write.
+        """Write the answers, which must be complete, as the benchmark's server or maintainers take them.
 
         Returns:
-            What a reader must know about it.
+            Notes for the reader.
 
         Raises:
-            EvalError: if there is no such form, or the answers are not whole.
+            UserError: there is no such form, or the samples are not whole.
         """
-        raise EvalError(f"{self.name} has no submission file: it is scored here, with public gold answers.")
+        raise UserError(f"{self.name} has no submission file: it is scored here, with public gold answers.")
 
 
 def refuse_doubles(ids: Sequence[Id], source: str) -> None:
-    """Raise if an id occurs twice, because it is then unclear which record counts."""
+    """Raise if an id occurs twice, because it is then unclear which row counts."""
     doubled = [id_ for id_, count in Counter(ids).items() if count > 1]
     if doubled:
-        raise EvalError(f"{source}: ids occur more than once: {first_few(doubled)}; remove the repeated rows.")
+        raise UserError(f"{source}: ids occur more than once: {first_few(doubled)}; remove the repeated rows.")
 
 
 def match(
@@ -347,26 +300,26 @@ def match(
     Args:
         samples: the questions of the benchmark file.
         predictions: text by id.
-        allow_missing: let an absent prediction count as an empty answer instead of refusing.
+        allow_missing: count an absent prediction as an empty answer instead of refusing.
 
     Returns:
         The answers (complete), counts, and notes to show.
 
     Raises:
-        EvalError: if predictions are missing, or none belongs to the file.
+        UserError: predictions are missing, or none belongs to the file.
     """
     ids = {sample.id for sample in samples}
     missing = [sample.id for sample in samples if sample.id not in predictions]
     unknown = [id_ for id_ in predictions if id_ not in ids]
     if len(missing) == len(samples):
-        raise EvalError(
+        raise UserError(
             f"none of the {len(predictions)} prediction ids is in the benchmark file (predictions: "
             f"{first_few(list(predictions), 3)}; file: {first_few(list(ids), 3)}); give the file they were made from."
         )
     if missing and not allow_missing:
-        raise EvalError(
-            f"{first_few(missing)} of {len(samples)} predictions are missing; finish the run, give the benchmark file that "
-            "the predictions were made from, or use --allow-missing to count each as a wrong answer."
+        raise UserError(
+            f"{first_few(missing)} of {len(samples)} predictions are missing; finish the run, give the benchmark file "
+            "that the predictions were made from, or use --allow-missing to count each as a wrong answer."
         )
     notes = []
     if missing:
@@ -378,11 +331,10 @@ def match(
 
 
 def as_list(cell: Any) -> list[Any]:
-    """Read a cell that holds a list, as a list or in Python's writing; any other cell is a list of itself.
+    """A cell that holds a list, or a list as Python prints it; any other cell is a list with one item.
 
-    Args:
-        cell: such as ``["a", "b"]`` or ``"['a', 'b']"``; "" is the empty list, and "[1]" a text, since the lists that
-            benchmarks write out hold texts.
+    `["a", "b"]` and `"['a', 'b']"` are the same; "" is the empty list, and "[1]" is a text, because the lists that
+    benchmarks print hold texts.
     """
     if isinstance(cell, str) and cell[:1] == "[":
         try:
@@ -396,25 +348,21 @@ def as_list(cell: Any) -> list[Any]:
     return [] if cell == "" else [cell]
 
 
-def is_picture(cell: Any) -> bool:
-    """Tell whether a cell holds a picture, which is no part of a record's fields."""
+def is_image(cell: Any) -> bool:
+    """Whether a cell holds an image, which is no part of a sample's fields."""
     return isinstance(cell, bytes | StoredText) or (isinstance(cell, dict) and "bytes" in cell)
 
 
 def is_missing(text: str) -> bool:
-    """Tell whether an option or hint cell means "none": empty, or the words nan/none as LLaVA reads them."""
+    """Whether an option or hint cell means "none": empty, or the words nan/none as LLaVA reads them."""
     return text.strip().lower() in ("", "nan", "none")
 
 
 def options(fields: Row, letters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ") -> dict[str, str]:
-    """Collect the options of a record from its one-letter columns.
+    """The options of a sample, from its one-letter columns.
 
     Some files mark a missing option as "nan", others have options that read "None" or "nan". Such a word is taken for
     an option where the gold letter or a later option shows that it is one.
-
-    Args:
-        fields: the record.
-        letters: the columns to look at.
     """
     filled = {letter: fields[letter] for letter in letters if fields.get(letter, "").strip()}
     sure = [letter for letter, text in filled.items() if not is_missing(text) or letter == fields.get("answer")]
@@ -422,7 +370,7 @@ def options(fields: Row, letters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ") -> dict[st
 
 
 def listed_options(fields: Row) -> str:
-    r"""Write options A to D as LLaVA does: a line ``A. text`` each, up to the first missing one."""
+    r"""Options A to D as LLaVA writes them: a line `A. text` each, up to the first missing one."""
     lines = ""
     for letter in "ABCD":
         if is_missing(fields.get(letter, "")):

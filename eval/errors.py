@@ -1,12 +1,10 @@
-"""What can go wrong in an evaluation, as the command line tells it."""
+"""What can go wrong in an evaluation besides a `UserError`."""
 
 from llava_skip.errors import UserError, first_few
 
 __all__ = ["EvalError", "JudgeUnavailable", "first_few"]
 
-
-class EvalError(UserError):
-    """A wrong path, file, column or option: the message says what was seen, what was expected and what to change."""
+EvalError = UserError
 
 
 class JudgeUnavailable(RuntimeError):

@@ -1,6 +1,6 @@
-"""llava-skip models in lmms-eval: ``python -m lmms_eval --model llava_skip --model_args pretrained=DIR --tasks ...``.
+"""llava-skip models in lmms-eval: `python -m lmms_eval --model llava_skip --model_args pretrained=DIR --tasks ...`.
 
-lmms-eval finds ``manifest`` through the entry-point group ``lmms_eval.models``; nothing here is imported without it.
+lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`; nothing here is imported without it.
 Written against lmms-eval 0.7.
 """
 
@@ -17,19 +17,19 @@ from tqdm import tqdm
 
 from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
-from eval.errors import EvalError
+from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
 
 MAX_NEW_TOKENS = 1024
 
 
 def manifest() -> ModelManifest:
-    """Tell lmms-eval of the model."""
+    """The entry of this model in the table of lmms-eval."""
     return ModelManifest("llava_skip", chat_class_path=f"{LlavaSkip.__module__}.{LlavaSkip.__name__}")
 
 
 class LlavaSkip(lmms):
-    """A saved model behind lmms-eval's chat interface, greedy, one process for each GPU under ``accelerate launch``."""
+    """A saved model with lmms-eval's chat interface, greedy; `accelerate launch` starts one process for each GPU."""
 
     is_simple = False
 
@@ -53,33 +53,26 @@ class LlavaSkip(lmms):
             **unknown: refused, except for what lmms-eval always passes.
 
         Raises:
-            EvalError: if the folder is no saved model, or an argument is unknown.
+            UserError: the folder is no saved model, or an argument is unknown.
         """
         super().__init__()
         surplus = {name: value for name, value in unknown.items() if name != "max_batch_size"}
         if surplus:
-            raise EvalError(f"unknown --model_args: {', '.join(surplus)}; expected pretrained, dtype, attn.")
+            raise UserError(f"unknown --model_args: {', '.join(surplus)}; expected pretrained, dtype, attn.")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
         self.generator = Generator(
-            check_model(Path(pretrained)), numerics(dtype, attn), self.accelerator.local_process_index
+            check_model(Path(pretrained).expanduser()), numerics(dtype, attn), self.accelerator.local_process_index
         )
 
     @property
     def device(self) -> Any:
-        """Where the model lies."""
+        """The device of the model."""
         return self.generator.model.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answer requests in batches of one limit each, the longest questions first.
-
-        Args:
-            requests: lmms-eval's requests of type ``generate_until``.
-
-        Returns:
-            The answers in the order of the requests.
-        """
+        """The answers to requests, in their order; batches have one limit each, the longest questions are first."""
         order = sorted(range(len(requests)), key=lambda n: (_limit(requests[n]), -len(requests[n].args[0])))
         answers = [""] * len(requests)
         with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
@@ -94,18 +87,18 @@ class LlavaSkip(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refuse tasks of several rounds."""
-        raise NotImplementedError("llava_skip answers tasks of one round; leave those of several rounds out.")
+        raise NotImplementedError("llava_skip answers tasks of one round; remove the others from --tasks.")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse tasks that compare likelihoods."""
-        raise NotImplementedError("llava_skip answers by generating; leave loglikelihood tasks out.")
+        raise NotImplementedError("llava_skip answers by generating; remove loglikelihood tasks from --tasks.")
 
     def _conversation(self, request: Instance) -> list[dict[str, Any]]:
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         _, videos, audios = messages.extract_media()
         if videos or audios:
-            raise EvalError(f"task {task} shows videos or sounds; llava_skip takes pictures and text.")
+            raise UserError(f"task {task} has videos or sounds; llava_skip takes images and text.")
         conversation = messages.to_hf_messages()
         for turn in conversation:
             for part in turn["content"]:
@@ -129,7 +122,7 @@ def _batches(order: Sequence[int], requests: Sequence[Instance], size: int) -> l
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """Cut an answer where the first stop string begins; empty ones stop nothing."""
+    """An answer up to its first stop string; empty ones stop nothing."""
     for stop in [until] if isinstance(until, str) else until or []:
         text = text.partition(stop)[0] if stop else text
     return text.strip()

@@ -12,7 +12,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from eval.answering.answers import AnswerLog
-from eval.answering.plan import ALL, Run, chosen_benchmarks, prepare
+from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmark import Score
 from eval.benchmarks import BENCHMARKS
@@ -34,6 +34,7 @@ from eval.overview import FOLDER, print_overview, write_overview
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table, write_json
+from llava_skip.paths import results, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -60,16 +61,16 @@ def answer_all(
     jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
     left = [len(own) for own in jobs]
     total = sum(len(run.samples) for run in runs)
-    done = sum(sample.id in log.records for run, log in zip(runs, logs, strict=True) for sample in run.samples)
+    done = sum(sample.id in log.answers for run, log in zip(runs, logs, strict=True) for sample in run.samples)
     with tqdm(total=total, initial=done, unit="question", disable=done == total) as progress:
         for number in (number for number, count in enumerate(left) if not count):
             finished(number)
         for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
             run, log = runs[job.run], logs[job.run]
-            records = run.records(job, texts, log)
-            log.append(records)
+            answers = run.new_answers(job, texts, log)
+            log.append(answers)
             progress.set_description(f"{run.benchmark.name}: {run.name}", refresh=False)
-            progress.update(len(records))
+            progress.update(len(answers))
             left[job.run] -= 1
             if not left[job.run]:
                 finished(job.run)
@@ -85,7 +86,7 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
         numerics: how the model computed.
     """
     log.sort(sample.id for sample in run.samples)
-    answers = {sample.id: log.records[sample.id]["prediction"] for sample in run.samples}
+    answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
     write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
     score = run.benchmark.score(run.samples, answers, judge)
     write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
@@ -119,7 +120,7 @@ def evaluate(
     start = time.monotonic()
     with ExitStack() as stack:
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
-        before = [sum(sample.id in log.records for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
+        before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
             console.print(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
 
@@ -173,7 +174,7 @@ def main(
     benchmarks: Annotated[str, typer.Option(help="Names separated by commas: " + ", ".join([*BENCHMARKS, ALL]))] = ALL,
     data: Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")] = None,
     images: Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")] = None,
-    output: Annotated[Path, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = Path("results"),
+    output: Annotated[Path | None, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")] = None,
@@ -197,8 +198,9 @@ def main(
     limits["dry_run"] = judge_dry_run
     try:
         names = chosen_benchmarks(benchmarks, data or [])
+        output = (output or Path(shown(results()))).expanduser()
         sizes = output, batch_size, max_new_tokens, limit
-        runs = prepare(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
+        runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
         judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
         from eval.answering.generate import numerics  # slow to import, so only after all checks
 

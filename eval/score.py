@@ -28,7 +28,7 @@ from eval.options import (
     fail,
     make_judge,
 )
-from eval.reading.lmms_logs import by_number, lifted
+from eval.reading.lmms_logs import answers_by_number, plain_rows
 from eval.reading.tables import Row, sha256
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table, versions, write_json
@@ -57,14 +57,14 @@ def score_file(
     Raises:
         EvalError: if the files do not fit together.
     """
-    rows = lifted(benchmark.read_predictions(predictions))
+    rows = plain_rows(benchmark.read_predictions(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
         if submission:
             raise EvalError(f"{predictions}: holds grades, of which no submission can be made; give the answers.")
         return graded
-    numbered = by_number(rows, samples) if data else None
+    numbered = answers_by_number(rows, samples) if data else None
     found = numbered or benchmark.predictions(rows, str(predictions), samples)
     answers, counts, notes = match(samples, found, allow_missing)
     if not data:

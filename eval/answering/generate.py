@@ -1,25 +1,30 @@
-"""Load a saved model and let it answer batches of pictures and prompts, greedily."""
+"""Load a saved model and let it answer batches of images and prompts, greedily."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
 )
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.answering.models import SavedModel
-from eval.errors import EvalError
-from eval.reading.images import PLACEHOLDER, Picture
+from eval.reading.images import PLACEHOLDER, ImageSource
+from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,16 +52,19 @@ def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
         attn: another attention implementation, such as "eager" or "flash_attention_2".
 
     Raises:
-        EvalError: if the number format is unknown.
+        UserError: one of them is unknown.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise EvalError(f"--dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")
+        raise UserError(f"--dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")
+    known = ("eager", *AttentionInterface().valid_keys())
+    if attn is not None and attn not in known and "/" not in attn:  # owner/name is a kernel of the hub
+        raise UserError(f"--attn is '{attn}'; choose one of {', '.join(known)}.")
     cuda = torch.cuda.is_available()
     return Numerics("cuda" if cuda else "cpu", dtype or ("bfloat16" if cuda else "float32"), attn)
 
 
 class Generator:
-    """A model with its processor on one device; a bare language model answers questions without pictures."""
+    """A model with its processor on one device; a bare language model answers questions without images."""
 
     def __init__(self, model: SavedModel, numerics: Numerics, rank: int = 0) -> None:
         """Load processor and weights.
@@ -67,21 +75,20 @@ class Generator:
             rank: number of this process; each takes the next GPU.
 
         Raises:
-            EvalError: if transformers cannot load the folder.
+            UserError: the folder is no model with a chat template, or a file of it is broken.
         """
         options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype)}
         if numerics.attn is not None:
             options["attn_implementation"] = numerics.attn
-        try:
-            kind = type(AutoConfig.from_pretrained(model.folder))
-            self.takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-            auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
-            self.processor = (AutoProcessor if self.takes_images else AutoTokenizer).from_pretrained(model.folder)
+        self.takes_images = _takes_images(model)
+        auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
+        self.processor: Any = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        with _readable(model.folder):
+            if self.takes_images:
+                self.processor = AutoProcessor.from_pretrained(model.folder)
             loaded: Any = auto.from_pretrained(model.folder, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise EvalError(f"{model.folder}: cannot be loaded as a model with pictures and text: {error}") from error
         if not getattr(self.processor, "chat_template", None):
-            raise EvalError(
+            raise UserError(
                 f"{model.folder}: its processor has no chat template; save it with the one it was trained on "
                 "(python -m llava_skip.convert SOURCE OUTPUT --template NAME does)."
             )
@@ -89,32 +96,27 @@ class Generator:
         self.model = loaded.to(device).eval()
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]], max_new_tokens: int) -> list[str]:
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:
         """Answer a batch.
 
         Args:
             prompts: the questions.
-            images: the pictures of each, shown before its question.
+            images: the images of each, shown before its question or at its placeholders.
             max_new_tokens: limit of an answer's length.
 
         Returns:
             The answers, without special tokens and surrounding spaces.
 
         Raises:
-            EvalError: if the batch does not fit into the GPU's memory, or a language model is shown a picture.
+            UserError: the batch does not fit into the GPU's memory, or a language model is given an image.
         """
         if not self.takes_images and any(images):
-            raise EvalError("a bare language model cannot see pictures; ask it with --blind.")
+            raise UserError("a bare language model cannot see images; ask it with --blind.")
         return self.reply([conversation(*pair) for pair in zip(prompts, images, strict=True)], max_new_tokens)
 
     @torch.inference_mode()
     def reply(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
-        """Continue conversations of transformers' format, pictures included, as ``answer`` does.
-
-        Args:
-            conversations: turns with ``role`` and ``content``.
-            max_new_tokens: limit of an answer's length.
-        """
+        """Continue conversations, each a list of turns with `role` and `content` that holds its images."""
         padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
         if self.takes_images:
             padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
@@ -126,36 +128,58 @@ class Generator:
             return_tensors="pt",
             **padding,
         )
-        inputs = {name: self._place(value) for name, value in inputs.items()}
+        inputs = {name: self._to_device(value) for name, value in inputs.items()}
         try:
             output = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
         except torch.OutOfMemoryError as error:
-            raise EvalError(
+            raise UserError(
                 f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
             ) from error
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _place(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
-def conversation(prompt: str, images: Sequence[Picture]) -> list[dict[str, Any]]:
-    """Word one user turn of pictures and a question, as chat templates take it; without pictures it is plain text.
+def _takes_images(model: SavedModel) -> bool:
+    """Whether the model takes images and text; otherwise it is a language model."""
+    kind = model.config.get("model_type")
+    if kind in CONFIG_MAPPING:
+        config = type(AutoConfig.from_pretrained(model.folder))
+        if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    raise UserError(
+        f"{model.folder}: cannot be loaded as a model with images and text, nor as a language model: "
+        f"transformers has none of the type {kind!r} that its config.json names."
+    )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Around calls of transformers: what a broken file or a missing package raises becomes one message."""
+    try:
+        yield
+    except (OSError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def conversation(prompt: str, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+    """One user turn of images and a question, as chat templates take it; without images it is plain text.
 
     Args:
-        prompt: the question, with as many ``PLACEHOLDER`` as pictures, or none.
-        images: its pictures, shown at their places, or before a question that names none.
+        prompt: the question, with one `PLACEHOLDER` for each image, or none.
+        images: its images, shown at the placeholders, or before a question without any.
     """
-    texts = prompt.replace(f"{PLACEHOLDER}\n", PLACEHOLDER).split(PLACEHOLDER)  # templates end a picture's line
+    texts = prompt.replace(f"{PLACEHOLDER}\n", PLACEHOLDER).split(PLACEHOLDER)  # templates add the newline
     if not images:
         return [{"role": "user", "content": "".join(texts).strip()}]
     if len(texts) == 1:
         texts = [""] * len(images) + texts
     content: list[dict[str, Any]] = []
-    for text, picture in zip_longest(texts, images):
+    for text, image in zip_longest(texts, images):
         content += [{"type": "text", "text": text}] if text else []
-        content += [{"type": "image", "image": picture.open()}] if picture else []
+        content += [{"type": "image", "image": image.open()}] if image else []
     return [{"role": "user", "content": content}]

@@ -11,17 +11,18 @@ from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark, Sample, Score
 from eval.benchmarks import BENCHMARKS, get_benchmark
-from eval.errors import EvalError, first_few
 from eval.reading.images import PLACEHOLDER
 from eval.reading.tables import sha256
 from eval.showing.score_table import versions
+from llava_skip.errors import UserError, first_few
+from llava_skip.paths import embedded_benchmarks, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
 
-EMBEDDED = Path("playground/data/digits/eval")
 ALL = "all"
 BLIND = "-blind"
+BUILD = "build it with 'python -m playground.data.build'"
 
 
 @dataclass
@@ -32,12 +33,12 @@ class Run:
         benchmark: what to ask and how to score.
         model: who answers.
         data: the benchmark file.
-        images: folder of image files, or None for the one beside the data.
+        images: folder of image files, or None for the one next to the data.
         samples: the questions.
         output: folder of all results.
         batch_size: questions answered at once.
         max_new_tokens: limit of an answer's length.
-        blind: whether the questions are asked without their pictures.
+        blind: whether the questions are asked without their images.
     """
 
     benchmark: Benchmark
@@ -66,16 +67,12 @@ class Run:
         return self.benchmark.prompts(self.samples)
 
     def check_prompts(self) -> None:
-        """Refuse questions that name places for more or fewer pictures than they have.
-
-        Raises:
-            EvalError: naming them.
-        """
+        """Refuse questions whose text has placeholders for more or fewer images than they have."""
         pairs = zip(self.samples, self.prompts, strict=True)
         if unlike := [s.id for s, prompt in pairs if prompt.count(PLACEHOLDER) not in (0, len(s.images))]:
-            raise EvalError(
-                f"{self.data}: {first_few(unlike)} of {len(self.samples)} questions hold another number of {PLACEHOLDER} "
-                "than they have pictures; take it out, or put it once for each."
+            raise UserError(
+                f"{self.data}: {first_few(unlike)} of {len(self.samples)} questions hold another number of "
+                f"{PLACEHOLDER} than they have images; remove it, or put it once for each."
             )
 
     @cached_property
@@ -84,7 +81,7 @@ class Run:
         return sha256([self.data])
 
     def identity(self, numerics: "Numerics") -> dict[str, Any]:
-        """Say what the answers depend on; only with all of it unchanged may a broken-off run go on."""
+        """What the answers depend on; an interrupted run continues only if all of it is unchanged."""
         return {
             "benchmark": self.benchmark.name,
             "model": self.name,
@@ -97,13 +94,13 @@ class Run:
         }
 
     def jobs(self, number: int, log: AnswerLog) -> list[Job]:
-        """Cut the questions into batches, the longest first, and keep those that the log does not hold yet.
+        """The batches with questions that the log has no answer to yet, the longest first.
 
-        Batches are cut from all questions, not from the open ones: after a break, and with any number of processes,
-        each question then meets the same neighbours, and so the same rounding.
+        All questions are batched, not only the open ones: after an interruption, and with any number of processes,
+        each question is then in the same batch, and so has the same rounding.
 
         Args:
-            number: what the jobs call this run.
+            number: of this run, for the jobs.
             log: the answers so far.
         """
         pairs = zip(self.samples, self.prompts, strict=True)
@@ -111,32 +108,21 @@ class Run:
         jobs = []
         for start in range(0, len(asked), self.batch_size):
             samples, prompts = zip(*asked[start : start + self.batch_size], strict=True)
-            if any(sample.id not in log.records for sample in samples):
+            if any(sample.id not in log.answers for sample in samples):
                 ids, images = tuple(s.id for s in samples), tuple(() if self.blind else s.images for s in samples)
                 jobs.append(Job(number, ids, prompts, images, self.model, self.max_new_tokens))
         return jobs
 
-    def records(self, job: Job, texts: Sequence[str], log: AnswerLog) -> list[dict[str, Any]]:
-        """Word the lines of the log for the answers of a job that it does not hold yet.
-
-        Args:
-            job: the batch.
-            texts: its answers.
-            log: the answers so far.
-        """
+    def new_answers(self, job: Job, texts: Sequence[str], log: AnswerLog) -> list[dict[str, Any]]:
+        """The answers of a job, as lines of the log, without those that the log has already."""
         return [
             {**self._fields[id_], "index": id_, "prompt": prompt, "prediction": text}
             for id_, prompt, text in zip(job.ids, job.prompts, texts, strict=True)
-            if id_ not in log.records
+            if id_ not in log.answers
         ]
 
     def result(self, score: Score, numerics: "Numerics") -> dict[str, Any]:
-        """Put together everything that a reader of the number needs; nothing in it changes from run to run.
-
-        Args:
-            score: the outcome.
-            numerics: how the model computed.
-        """
+        """Everything that a reader of the score needs; nothing in it changes from run to run."""
         values = {name: value for name, value in asdict(score).items() if name != "per_sample"}
         images = None if self.images is None else str(self.images)
         limits = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
@@ -157,7 +143,7 @@ class Run:
 
 
 def assign(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Read an option that is a value, or NAME=VALUE for each of several benchmarks.
+    """The values by benchmark of an option that is a value, or NAME=VALUE for each of several benchmarks.
 
     Args:
         option: the option's name, for messages.
@@ -165,86 +151,77 @@ def assign(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str,
         names: the benchmarks.
 
     Raises:
-        EvalError: if it is unclear which benchmark a value belongs to.
+        UserError: it is unclear which benchmark a value belongs to.
     """
     values: dict[str, str] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in BENCHMARKS:
             if len(names) != 1:
-                raise EvalError(f"{option} {text}: with {len(names)} benchmarks say whose: {option} {names[0]}={text}.")
+                raise UserError(f"{option} {text}: with {len(names)} benchmarks say whose: {option} {names[0]}={text}.")
             name, value = names[0], text
         if name not in names:
-            raise EvalError(f"{option} {text}: {name} is not evaluated here; add it to --benchmarks.")
+            raise UserError(f"{option} {text}: {name} is not evaluated here; add it to --benchmarks.")
         if name in values:
-            raise EvalError(f"{option} is given twice for {name}.")
+            raise UserError(f"{option} is given twice for {name}.")
         values[name] = value
     return values
 
 
 def chosen_benchmarks(text: str, data: Sequence[str]) -> list[str]:
-    """Read the list of benchmarks; "all" means those that data is given for, else those of the embedded set.
-
-    Args:
-        text: names separated by commas.
-        data: values of ``--data``.
+    """The benchmarks of `--benchmarks`; "all" means those that `--data` names, else those of the embedded set.
 
     Raises:
-        EvalError: on an unknown or repeated name, or none.
+        UserError: an unknown or repeated name, or none.
     """
     if text == ALL:
         named = [name for name in BENCHMARKS if any(value.startswith(f"{name}=") for value in data)]
         if data and not named:
-            raise EvalError(
+            raise UserError(
                 f"--data {data[0]}: say whose it is, --benchmarks NAME with one of {', '.join(BENCHMARKS)}."
             )
-        names = named or [name for name, kind in BENCHMARKS.items() if (EMBEDDED / kind.embedded).exists()]
+        folder = embedded_benchmarks()
+        names = named or [name for name, kind in BENCHMARKS.items() if (folder / kind.embedded).exists()]
         if not names:
-            raise EvalError(f"{EMBEDDED} does not exist; build it with 'python -m playground.data.build'.")
+            raise UserError(f"{shown(folder)} does not exist; {BUILD}.")
         return names
     names = [name.strip() for name in text.split(",") if name.strip()]
     names = [get_benchmark(name).name for name in names]
     if not names or len(set(names)) < len(names):
-        raise EvalError(f"--benchmarks is '{text}'; expected different names of {', '.join(BENCHMARKS)}, or {ALL}.")
+        raise UserError(f"--benchmarks is '{text}'; expected different names of {', '.join(BENCHMARKS)}, or {ALL}.")
     return names
 
 
-def embedded_data(benchmark: Benchmark) -> Path:
-    """Find the benchmark's file in the embedded data set.
-
-    Args:
-        benchmark: whose file.
+def embedded_file(benchmark: Benchmark) -> Path:
+    """The benchmark's file in the embedded data set.
 
     Raises:
-        EvalError: if the data set has not been built.
+        UserError: the data set has not been built.
     """
-    path = EMBEDDED / benchmark.embedded
+    path = embedded_benchmarks() / benchmark.embedded
     if not path.exists():
-        raise EvalError(f"no --data given, and {path} does not exist; build it with 'python -m playground.data.build'.")
-    return path
+        raise UserError(f"no --data given, and {shown(path)} does not exist; {BUILD}.")
+    return Path(shown(path))
 
 
 def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
     """Check the models, by default the newest one; their names must differ, because results are filed under them.
 
-    Args:
-        folders: model folders.
-
     Raises:
-        EvalError: if one is not whole, or two have one name.
+        UserError: one is not whole, or two have one name.
     """
-    models = [check_model(folder) for folder in folders or [newest_model()]]
+    models = [check_model(folder.expanduser()) for folder in folders or [newest_model()]]
     names = [model.name for model in models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise EvalError(
+        raise UserError(
             f"several models are called {first_few(doubled)}, so their results would share a folder; rename one, or "
-            "evaluate them apart with another --output each."
+            "evaluate them one after the other, each with its own --output."
         )
     return models
 
 
-def prepare(
+def plan_runs(
     names: Sequence[str],
     folders: Sequence[Path],
     data: Sequence[str],
@@ -264,11 +241,11 @@ def prepare(
         folders: the model folders; none for the newest.
         data: benchmark files, or none for the embedded ones.
         images: folders of image files.
-        output: results go to ``<output>/<benchmark>/<model>``.
+        output: results go to `OUTPUT/BENCHMARK/MODEL`.
         batch_size: questions answered at once.
         max_new_tokens: limit of an answer's length, or None for the protocol's.
-        limit: how many questions of each benchmark, or None for all.
-        blind: ask without pictures.
+        limit: number of questions of each benchmark, or None for all.
+        blind: ask without images.
         rules: how to score, or none for the official rules.
         protocols: how to ask, or none for the default protocols.
 
@@ -276,32 +253,32 @@ def prepare(
         A run for each model and benchmark, the benchmarks of one model together.
 
     Raises:
-        EvalError: on the first thing that is wrong.
+        UserError: on the first thing that is wrong.
     """
     for name, value in {"--batch-size": batch_size, "--max-new-tokens": max_new_tokens, "--limit": limit}.items():
         if value is not None and value < 1:
-            raise EvalError(f"{name} is {value}; expected 1 or more.")
-    files = {name: Path(path) for name, path in assign("--data", data, names).items()}
-    pictures = {name: Path(path) for name, path in assign("--images", images, names).items()}
+            raise UserError(f"{name} is {value}; expected 1 or more.")
+    files = {name: Path(path).expanduser() for name, path in assign("--data", data, names).items()}
+    image_folders = {name: Path(path).expanduser() for name, path in assign("--images", images, names).items()}
     rule, protocol = assign("--rule", rules, names), assign("--protocol", protocols, names)
     benchmarks = [get_benchmark(name, rule.get(name), protocol.get(name)) for name in names]
-    for folder in pictures.values():
+    for folder in image_folders.values():
         if not folder.is_dir():
-            raise EvalError(f"{folder}: no such image folder; check --images.")
+            raise UserError(f"{folder}: no such image folder; check --images.")
     if output.exists() and not output.is_dir():
-        raise EvalError(f"{output}: is a file; give a folder for the results with --output.")
+        raise UserError(f"{output}: is a file; give a folder for the results with --output.")
     models = checked_models(folders)
     loaded = []
     for benchmark in benchmarks:
-        path = files.get(benchmark.name) or embedded_data(benchmark)
-        samples = benchmark.load(path, pictures.get(benchmark.name))
+        path = files.get(benchmark.name) or embedded_file(benchmark)
+        samples = benchmark.load(path, image_folders.get(benchmark.name))
         loaded.append((benchmark, path, benchmark.limit(samples, limit) if limit else samples))
     runs = [
         Run(
             benchmark,
             model,
             path,
-            pictures.get(benchmark.name),
+            image_folders.get(benchmark.name),
             samples,
             output,
             batch_size,

@@ -1,7 +1,7 @@
 """Answer batches in this process or in several, each with the model on a device of its own.
 
-Workers only compute. They give their answers back to the one process that writes, so a kill of any of them loses
-nothing but the batches under way, and no two write the same file.
+Workers only compute. They return their answers to the one process that writes, so if one is killed, only the batches
+that are being answered are lost, and no two processes write the same file.
 """
 
 import multiprocessing
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.answering.models import SavedModel
-from eval.errors import EvalError
-from eval.reading.images import Picture
+from eval.reading.images import ImageSource
+from llava_skip.errors import UserError
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of questions, with everything that answering them takes.
+    """A batch of questions, with everything that is needed to answer them.
 
     Attributes:
         run: number of the evaluation that it belongs to.
         ids: the questions' ids.
         prompts: what is asked.
-        images: the pictures of each question.
-        model: who answers.
+        images: the images of each question.
+        model: which model answers.
         max_new_tokens: limit of an answer's length.
     """
 
     run: int
     ids: tuple[int | str, ...]
     prompts: tuple[str, ...]
-    images: tuple[tuple[Picture, ...], ...]
+    images: tuple[tuple[ImageSource, ...], ...]
     model: SavedModel
     max_new_tokens: int
 
 
 class Answerer:
-    """Answers jobs one by one and keeps the model from one to the next."""
+    """Answers jobs one by one and keeps the model loaded between them."""
 
     def __init__(self, numerics: "Numerics", rank: int = 0) -> None:
         self.numerics = numerics
@@ -53,7 +53,7 @@ class Answerer:
         self._generator: Any = None
 
     def __call__(self, job: Job) -> list[str]:
-        """Answer a job, with another model than before if it says so."""
+        """The answers to a job; its model is loaded if another one was."""
         import eval.answering.generate as generate  # torch and transformers: slow to import, and only needed here
 
         if job.model.folder != self._folder:
@@ -68,14 +68,14 @@ def answer_jobs(jobs: Sequence[Job], processes: int, numerics: "Numerics") -> It
 
     Args:
         jobs: the batches; started in this order, finished in any.
-        processes: how many to work in; with 1 it is this one.
+        processes: number of processes; with 1 it is this one.
         numerics: how the models compute.
 
     Yields:
         Each job with its answers.
 
     Raises:
-        EvalError: if a worker dies, or what it raises.
+        UserError: a worker died, or raised it.
     """
     processes = min(processes, len(jobs))
     if processes <= 1:
@@ -93,9 +93,9 @@ def answer_jobs(jobs: Sequence[Job], processes: int, numerics: "Numerics") -> It
         for done in as_completed(list(open_jobs)):
             yield open_jobs.pop(done), done.result()
     except BrokenProcessPool as error:
-        raise EvalError(
+        raise UserError(
             "a worker process died (killed, or out of memory?); all finished batches are saved, run the same command "
-            "again to go on."
+            "again to continue."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -108,8 +108,8 @@ def _start(ranks: Any, processes: int, numerics: "Numerics") -> None:
     global _answerer
     import torch
 
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _answerer = Answerer(numerics, ranks.get())
 
@@ -118,8 +118,8 @@ def _answer(job: Job) -> list[str]:
     return _answerer(job)
 
 
-def _leave_with_parent() -> None:
-    """End this process when its parent is gone, even if it was killed; else it would wait for jobs for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process has ended, even if it was killed; else this one would wait for jobs for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -11,7 +11,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.benchmarks.ocrbench import OCRBench
 from eval.benchmarks.pope import POPE
 from eval.benchmarks.textvqa import TextVQA
-from eval.errors import EvalError
+from llava_skip.errors import UserError
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (MMBench, MMVet, MMStar, MME, TextVQA, MMMU, MathVista, OCRBench, GQA, POPE)
@@ -19,17 +19,12 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 
 
 def get_benchmark(name: str, rule: str | None = None, protocol: str | None = None) -> Benchmark:
-    """Make the benchmark of this name; case, hyphens and underscores do not matter.
-
-    Args:
-        name: a key of ``BENCHMARKS``.
-        rule: how to score; the benchmark's default where None.
-        protocol: how to ask; the benchmark's default where None.
+    """The benchmark of this name (case, hyphens and underscores do not matter), with a rule and a protocol of it.
 
     Raises:
-        EvalError: listing the names there are.
+        UserError: an unknown name; it lists the known ones.
     """
     kind = BENCHMARKS.get(name.lower().replace("-", "").replace("_", ""))
     if kind is None:
-        raise EvalError(f"unknown benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
+        raise UserError(f"unknown benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
     return kind(rule, protocol)

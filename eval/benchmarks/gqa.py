@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
-from eval.showing.score_table import write_json
+from llava_skip.errors import UserError, first_few
+from llava_skip.files import write_json
 
 QUESTIONS = "testdev_balanced_questions.json"
 _NO_MARKS = str.maketrans("", "", string.punctuation)
@@ -38,22 +38,22 @@ class GQA(Benchmark):
             return read_rows(data)
         found = sorted(data.rglob(QUESTIONS))
         if not found:
-            raise EvalError(f"{data}: holds no {QUESTIONS}; give the folder that has it, or a question file.")
+            raise UserError(f"{data}: holds no {QUESTIONS}; give the folder that has it, or a question file.")
         return read_rows(found[0])
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name the picture of each question."""
+        """Add the image file of each question."""
         return [{"image_path": f"{row['imageid']}.jpg", **row} if row.get("imageid") else row for row in rows]
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word LLaVA's prompts."""
+        """LLaVA's prompts."""
         return [f"{sample.fields['question']}\n{SHORT_INSTRUCTION}" for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score the balanced questions by exact match, overall and by the kinds that the file names."""
         lacking = [s.id for s in samples if not s.fields["answer"].strip()]  # "none" is an answer
         if lacking:
-            raise EvalError(
+            raise UserError(
                 f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give a split that has."
             )
         balanced = [s for s in samples if s.fields.get("isbalanced", "True") in ("True", "")]
@@ -77,7 +77,7 @@ class GQA(Benchmark):
         return Score("scored", self.rule, scores["accuracy"], scores, counts, notes, per_sample=dict(hit))
 
     def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
-        """Write the file that GQA's own evaluator reads (LLaVA's ``convert_gqa_for_eval.py``)."""
+        """Write the file that GQA's own evaluator reads (LLaVA's `convert_gqa_for_eval.py`)."""
         ids = [next(str(s.fields[name]) for name in self.id_columns if name in s.fields) for s in samples]
         texts = [official_form(answers[s.id]) for s in samples]
         write_json(path, [{"questionId": id_, "prediction": text} for id_, text in zip(ids, texts, strict=True)])
@@ -92,7 +92,7 @@ class GQA(Benchmark):
 
 
 def official_form(text: str) -> str:
-    """Bring an answer to the form in which LLaVA hands it to GQA's evaluator: no trailing periods, lower case."""
+    """An answer as LLaVA gives it to GQA's evaluator: no trailing periods, lower case."""
     return text.rstrip(".").lower()
 
 

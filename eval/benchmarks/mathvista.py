@@ -1,6 +1,6 @@
-"""MathVista (testmini): mathematical questions about pictures; an answer is extracted, normalised, and compared.
+"""MathVista (testmini): mathematical questions about images; an answer is extracted, normalised, and compared.
 
-Source: lupantech/MathVista ``extract_answer.py`` and ``calculate_score.py``, and VLMEvalKit's ``mathvista.py`` for its
+Source: lupantech/MathVista `extract_answer.py` and `calculate_score.py`, and VLMEvalKit's `mathvista.py` for its
 rule; the wording of the extraction prompt is our own, with worked cases of the same five kinds.
 """
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, JudgeUnavailable, first_few
+from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies
-from eval.showing.score_table import write_json
+from llava_skip.errors import UserError, first_few
+from llava_skip.files import write_json
 
 HINTS = {
     "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -59,7 +60,7 @@ class MathVista(Benchmark):
     answer_columns = ("response", "prediction", "text")
 
     def read(self, data: Path) -> list[Row]:
-        """Read a file, or testmini.json in a folder, with the prompts of a query.json beside it."""
+        """Read a file, or testmini.json in a folder, with the prompts of a query.json in the same folder."""
         path = data / "testmini.json" if data.is_dir() else data
         rows = read_rows(path)
         queries = path.with_name("query.json")
@@ -69,15 +70,15 @@ class MathVista(Benchmark):
         return [{**row, "query": worded.get(str(self.row_id(row)), row.get("query", ""))} for row in rows]
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Lift the metadata to columns and read the choices."""
+        """Turn the metadata into columns and read the choices."""
         return [_normal(row) for row in rows]
 
     def image_folder(self, data: Path) -> Path:
-        """Find the folder in which the picture names begin (``images/1.jpg``)."""
+        """The folder in which the image paths start (`images/1.jpg`)."""
         return data if data.is_dir() else data.parent
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Take the released query, or word it in the same form."""
+        """The released query, or one of the same form."""
         return [sample.fields.get("query") or query(sample.fields) for sample in samples]
 
     def score_graded(self, samples: Sequence[Sample], rows: Sequence[Row]) -> Score | None:
@@ -88,15 +89,15 @@ class MathVista(Benchmark):
         extracted = {self.row_id(row): str(row.get(column, "")) for row in rows}
         known = [sample for sample in samples if sample.id in extracted]
         if len(known) < len(samples):
-            raise EvalError(
+            raise UserError(
                 f"{len(samples) - len(known)} of {len(samples)} questions have no extracted answer; finish it."
             )
         return self._report(samples, extracted, {"unknown": len(extracted) - len(known)}, [])
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Extract an answer from each response, by rule or by the judge, and compare it with the gold one."""
-        take_out = extract if self.chosen_rule == "official" else prefetch
-        extracted = {s.id: take_out(answers[s.id], s.fields) for s in samples}
+        rule = extract if self.chosen_rule == "official" else prefetch
+        extracted = {s.id: rule(answers[s.id], s.fields) for s in samples}
         unread = [s for s in samples if extracted[s.id] is None]
         counts = {"empty": sum(not answers[s.id].strip() for s in samples), "not_extracted_by_rule": len(unread)}
         notes = []
@@ -124,7 +125,7 @@ class MathVista(Benchmark):
     ) -> Score:
         lacking = [s.id for s in samples if not s.fields.get("answer")]
         if lacking:
-            raise EvalError(f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
+            raise UserError(f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give testmini.")
         official = self.chosen_rule == "official"
         judged = is_right if official else is_right_vlmevalkit
         right = {s.id: judged(extracted[s.id], s.fields) for s in samples}
@@ -136,12 +137,7 @@ class MathVista(Benchmark):
 
 
 def official_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, Any]:
-    """Lay out accuracy, overall and by each kind of metadata, as the official report does.
-
-    Args:
-        samples: the questions.
-        right: right or wrong by sample id.
-    """
+    """Accuracy, overall and by each kind of metadata, in the official form."""
     correct, total = sum(right.values()), len(samples)
     average = {"accuracy": str(round(100 * correct / total, 2)), "correct": correct, "total": total}
     scores: dict[str, Any] = {"average": average}
@@ -156,7 +152,7 @@ def official_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict
 
 
 def vlmevalkit_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, Any]:
-    """Lay out hits overall, by task and by skill as VLMEvalKit does, accuracies in percent. Arguments as above."""
+    """Hits overall, by task and by skill in VLMEvalKit's form, accuracies in percent."""
     parts = {"Overall": list(right.values()), **_parts(samples, right, ("task", "skills"))}
     return {
         value: {"tot": len(hits), "hit": sum(hits), "acc": 100 * sum(hits) / len(hits)} for value, hits in parts.items()
@@ -164,11 +160,7 @@ def vlmevalkit_report(samples: Sequence[Sample], right: Mapping[Id, bool]) -> di
 
 
 def query(fields: Row) -> str:
-    """Word a question as the released query file does.
-
-    Args:
-        fields: the record.
-    """
+    """The prompt of a question, in the form of the released query file."""
     kind = "text" if fields["question_type"] == "multi_choice" else fields["answer_type"]
     kind += fields.get("precision", "") if kind == "float" else ""
     unit = f" (Unit: {fields['unit']})" if fields.get("unit") else ""
@@ -178,12 +170,7 @@ def query(fields: Row) -> str:
 
 
 def extract(response: str, fields: Row) -> str | None:
-    """Take the answer out of a response where no judge is needed; None where one is.
-
-    Args:
-        response: what the model wrote.
-        fields: the record.
-    """
+    """The answer in a response where no judge is needed to find it; None where one is."""
     if not response or (fields["question_type"] == "multi_choice" and response in fields["choices"]):
         return response
     number = {"integer": int, "float": float}.get(fields["answer_type"])
@@ -197,12 +184,7 @@ def extract(response: str, fields: Row) -> str | None:
 
 
 def prefetch(response: str, fields: Row) -> str | None:
-    """Take the answer out of a response as VLMEvalKit does: a choice that it names, or the right number; else None.
-
-    Args:
-        response: what the model wrote.
-        fields: the record.
-    """
+    """The answer in a response by VLMEvalKit's rule: a choice that it names, or the right number; else None."""
     if fields["question_type"] == "multi_choice":
         return vlmevalkit(response, _lettered(fields))
     # VLMEvalKit takes the number 0 for no answer and asks the judge about it.
@@ -211,15 +193,10 @@ def prefetch(response: str, fields: Row) -> str | None:
 
 
 def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge) -> dict[Id, str]:
-    """Let the judge take the answers out of responses, keeping what it said in a file beside the result.
-
-    Args:
-        samples: the questions whose responses no rule could read.
-        answers: responses by sample id.
-        judge: whom to ask.
+    """Let the judge extract the answers from responses, and keep its replies in a file next to the result.
 
     Raises:
-        JudgeUnavailable: if the endpoint fails; what it said is kept.
+        JudgeUnavailable: the endpoint fails; its replies so far are kept.
     """
     prompts = {s.id: extraction_prompt(s.fields, answers[s.id]) for s in samples}
     path = judge.file("extractions")
@@ -232,12 +209,7 @@ def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge:
 
 
 def extraction_prompt(fields: Row, response: str) -> str:
-    """Word the question to the judge: instruction, five worked cases, and the open one.
-
-    Args:
-        fields: the record.
-        response: what the model wrote.
-    """
+    """The question to the judge: instruction, five worked cases, and the open one."""
     cases = [
         f"Hint: Please {HINTS[kind]}\nQuestion: {question}\n\nModel response: {said}\n\nExtracted answer: {answer}"
         for kind, question, said, answer in WORKED_CASES
@@ -247,22 +219,15 @@ def extraction_prompt(fields: Row, response: str) -> str:
 
 
 def is_right(extraction: str, fields: Row) -> bool:
-    """Normalise an extracted answer to the kind of answer that is wanted and compare it with the gold one.
+    """Compare an extracted answer with the gold one, both in the form of the answer's kind.
 
-    Args:
-        extraction: the extracted answer; an empty one still picks the most similar choice, like the official rule.
-        fields: the record.
+    An empty one still picks the most similar choice, like the official rule.
     """
     return normalise_extraction(extraction, fields) == fields["answer"]
 
 
 def is_right_vlmevalkit(extraction: str, fields: Row) -> bool:
-    """Compare an answer as VLMEvalKit does: the choice that it names, or an equal number; a list is never right there.
-
-    Args:
-        extraction: the extracted answer.
-        fields: the record.
-    """
+    """Compare an answer as VLMEvalKit does: the choice that it names, or an equal number, but never a list."""
     if fields["question_type"] == "multi_choice":
         choices = _lettered(fields)
         gold = next((letter for letter, choice in choices.items() if choice == fields["answer"]), None)
@@ -275,19 +240,14 @@ def is_right_vlmevalkit(extraction: str, fields: Row) -> bool:
 
 
 def normalise_extraction(extraction: str, fields: Row) -> str | None:
-    """Bring an extracted answer to the form of the gold one; None if it cannot be.
-
-    Args:
-        extraction: the extracted answer.
-        fields: the record.
-    """
+    """An extracted answer in the form of the gold one; None if it has no such form."""
     choices = [str(choice) for choice in fields["choices"]]
     if fields["question_type"] == "multi_choice":
         text = extraction.strip()
         letter = _LETTER.search(text)
-        place = ord(letter[1].upper() if letter else text) - ord("A") if letter or len(text) == 1 else -1
-        if 0 <= place < len(choices):
-            return choices[place]
+        number = ord(letter[1].upper() if letter else text) - ord("A") if letter or len(text) == 1 else -1
+        if 0 <= number < len(choices):
+            return choices[number]
         return min(choices, key=lambda choice: edit_distance(letter[1].upper() if letter else text, choice))
     try:
         if fields["answer_type"] == "integer":
@@ -300,12 +260,7 @@ def normalise_extraction(extraction: str, fields: Row) -> str | None:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Count the insertions, deletions and replacements that turn one text into another (Levenshtein).
-
-    Args:
-        first: a text.
-        second: another.
-    """
+    """The number of insertions, deletions and replacements that turn one text into another (Levenshtein)."""
     above = list(range(len(second) + 1))
     for row, letter in enumerate(first, start=1):
         left = [row]
@@ -317,13 +272,13 @@ def edit_distance(first: str, second: str) -> int:
 
 def _normal(row: Row) -> Row:
     metadata = row.get("metadata")
-    lifted = {name: cell for name, cell in metadata.items() if name != "split"} if isinstance(metadata, dict) else {}
-    picture = row.get("image")
-    named = isinstance(picture, str) and Path(picture).suffix.lower() in (".jpg", ".jpeg", ".png")
-    place = {"image_path": picture} if named else {}
+    described = {name: cell for name, cell in metadata.items() if name != "split"} if isinstance(metadata, dict) else {}
+    image = row.get("image")
+    named = isinstance(image, str) and Path(image).suffix.lower() in (".jpg", ".jpeg", ".png")
+    path = {"image_path": image} if named else {}
     asked = {"question": row["query"]} if "query" in row and "question" not in row else {}  # lmms-eval's results
     kept = {name: cell for name, cell in row.items() if name not in ("metadata", "decoded_image")}
-    return {**kept, **asked, **lifted, **place, "choices": as_list(row.get("choices", ""))}
+    return {**kept, **asked, **described, **path, "choices": as_list(row.get("choices", ""))}
 
 
 def _lettered(fields: Row) -> dict[str, str]:
@@ -331,7 +286,7 @@ def _lettered(fields: Row) -> dict[str, str]:
 
 
 def _parts(samples: Sequence[Sample], right: Mapping[Id, bool], names: Sequence[str]) -> dict[str, list[bool]]:
-    """Gather right and wrong by the values of some columns, which may hold lists."""
+    """Right and wrong by the values of some columns, which may hold lists."""
     parts: dict[str, list[bool]] = {}
     for sample in samples:
         for value in (value for name in names for value in as_list(sample.fields.get(name, ""))):

@@ -1,7 +1,7 @@
 """MMBench (MMBench TSV, open-compass): multiple choice, scored circularly over rotated copies of each question.
 
 Index g < 1e6 is a question, index k*1e6 + g its k-th copy with rotated options. A question is a hit only if it and all
-its copies are answered right. Copies are never made here, because some groups of the public files have fewer.
+its copies are answered right. Copies are never made here, because some questions of the public files have fewer.
 """
 
 from collections import Counter, defaultdict
@@ -19,11 +19,12 @@ from eval.benchmark import (
     listed_options,
     options,
 )
-from eval.errors import EvalError, JudgeUnavailable, first_few
+from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, write_xlsx
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.scoring.judge import Judge
 from eval.scoring.matching import CHINESE, Matches, match_choices
+from llava_skip.errors import UserError, first_few
 
 PASS_STEP = 1_000_000
 CHINESE_INSTRUCTION = "请直接回答选项字母。"
@@ -65,25 +66,25 @@ class MMBench(Benchmark):
         samples = super().samples(rows)
         words = [sample.id for sample in samples if not isinstance(sample.id, int)]
         if words:
-            raise EvalError(f"MMBench indices are whole numbers, saw {first_few(words)}; is this an MMBench file?")
+            raise UserError(f"MMBench indices are whole numbers, saw {first_few(words)}; is this an MMBench file?")
         gaps = [
             first
             for first, passes in group(samples).items()
             if [sample.id for sample in passes] != [first + k * PASS_STEP for k in range(len(passes))]
         ]
         if gaps:
-            raise EvalError(
-                f"{first_few(gaps)} questions lack the main row or a copy before their last one; circular scoring needs "
-                f"every pass (index + k*{PASS_STEP}). Give the whole file."
+            raise UserError(
+                f"{first_few(gaps)} questions lack the main row or a copy before their last one; circular scoring "
+                f"needs every pass (index + k*{PASS_STEP}). Give the whole file."
             )
         return samples
 
     def question(self, id_: Id) -> Id:
-        """Return the index of the main row."""
+        """The index of the main row."""
         return int(id_) % PASS_STEP
 
     def limit(self, samples: list[Sample], count: int) -> list[Sample]:
-        """Keep the first ``count`` questions with all their copies."""
+        """The first `count` questions with all their copies."""
         kept = set(list(group(samples))[:count])
         return [sample for sample in samples if _question(sample) in kept]
 
@@ -91,25 +92,25 @@ class MMBench(Benchmark):
         """Refuse a prediction file with fewer passes than options, such as VLMEvalKit's file of one row a question."""
         short = short_groups(samples)
         if short:
-            raise EvalError(
-                f"{source}: {first_few(short)} questions have fewer passes than options, so circular scoring would be too "
-                "kind; give the file with a row for every pass, or the benchmark file with --data."
+            raise UserError(
+                f"{source}: {first_few(short)} questions have fewer passes than options, so the circular score would "
+                "be too high; give the file with a row for every pass, or the benchmark file with --data."
             )
 
     def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name the prompt protocol, in the file's language."""
+        """The prompt protocol, with the file's language."""
         return f"{self.chosen_protocol}-{'cn' if _is_chinese(samples) else 'en'}"
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word the prompts, in the language of the file or, where the protocol does so, of each row."""
+        """The prompts, in the language of the file or, where the protocol does so, of each row."""
         chinese = _is_chinese(samples)
-        word = {
+        prompt = {
             "llava": lambda fields: llava_prompt(fields, chinese),
             "vlmevalkit": vlmevalkit_prompt,
             "vlmevalkit-llava": vlmevalkit_llava_prompt,
             "lmms-eval": lambda fields: lmms_eval_prompt(fields, chinese),
         }[self.chosen_protocol]
-        return [word(sample.fields) for sample in samples]
+        return [prompt(sample.fields) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score circularly (official) and plainly (for comparison), overall and by ability of the main row."""
@@ -147,7 +148,7 @@ class MMBench(Benchmark):
         return Score("scored", rule, score, scores, counts, notes, judged, per_sample)
 
     def choices(self, fields: Row) -> dict[str, str]:
-        """Collect the options as the scoring rule sees them; lmms-eval takes "nan" for a text."""
+        """The options as the scoring rule sees them; lmms-eval takes "nan" for a text."""
         if self.chosen_rule == "lmms-eval":
             return {letter: fields[letter] for letter in "ABCD" if fields.get(letter, "")}
         return options(fields)
@@ -167,18 +168,18 @@ class MMBench(Benchmark):
 
 
 def question_text(fields: Row) -> str:
-    """Word hint, question and options as LLaVA does, without the instruction."""
+    """Hint, question and options as LLaVA writes them, without the instruction."""
     hint = fields.get("hint", "")
     return ("" if is_missing(hint) else f"{hint}\n") + fields["question"] + listed_options(fields)
 
 
 def llava_prompt(fields: Row, chinese: bool) -> str:
-    """Word LLaVA's prompt (``model_vqa_mmbench.py`` with ``--single-pred-prompt``)."""
+    """LLaVA's prompt (`model_vqa_mmbench.py` with `--single-pred-prompt`)."""
     return f"{question_text(fields)}\n{CHINESE_INSTRUCTION if chinese else LETTER_INSTRUCTION}"
 
 
 def vlmevalkit_prompt(fields: Row) -> str:
-    """Word VLMEvalKit's prompt for models without one of their own (``image_mcq.py``)."""
+    """VLMEvalKit's prompt for models without one of their own (`image_mcq.py`)."""
     hint, choices = fields.get("hint", ""), options(fields)
     text = ("" if is_missing(hint) else f"Hint: {hint}\n") + f"Question: {fields['question']}\n"
     if choices:
@@ -188,7 +189,7 @@ def vlmevalkit_prompt(fields: Row) -> str:
 
 
 def vlmevalkit_llava_prompt(fields: Row) -> str:
-    """Word VLMEvalKit's prompt for LLaVA models, which looks for Chinese row by row."""
+    """VLMEvalKit's prompt for LLaVA models, which looks for Chinese row by row."""
     hint, choices = fields.get("hint", ""), options(fields)
     text = ("" if is_missing(hint) else f"{hint}\n") + fields["question"]
     text += "".join(f"\n{letter}. {option}" for letter, option in choices.items())
@@ -198,7 +199,7 @@ def vlmevalkit_llava_prompt(fields: Row) -> str:
 
 
 def lmms_eval_prompt(fields: Row, chinese: bool) -> str:
-    """Word lmms-eval's prompt (``en_utils.py``, ``cn_utils.py``); the Chinese one prints a hint that reads "nan"."""
+    """lmms-eval's prompt (`en_utils.py`, `cn_utils.py`); the Chinese one prints a hint that reads "nan"."""
     hint = fields.get("hint", "")
     shown = hint if chinese or hint != "nan" else ""
     lead = "有如下几个选项：" if chinese else "There are several options:"
@@ -209,11 +210,7 @@ def lmms_eval_prompt(fields: Row, chinese: bool) -> str:
 
 
 def edition(samples: Sequence[Sample]) -> str:
-    """Name the public file that has so many questions and rows, with its language.
-
-    Args:
-        samples: all rows.
-    """
+    """The public file that has this number of questions and rows, with its language."""
     groups = group(samples)
     name = EDITIONS.get((len(groups), len(samples)), "other")
     if max(groups) >= FIRST_V11_INDEX:
@@ -222,7 +219,7 @@ def edition(samples: Sequence[Sample]) -> str:
 
 
 def group(samples: Sequence[Sample]) -> Groups:
-    """Gather the passes of each question, by the question's index, the main row first."""
+    """The passes of each question, by the question's index, the main row first."""
     groups: Groups = defaultdict(list)
     for sample in samples:
         groups[_question(sample)].append(sample)
@@ -230,12 +227,9 @@ def group(samples: Sequence[Sample]) -> Groups:
 
 
 def short_groups(samples: Sequence[Sample]) -> list[int]:
-    """Find questions that seem to lack their last copies, from the options alone.
+    """Questions that seem to lack their last copies, judged by the options alone.
 
-    A question has as many passes as options, but four options and three passes are right too when D stays in place.
-
-    Args:
-        samples: rows with their options.
+    A question has as many passes as options, but four options and three passes are right too when D is not rotated.
     """
     short = []
     for first, passes in group(samples).items():
@@ -268,7 +262,7 @@ def _cell(sample: Sample, column: str) -> Any:
 
 
 def _by(groups: Groups, column: str, default: str = "") -> dict[str, list[int]]:
-    """Sort questions by a column of their main row; questions without it are left out unless a default is given."""
+    """Questions by a column of their main row; questions without it are left out unless a default is given."""
     parts: dict[str, list[int]] = defaultdict(list)
     for first, passes in groups.items():
         value = passes[0].fields.get(column, "") or default
@@ -278,7 +272,7 @@ def _by(groups: Groups, column: str, default: str = "") -> dict[str, list[int]]:
 
 
 def _undecided(groups: Groups, letters: Mapping[Id, str | None]) -> list[Sample]:
-    """List the rows that a judge must read: no letter was found, and no other pass of the question is wrong already."""
+    """The rows that a judge must read: no letter was found, and no other pass of the question is wrong already."""
     rows = []
     for passes in groups.values():
         unread = [s for s in passes if letters[s.id] is None]
@@ -351,7 +345,7 @@ def _notes(groups: Groups, graded: Groups, counts: Mapping[str, Any]) -> list[st
     if counts["options_that_read_nan"]:
         notes.append(
             f"{counts['options_that_read_nan']} rows have an option that reads nan or none; it counts as an option, "
-            "but LLaVA's prompt leaves it and those behind it out."
+            "but LLaVA's prompt leaves it and the ones after it out."
         )
     if counts["lookalike_letters"]:
         notes.append(

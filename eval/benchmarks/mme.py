@@ -1,4 +1,4 @@
-"""MME (MME_Benchmark_release_version): two yes/no questions a picture, in 14 categories."""
+"""MME (MME_Benchmark_release_version): two yes/no questions for each image, in 14 categories."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
+from llava_skip.errors import UserError, first_few
+from llava_skip.files import read_text
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -34,7 +35,7 @@ class MME(Benchmark):
     full_score = 2000.0
 
     def read(self, data: Path) -> list[Row]:
-        """Read a file, or a folder with the release or with one txt file a category."""
+        """Read a file, or a folder with the release or with one txt file for each category."""
         return read_folder(data) if data.is_dir() else read_rows(data)
 
     def read_predictions(self, path: Path) -> list[Row]:
@@ -42,17 +43,17 @@ class MME(Benchmark):
         return self.read(path)
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name category, picture, question and gold alike, and give each question an id."""
+        """Give category, image (`picture`), question and gold the same names, and each question an id."""
         return [_normal(row) for row in rows]
 
     def image_folder(self, data: Path) -> Path:
-        """Find the folder that holds the categories' folders."""
+        """The folder that holds the categories' folders."""
         if data.is_dir():
             return data / RELEASE if (data / RELEASE).is_dir() else data
         return super().image_folder(data)
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word LLaVA's prompts: the short-answer instruction in place of the file's own."""
+        """LLaVA's prompts: the short-answer instruction instead of the file's own."""
         return [f"{_bare(sample.fields['question'])}\n{SHORT_INSTRUCTION}" for sample in samples]
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
@@ -62,7 +63,7 @@ class MME(Benchmark):
         return super().predictions(named, source, samples)
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
-        """Add accuracy and accuracy over both questions of a picture, in percent, over the categories."""
+        """Sum accuracy and accuracy over both questions of an image, in percent, over the categories."""
         read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
         pairs: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         said = {s.id: read(answers[s.id]) for s in samples}
@@ -70,10 +71,10 @@ class MME(Benchmark):
         other = sum(answer is None for answer in said.values())
         for sample in samples:
             pairs[sample.fields["category"]][sample.fields["picture"]].append(right[sample.id])
-        odd = [f"{name}/{picture}" for name, own in pairs.items() for picture, two in own.items() if len(two) != 2]
+        odd = [f"{name}/{image}" for name, own in pairs.items() for image, two in own.items() if len(two) != 2]
         if odd:
-            raise EvalError(
-                f"{first_few(odd)} pictures do not have two questions; MME asks two about each. Give the whole file."
+            raise UserError(
+                f"{first_few(odd)} images do not have two questions; MME asks two about each. Give the whole file."
             )
         order = [name for name in (*PERCEPTION, *COGNITION) if name in pairs]
         order += [name for name in pairs if name not in order]
@@ -97,33 +98,22 @@ class MME(Benchmark):
 
 
 def official_answer(text: str) -> str | None:
-    """Read "yes" or "no" as the official scorer does: among the first four characters; else None.
-
-    Args:
-        text: the answer.
-    """
+    """Read "yes" or "no" as the official scorer does: among the first four characters; else None."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), None)
 
 
 def lmms_eval_answer(text: str) -> str | None:
-    """Read "yes" or "no" as lmms-eval does: as the official scorer, but without periods, and also from one letter.
-
-    Args:
-        text: the answer.
-    """
+    """Read "yes" or "no" as lmms-eval does: as the official scorer, but without periods, and also from one letter."""
     text = text.lower().strip().replace(".", "")
     return {"y": "yes", "n": "no"}.get(text, official_answer(text))
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """Read the release (a folder a category, a txt file a picture) or result files (a txt file a category).
-
-    Args:
-        folder: the release, a folder that holds it, or the folder of result files.
+    """Read the release (a folder for each category) or result files (a txt file for each category).
 
     Raises:
-        EvalError: if it is neither, or a line has another number of fields.
+        UserError: it is neither, or a line has another number of fields.
     """
     if (folder / RELEASE).is_dir():
         folder = folder / RELEASE
@@ -135,26 +125,19 @@ def read_folder(folder: Path) -> list[Row]:
         elif (folder / name).is_dir():
             rows += _release_rows(folder / name, name)
     if not rows:
-        raise EvalError(
+        raise UserError(
             f"{folder}: holds neither a folder nor a txt file of any MME category ({', '.join(names[:3])}...)."
         )
     return rows
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
-
-
 def _result_rows(path: Path, category: str) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         fields = line.split("\t")
         if line.strip() and len(fields) not in (3, 4):
-            raise EvalError(
-                f"{path}, line {number}: {len(fields)} fields; expected picture, question, gold and answer, by tabs."
+            raise UserError(
+                f"{path}, line {number}: {len(fields)} fields; expected image, question, gold and answer, by tabs."
             )
         if line.strip():
             named = dict(zip(("image_path", "question", "answer", "prediction"), fields, strict=False))
@@ -164,17 +147,17 @@ def _result_rows(path: Path, category: str) -> list[Row]:
 
 def _release_rows(folder: Path, category: str) -> list[Row]:
     nested = (folder / "images").is_dir()
-    pictures = folder / "images" if nested else folder
+    images = folder / "images" if nested else folder
     rows = []
     for path in sorted((folder / "questions_answers_YN" if nested else folder).glob("*.txt")):
-        named = [pictures / (path.stem + suffix) for suffix in IMAGE_SUFFIXES]
+        named = [images / (path.stem + suffix) for suffix in IMAGE_SUFFIXES]
         image = next((name for name in named if name.is_file()), named[0])
-        for number, line in enumerate(_text(path).strip().split("\n"), start=1):
+        for number, line in enumerate(read_text(path).strip().split("\n"), start=1):
             question, tab, answer = line.strip().partition("\t")
             if not tab:
-                raise EvalError(f"{path}, line {number}: expected a question, a tab and yes or no.")
-            place = str(image.relative_to(folder.parent))
-            rows.append({"category": category, "image_path": place, "question": question, "answer": answer})
+                raise UserError(f"{path}, line {number}: expected a question, a tab and yes or no.")
+            name = str(image.relative_to(folder.parent))
+            rows.append({"category": category, "image_path": name, "question": question, "answer": answer})
     return rows
 
 
@@ -184,23 +167,23 @@ def _accuracies(pairs: list[list[bool]]) -> dict[str, float]:
 
 
 def _bare(question: str) -> str:
-    """Strip the instructions that the file or LLaVA add to a question."""
+    """A question without the instructions that the file or LLaVA add to it."""
     for instruction in (SHORT_INSTRUCTION, YES_NO_INSTRUCTION):
         question = question.replace(instruction, "")
     return " ".join(question.split())
 
 
 def _normal(row: Row) -> Row:
-    place = str(next((row[name] for name in ("image_path", "question_id", "image_name") if row.get(name)), ""))
+    path = str(next((row[name] for name in ("image_path", "question_id", "image_name") if row.get(name)), ""))
     question = row.get("question") or row.get("prompt") or ""
-    category = row.get("category") or place.partition("/")[0]
-    picture = row.get("picture") or Path(place).name.split(".")[0]
-    named = {"category": category, "picture": picture, "question": question}
+    category = row.get("category") or path.partition("/")[0]
+    image = row.get("picture") or Path(path).name.split(".")[0]
+    named = {"category": category, "picture": image, "question": question}
     if row.get("answer"):
         named["gold"] = str(row["answer"]).strip()
     kept = {name: cell for name, cell in row.items() if name not in ("answer", "question_id", "prompt")}
     return {
         **kept,
         **{name: cell for name, cell in named.items() if cell},
-        "index": f"{category}/{picture}: {_bare(question)}",
+        "index": f"{category}/{image}: {_bare(question)}",
     }

@@ -1,6 +1,6 @@
 """MMMU (MMMU/MMMU validation): multiple-choice and open questions of 30 subjects.
 
-Source: MMMU-Benchmark/MMMU ``eval_utils.py`` and ``main_eval_only.py``.
+Source: MMMU-Benchmark/MMMU `eval_utils.py` and `main_eval_only.py`.
 """
 
 import re
@@ -12,12 +12,12 @@ from random import Random
 from typing import Any
 
 from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
-from eval.errors import EvalError, first_few
-from eval.reading.images import Picture, row_pictures
+from eval.reading.images import ImageSource, row_images
 from eval.reading.tables import Row, read_rows
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge
-from eval.showing.score_table import write_json
+from llava_skip.errors import UserError, first_few
+from llava_skip.files import write_json
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -56,12 +56,12 @@ class MMMU(Benchmark):
     submission = "submission.json"
 
     def read(self, data: Path) -> list[Row]:
-        """Read a file, or the validation files of a folder with one folder a subject."""
+        """Read a file, or the validation files of a folder with one folder for each subject."""
         if not data.is_dir():
             return read_rows(data)
         files = sorted(data.rglob("validation-*.parquet")) or sorted(data.glob("*/output.json"))
         if not files:
-            raise EvalError(f"{data}: holds neither validation-*.parquet nor SUBJECT/output.json.")
+            raise UserError(f"{data}: holds neither validation-*.parquet nor SUBJECT/output.json.")
         return [row for path in files for row in read_rows(path)]
 
     def read_predictions(self, path: Path) -> list[Row]:
@@ -69,21 +69,21 @@ class MMMU(Benchmark):
         return self.read(path)
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name kind of question, options, gold and subject alike."""
+        """Give kind of question, options, gold and subject the same names."""
         return [_normal(row) for row in rows]
 
-    def pictures(self, rows: list[Row], folder: Path) -> list[tuple[Picture, ...]]:
-        """Find the first picture of each row, or with lmms-eval's protocol all those that question and options name."""
-        first = row_pictures(rows, folder)
+    def find_images(self, rows: list[Row], folder: Path) -> list[tuple[ImageSource, ...]]:
+        """The first image of each row, or with lmms-eval's protocol all that question and options name."""
+        first = row_images(rows, folder)
         if self.chosen_protocol != "lmms-eval":
-            return [(picture,) for picture in first]
-        shown = [named_images(row, picture) for row, picture in zip(rows, first, strict=True)]
-        for picture in (picture for pictures in shown for picture in pictures[1:]):
-            picture.check()
+            return [(image,) for image in first]
+        shown = [named_images(row, image) for row, image in zip(rows, first, strict=True)]
+        for image in (image for images in shown for image in images[1:]):
+            image.check()
         return shown
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word the prompts that MMMU's own code gives LLaVA 1.5, or lmms-eval's."""
+        """The prompts that MMMU's own code gives LLaVA 1.5, or lmms-eval's."""
         return [_prompt(sample.fields, self.chosen_protocol) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
@@ -150,12 +150,8 @@ class MMMU(Benchmark):
 def official_hits(samples: Sequence[Sample], answers: Mapping[Id, str]) -> tuple[dict[Id, bool], int]:
     """Decide which answers are right, drawing a letter where a multiple-choice answer names no option.
 
-    Args:
-        samples: the questions.
-        answers: text by sample id.
-
     Returns:
-        Right or wrong by id, and how many letters were drawn.
+        Right or wrong by id, and the number of letters that were drawn.
     """
     rng, drawn = Random(SEED), 0
     right: dict[Id, bool] = {}
@@ -174,11 +170,11 @@ def official_hits(samples: Sequence[Sample], answers: Mapping[Id, str]) -> tuple
 
 
 def choose(response: str, choices: Mapping[str, str]) -> str | None:
-    """Find the last option that a response names: by ``(A)``, by a letter alone, or in a longer answer by its text.
+    """The last option that a response names: by `(A)`, by a letter alone, or in a longer answer by its text.
 
     Args:
         response: what the model wrote.
-        choices: text by letter; empty where the file does not tell, and then the response has to be the letter.
+        choices: text by letter; empty where the file has no options, and then the response has to be the letter.
 
     Returns:
         A letter, or None if no option is named.
@@ -189,40 +185,31 @@ def choose(response: str, choices: Mapping[str, str]) -> str | None:
         response = response.strip(mark)
     padded = f" {response} "
     for form in ("({})", " {} "):
-        places = {letter: padded.rfind(form.format(letter)) for letter in choices}
-        if max(places.values()) >= 0:
-            return max(places, key=lambda letter: places[letter])
+        positions = {letter: padded.rfind(form.format(letter)) for letter in choices}
+        if max(positions.values()) >= 0:
+            return max(positions, key=lambda letter: positions[letter])
     if len(padded.split()) > 5:
-        places = {letter: padded.lower().rfind(text.lower()) for letter, text in choices.items()}
-        if max(places.values()) >= 0:
-            return max(places, key=lambda letter: places[letter])
+        positions = {letter: padded.lower().rfind(text.lower()) for letter, text in choices.items()}
+        if max(positions.values()) >= 0:
+            return max(positions, key=lambda letter: positions[letter])
     return None
 
 
 def is_right_open(response: str, gold: Sequence[object]) -> bool:
-    """Apply the official test of open questions: a reference occurs in what the response states, or a number is equal.
-
-    Args:
-        response: what the model wrote.
-        gold: the references.
-    """
-    wanted = [form for reference in gold for form in _forms(str(reference))]
+    """The official test of open questions: a reference occurs in what the response states, or a number is equal."""
+    accepted = [form for reference in gold for form in _forms(str(reference))]
     stated = key_statements(response)
     numbers = [found for text in stated for pattern in _NUMBERS for found in pattern.findall(text)]
     for said in (form for text in (*stated, *numbers) for form in _forms(text)):
-        if isinstance(said, str) and any(isinstance(form, str) and form in said for form in wanted):
+        if isinstance(said, str) and any(isinstance(form, str) and form in said for form in accepted):
             return True
-        if isinstance(said, float) and said in wanted:
+        if isinstance(said, float) and said in accepted:
             return True
     return False
 
 
 def key_statements(response: str) -> list[str]:
-    """Take from each line of a response the shortest tail after a cue such as "is ", or the whole if there is none.
-
-    Args:
-        response: what the model wrote.
-    """
+    """Take from each line of a response the shortest tail after a cue such as "is ", or the whole if there is none."""
     whole = response.strip().strip(".").lower()
     lines = whole.split("\n")
     found = []
@@ -238,7 +225,7 @@ def key_statements(response: str) -> list[str]:
 
 
 def _forms(text: str) -> list[str | float]:
-    """Bring a text to a number of two decimals, or to lower case; a letter alone gets a space, to match only words."""
+    """A text as a number of two decimals, or in lower case; a letter alone gets a space, to match only words."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -278,25 +265,20 @@ def _shares(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, An
     return scores
 
 
-def named_images(row: Row, first: Picture) -> tuple[Picture, ...]:
-    """Return the pictures that ``<image n>`` stands for in a question or its options; the first where none is named.
-
-    Args:
-        row: a normalised row.
-        first: its first picture.
-    """
+def named_images(row: Row, first: ImageSource) -> tuple[ImageSource, ...]:
+    """The images that `<image n>` in a normalised row's question or options means; the first where none is named."""
     text = "\n".join([row.get("question", ""), *row["options"].values()])
-    pictures = []
+    images = []
     for number in sorted({int(found) for found in re.findall(r"<image (\d+)>", text)} or {1}):
         cell = row.get(f"image_{number}")
         data = cell.get("bytes") if isinstance(cell, dict) else cell
-        pictures.append(Picture(first.record, data) if data else replace(first, place=number - 1))
-    return tuple(pictures)
+        images.append(ImageSource(first.sample, data) if data else replace(first, number=number - 1))
+    return tuple(images)
 
 
 def _prompt(fields: Row, protocol: str) -> str:
     if "question" not in fields:
-        raise EvalError(
+        raise UserError(
             "the file holds no questions, only gold answers; give MMMU's parquet files or VLMEvalKit's TSV."
         )
     form, gap = ("{}. {}\n", "\n") if protocol == "lmms-eval" else ("({}) {}\n", "")
@@ -312,10 +294,10 @@ def _normal(row: Row) -> Row:
     kind = row.get("question_type") or (MULTIPLE_CHOICE if choices else "open")
     id_ = str(row.get("id", ""))
     subject = "_".join(id_.split("_")[1:-1]) or row.get("category", "").replace(" ", "_")
-    picture = {"image": row["image_1"]} if row.get("image_1") else {}
+    image = {"image": row["image_1"]} if row.get("image_1") else {}
     kept = {name: cell for name, cell in row.items() if name not in ("ground_truth", "answer", "index2ans")}
     found = {} if gold is None or gold == "" else {"gold": as_list(gold)}
-    return {**kept, **picture, **found, "options": choices, "question_type": kind, "subject": subject or "none"}
+    return {**kept, **image, **found, "options": choices, "question_type": kind, "subject": subject or "none"}
 
 
 def _choices(row: Row) -> dict[str, str]:

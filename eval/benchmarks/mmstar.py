@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row
 from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError, first_few
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
 OFFICIAL = {
@@ -54,25 +54,25 @@ class MMStar(Benchmark):
         """Refuse a prediction file of the official categories with fewer rows than they have."""
         lacking = lacks_official_rows(samples)
         if lacking:
-            raise EvalError(
+            raise UserError(
                 f"{source}: lacks {lacking} of MMStar's 1500 rows; complete it, or give the benchmark file with --data."
             )
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word question, option columns if there are any, and the instruction of the protocol."""
-        word = {
+        """Question, option columns if there are any, and the instruction of the protocol."""
+        prompt = {
             "skip-vision": skip_vision_prompt,
             "official": official_prompt,
             "vlmevalkit": vlmevalkit_prompt,
             "lmms-eval": lmms_eval_prompt,
         }[self.chosen_protocol]
-        return [word(sample.fields) for sample in samples]
+        return [prompt(sample.fields) for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score by the chosen rule: fractions of all questions, of each category and of each sub-category."""
         lacking = [sample.id for sample in samples if is_missing(sample.fields["answer"])]
         if lacking:
-            raise EvalError(f"{first_few(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
+            raise UserError(f"{first_few(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
         right = {s.id: self._is_right(answers[s.id], s.fields) for s in samples}
         hits: Counter[tuple[str, ...]] = Counter()
         totals = _totals(samples)
@@ -110,32 +110,29 @@ class MMStar(Benchmark):
 
 
 def skip_vision_prompt(fields: Row) -> str:
-    """Word the paper's prompt: the question in words for its picture, and the letter instruction."""
+    """The paper's prompt: the question, with "image" instead of its placeholder, and the letter instruction."""
     return fields["question"].replace("<image 1>", "image") + listed_options(fields) + f"\n{LETTER_INSTRUCTION}"
 
 
 def official_prompt(fields: Row) -> str:
-    """Word the prompt of MMStar's own code for LLaVA: a letter is asked for only where there are option columns."""
+    """The prompt of MMStar's own code for LLaVA: a letter is asked for only where there are option columns."""
     lines = listed_options(fields)
     return fields["question"] + lines + (f"\n{LETTER_INSTRUCTION}" if lines else "\nAnswer the question directly.")
 
 
 def vlmevalkit_prompt(fields: Row) -> str:
-    """Word VLMEvalKit's prompt for LLaVA models."""
+    """VLMEvalKit's prompt for LLaVA models."""
     lines = "".join(f"\n{letter}. {text}" for letter, text in options(fields).items())
     return fields["question"] + lines + (f"\n{LETTER_INSTRUCTION}" if lines else "\nAnswer the question directly.")
 
 
 def lmms_eval_prompt(fields: Row) -> str:
-    """Word lmms-eval's prompt, whose instruction has no full stop."""
+    """lmms-eval's prompt, whose instruction has no full stop."""
     return fields["question"].strip() + f"\n{LETTER_INSTRUCTION.removesuffix('.')}"
 
 
 def question_options(fields: Row) -> dict[str, str]:
-    """Collect the options, from columns or from the question (``Options: A: x, B: y`` or lines ``(A) x``).
-
-    Args:
-        fields: the record.
+    """The options, from columns or from the question (`Options: A: x, B: y` or lines `(A) x`).
 
     Returns:
         Text by letter; letters with empty texts where the question has another form.
@@ -151,16 +148,16 @@ def question_options(fields: Row) -> dict[str, str]:
 
 
 def gain_and_leakage(with_image: float, without_image: float, language_model: float) -> dict[str, float]:
-    """Compute MMStar's two measures of what a score owes to the pictures.
+    """MMStar's two measures of how a score depends on the images.
 
     Args:
-        with_image: the model's score with pictures, 0 to 100.
+        with_image: the model's score with images, 0 to 100.
         without_image: its score on the questions alone.
         language_model: the score of the language model that it was built on.
 
     Returns:
-        The three scores, ``multi-modal gain`` (what pictures add) and ``multi-modal leakage`` (what the training on
-        pictures added to answers without them), in points.
+        The three scores, `multi-modal gain` (what images add) and `multi-modal leakage` (what training with images
+        added to answers without them), in points.
     """
     return {
         "with image": with_image,
@@ -172,22 +169,13 @@ def gain_and_leakage(with_image: float, without_image: float, language_model: fl
 
 
 def is_right(prediction: str, gold: str) -> bool:
-    """Apply the official test: the gold letter must open the answer, bare or after one of three fixed leads.
-
-    Args:
-        prediction: the model's answer.
-        gold: the right letter.
-    """
+    """The official test: the gold letter must start the answer, bare or after one of three fixed leads."""
     text, letter = _normalise(prediction), _normalise(gold)
     return any(text.startswith(lead + letter) for lead in _LEADS)
 
 
 def lacks_official_rows(samples: Sequence[Sample]) -> int:
-    """Count the rows that a file of the official categories lacks; 0 for any other file.
-
-    Args:
-        samples: rows with their categories.
-    """
+    """The number of rows that a file of the official categories lacks; 0 for any other file."""
     seen = Counter((sample.fields["category"], sample.fields["l2_category"]) for sample in samples)
     official = {(name, sub): count for name, subs in OFFICIAL.items() for sub, count in subs.items()}
     if seen.keys() != official.keys():
@@ -215,7 +203,7 @@ def _unweighted(shares: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...]
 
 
 def _totals(samples: Sequence[Sample]) -> dict[tuple[str, ...], int]:
-    """Count the questions of each part, in the official order, parts of other names after it as the file has them."""
+    """The number of questions of each part, in the official order, then parts of other names in the file's order."""
     counts = Counter((sample.fields["category"], sample.fields["l2_category"]) for sample in samples)
     official = [(name, sub) for name, subs in OFFICIAL.items() for sub in subs]
     parts = [part for part in official if part in counts] + [part for part in counts if part not in official]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark import Benchmark, Id, Sample, Score
-from eval.errors import EvalError, JudgeUnavailable, first_few
+from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
+from llava_skip.errors import UserError, first_few
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
@@ -26,16 +27,16 @@ class MMVet(Benchmark):
     list_columns = frozenset({"capability"})
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Take VLMEvalKit's ``category`` for the capabilities."""
+        """Take VLMEvalKit's `category` for the capabilities."""
         return [row if "capability" in row or "category" not in row else _renamed(row) for row in rows]
 
     def row_id(self, row: Row) -> Id:
-        """Return the id as ``v1_n``, also where a file says only n (LLaVA's question_id, VLMEvalKit's index)."""
+        """The id as `v1_n`, also where a file has only n (LLaVA's question_id, VLMEvalKit's index)."""
         id_ = super().row_id(row)
         return f"v1_{id_}" if isinstance(id_, int) else id_
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Return the questions as they are."""
+        """The questions as they are."""
         return [sample.fields["question"] for sample in samples]
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
@@ -75,24 +76,24 @@ class MMVet(Benchmark):
             scores = row.get("score", [])
             grades[str(self.row_id(row))] = {**row, "score": scores if isinstance(scores, list) else [scores]}
         if len(grades) < len(rows):
-            raise EvalError(f"{len(rows) - len(grades)} graded ids occur more than once; remove the repeated rows.")
+            raise UserError(f"{len(rows) - len(grades)} graded ids occur more than once; remove the repeated rows.")
         return self.score_grades(samples, grades)
 
     def score_grades(self, samples: Sequence[Sample], grades: Mapping[str, Any]) -> Score:
-        """Average grades as the official report does, or unrounded by the rule "vlmevalkit".
+        """Average grades as the official script does, or unrounded by the rule "vlmevalkit".
 
         Args:
             samples: the questions.
-            grades: a grade file: id -> ``{"score": [one for each run], "content": [the judge's replies]}``.
+            grades: a grade file: id -> `{"score": [one for each run], "content": [the judge's replies]}`.
 
         Raises:
-            EvalError: if a question has fewer grades than another, or a grade is not in [0, 1].
+            UserError: a question has fewer grades than another, or a grade is not in [0, 1].
         """
         by_id = {str(sample.id): sample for sample in samples}
         runs = max((len(entry.get("score", [])) for entry in grades.values()), default=0)
         short = [id_ for id_ in by_id if len(grades.get(id_, {}).get("score", [])) != runs]
         if short or not runs:
-            raise EvalError(
+            raise UserError(
                 f"{first_few(short)} of {len(samples)} questions lack grades of {runs} runs; finish grading."
             )
         # In the order of the grade file, like the official script, so that the last bit before rounding is the same.
@@ -130,7 +131,7 @@ class MMVet(Benchmark):
 
 
 def capability_set(fields: Row) -> tuple[str, ...]:
-    """Read the capabilities of a record, a list or comma-joined text, in one fixed order."""
+    """The capabilities of a question, a list or comma-joined text, in one fixed order."""
     value = fields["capability"]
     names = value.split(",") if isinstance(value, str) else value
     names = {str(name).strip() for name in names}
@@ -148,7 +149,7 @@ def _grade(id_: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number <= 1:
-        raise EvalError(f"question {id_} has the grade {value!r}; expected a number from 0 to 1. Is this a grade file?")
+        raise UserError(f"question {id_} has the grade {value!r}; expected a number from 0 to 1. Is this a grade file?")
     return number
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError, first_few
 
 RECOGNITION = (
     "Regular Text Recognition",
@@ -40,28 +40,28 @@ class OCRBench(Benchmark):
     answer_columns = ("prediction", "predict", "text")
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name kind, source and references alike; ids that repeat between data sets get the data set's name."""
+        """Give kind, source and references the same names; repeated ids get the name of their data set."""
         return [_normal(row) for row in _identified(rows)]
 
     def image_folder(self, data: Path) -> Path:
-        """Find OCRBench_Images, where the paths of OCRBench.json begin."""
+        """OCRBench_Images, where the paths of OCRBench.json start."""
         folder = data.parent / "OCRBench_Images"
         return folder if folder.is_dir() else super().image_folder(data)
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word the question, followed by the short-answer instruction in the paper's protocol."""
+        """The question, followed by the short-answer instruction in the paper's protocol."""
         instruction = f"\n{SHORT_INSTRUCTION}" if self.chosen_protocol == "skip-vision" else ""
         return [sample.fields["question"] + instruction for sample in samples]
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
-        """Read the answers, under the ids that ``normalise`` gives."""
+        """Read the answers, under the ids that `normalise` gives."""
         return super().predictions(_identified(rows), source, samples)
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
-        """Count the hits of each kind, as the official report does."""
+        """Count the hits of each kind, as the official code does."""
         unknown = sorted({s.fields["type"] for s in samples} - {*RECOGNITION, *OTHERS})
         if unknown:
-            raise EvalError(
+            raise UserError(
                 f"kinds that OCRBench does not have: {first_few(unknown)}; expected {RECOGNITION[0]} and others."
             )
         hits = {s.id: is_hit(answers[s.id], s.fields) for s in samples}
@@ -83,12 +83,7 @@ class OCRBench(Benchmark):
 
 
 def is_hit(prediction: str, fields: Row) -> bool:
-    """Apply the official test: a reference occurs in the answer; formulas are compared without spaces, in their case.
-
-    Args:
-        prediction: the model's answer.
-        fields: the record with its references.
-    """
+    """The official test: a reference occurs in the answer; formulas are compared without spaces and with case."""
     clean = _formula if _is_formula(fields) else _plain
     return any(clean(str(reference)) in clean(prediction) for reference in fields["references"])
 
@@ -106,7 +101,7 @@ def _plain(text: str) -> str:
 
 
 def _identified(rows: Sequence[Row]) -> list[Row]:
-    """Give rows without an id their number, and rows whose id repeats between data sets the name of theirs."""
+    """Give rows without an id their number, and rows whose id repeats between data sets their data set's name."""
     id_column = next((name for name in OCRBench.id_columns if name in rows[0]), None)
     if id_column is None:
         return [{**row, "id": number} for number, row in enumerate(rows)]

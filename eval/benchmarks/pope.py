@@ -1,7 +1,7 @@
-"""POPE (AoiDragon/POPE on COCO): is an object in the picture, yes or no, asked in three splits.
+"""POPE (AoiDragon/POPE on COCO): is an object in the image, yes or no, asked in three splits.
 
-LLaVA's scorer pairs answers and labels by line number, which goes wrong without a word when the label file is another
-release than the question file. Here they are paired by split, picture and question.
+LLaVA's scorer pairs answers and labels by line number, which is silently wrong when the label file is another
+release than the question file. Here they are paired by split, image and question.
 """
 
 from collections import defaultdict
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
+from llava_skip.errors import UserError, first_few
 
 SPLITS = ("adversarial", "popular", "random")
 LABEL_FILE = "coco_pope_"
@@ -36,7 +36,7 @@ class POPE(Benchmark):
     answer_columns = ("prediction", "text", "answer")
 
     def read(self, data: Path) -> list[Row]:
-        """Read a file with labels, or LLaVA's question file and label files from a folder or beside one another."""
+        """Read a file with labels, or LLaVA's question file and the label files of its folder."""
         if data.is_dir():
             return _read_folder(data)
         if data.name == QUESTION_FILE:
@@ -44,7 +44,7 @@ class POPE(Benchmark):
         return _labelled(read_rows(data), data)
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name picture, question, label and split alike, and give each question an id."""
+        """Give image, question, label and split the same names, and each question an id."""
         rows = [_normal(row) for row in rows]
         ids = [row.get("index") or row.get("question_id") for row in rows]
         if all(ids) and len(set(ids)) == len(ids):
@@ -52,16 +52,16 @@ class POPE(Benchmark):
         return [{**row, "index": _key(row)} for row in rows]
 
     def image_folder(self, data: Path) -> Path:
-        """Find val2014, LLaVA's folder of pictures."""
+        """val2014, LLaVA's folder of images."""
         folder = (data if data.is_dir() else data.parent) / "val2014"
         return folder if folder.is_dir() else super().image_folder(data)
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word LLaVA's prompts."""
+        """LLaVA's prompts."""
         return [f"{sample.fields['question']}\n{SHORT_INSTRUCTION}" for sample in samples]
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
-        """Read the answers: by id, else by split, picture and question, else line by line if every question agrees."""
+        """Read the answers: by id, else by split, image and question, else line by line if every question agrees."""
         column = self.answer_column(rows, source)
         answered = [row for row in rows if column in row]
         known = {sample.id for sample in samples}
@@ -79,9 +79,9 @@ class POPE(Benchmark):
             return {by_key.get(key, key): str(row[column]) for key, row in zip(keys, answered, strict=True)}
         if asked == [s.fields["question"] for s in samples]:
             return {s.id: str(row[column]) for s, row in zip(samples, answered, strict=True)}
-        raise EvalError(
-            f"{source}: its rows have neither the ids nor the pictures of the questions, and its {len(rows)} questions "
-            f"are not those of the {len(samples)} labels line by line; give LLaVA's {QUESTION_FILE} beside the labels."
+        raise UserError(
+            f"{source}: its rows have neither the ids nor the images of the questions, and its {len(rows)} questions "
+            f"differ from the {len(samples)} labels' line by line; give LLaVA's {QUESTION_FILE} with the label files."
         )
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
@@ -114,11 +114,7 @@ class POPE(Benchmark):
 
 
 def official_answer(text: str) -> str:
-    """Read "no" from the first sentence as LLaVA's scorer does; everything else is "yes".
-
-    Args:
-        text: the answer.
-    """
+    """Read "no" from the first sentence as LLaVA's scorer does; everything else is "yes"."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -130,12 +126,7 @@ def lmms_eval_answer(text: str) -> str | None:
 
 
 def lmms_eval_measures(samples: Sequence[Sample], said: Mapping[Id, str | None]) -> dict[str, float]:
-    """Measure as lmms-eval does: recall and F1 without the answers that are neither, the yes ratio of the gold answers.
-
-    Args:
-        samples: the questions.
-        said: answer by sample id.
-    """
+    """lmms-eval's measures: recall and F1 without the answers that are neither, the yes ratio of the gold answers."""
     read = _measures([s for s in samples if said[s.id]] or samples, said)
     accuracy = sum(said[s.id] == s.fields["label"] for s in samples) / len(samples)
     gold = sum(s.fields["label"] == "yes" for s in samples) / len(samples)
@@ -159,10 +150,10 @@ def _measures(samples: Sequence[Sample], said: Mapping[Id, str | None]) -> dict[
 
 
 def _read_folder(folder: Path) -> list[Row]:
-    """Read all label files of a folder and, if it is there, LLaVA's question file, whose questions then count."""
+    """Read all label files of a folder and, if there is one, LLaVA's question file, whose questions then count."""
     files = sorted(path for path in folder.rglob(f"{LABEL_FILE}*.json*"))
     if not files:
-        raise EvalError(f"{folder}: holds no label files ({LABEL_FILE}{SPLITS[0]}.json and so on), nor below it.")
+        raise UserError(f"{folder}: holds no label files ({LABEL_FILE}{SPLITS[0]}.json and so on), nor below it.")
     labels = [_normal(row) for path in files for row in _labelled(read_rows(path), path)]
     questions = next((path for path in (folder / QUESTION_FILE, folder.parent / QUESTION_FILE) if path.is_file()), None)
     if questions is None:
@@ -171,45 +162,45 @@ def _read_folder(folder: Path) -> list[Row]:
     asked = [_normal(row) for row in read_rows(questions)]
     lacking = [row.get("question_id", "?") for row in asked if _key(row) not in gold]
     if lacking:
-        raise EvalError(
-            f"{questions}: {first_few(lacking)} of {len(asked)} questions have no label in {first_few([f.name for f in files])}; "
-            "give the label files of the same release."
+        raise UserError(
+            f"{questions}: {first_few(lacking)} of {len(asked)} questions have no label in "
+            f"{first_few([file.name for file in files])}; give the label files of the same release."
         )
     return [{**row, "label": gold[_key(row)]} for row in asked]
 
 
 def _labelled(rows: list[Row], path: Path) -> list[Row]:
-    """Name the split of a label file, which only its file name tells."""
+    """Add the split of a label file, which only its file name has."""
     if path.stem.startswith(LABEL_FILE) and "category" not in rows[0]:
         return [{**row, "category": path.stem.removeprefix(LABEL_FILE), "question_id": ""} for row in rows]
     return rows
 
 
 def _refuse_others(samples: Sequence[Sample], ids: Sequence[Id], asked: Sequence[str], source: str) -> None:
-    """Refuse predictions whose ids are those of the questions but whose questions are others."""
+    """Refuse predictions that have the ids of the questions but ask something else."""
     questions = {sample.id: sample.fields["question"] for sample in samples}
     others = [
         id_ for id_, question in zip(ids, asked, strict=True) if question and questions.get(id_, question) != question
     ]
     if others:
-        raise EvalError(
+        raise UserError(
             f"{source}: {first_few(others)} rows have the id of another question; give the data that was asked."
         )
 
 
 def _asked(row: Row) -> str:
-    """Take the question out of a prediction row, without LLaVA's instruction."""
+    """The question of a prediction row, without LLaVA's instruction."""
     text = row.get("question") or row.get("prompt") or ""
     return text.removesuffix(SHORT_INSTRUCTION).strip()
 
 
 def _normal(row: Row) -> Row:
     asked = _asked(row) or row.get("text", "").removesuffix(SHORT_INSTRUCTION).strip()
-    picture = next((row[name] for name in ("image_source", "image_path", "image") if _is_name(row.get(name))), "")
+    image = next((row[name] for name in ("image_source", "image_path", "image") if _is_name(row.get(name))), "")
     label = row.get("label") or (row.get("answer") if "label" not in row else "")
     named = {"question": asked, "category": row.get("category", ""), "label": str(label or "").strip().lower()}
     kept = {name: cell for name, cell in row.items() if name not in ("text", "answer", "label")}
-    path = {"image_path": picture if Path(picture).suffix else f"{picture}.jpg"} if picture else {}
+    path = {"image_path": image if Path(image).suffix else f"{image}.jpg"} if image else {}
     return {**kept, **path, **{name: cell for name, cell in named.items() if cell}}
 
 

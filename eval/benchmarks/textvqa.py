@@ -1,4 +1,4 @@
-"""TextVQA (v0.5.1 val): short answers about text in pictures, compared with ten annotators' answers."""
+"""TextVQA (v0.5.1 val): short answers about text in images, compared with ten annotators' answers."""
 
 import re
 from collections import Counter, defaultdict
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
-from eval.errors import EvalError, first_few
 from eval.reading.tables import Row, read_rows
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import normalise_answer, vlmevalkit_form
+from llava_skip.errors import UserError, first_few
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"
@@ -31,12 +31,12 @@ class TextVQA(Benchmark):
     answer_columns = ("prediction", "text", "answer")
 
     def read(self, data: Path) -> list[Row]:
-        """Read a file; from a folder the annotations, with the OCR line of LLaVA's question file if that is there."""
+        """Read a file; from a folder the annotations, with the OCR lines of LLaVA's question file if it is there."""
         if not data.is_dir():
             return _read_annotations(data)
         found = sorted(data.rglob(ANNOTATIONS))
         if not found:
-            raise EvalError(f"{data}: holds no {ANNOTATIONS}; give the folder that has it, or an annotation file.")
+            raise UserError(f"{data}: holds no {ANNOTATIONS}; give the folder that has it, or an annotation file.")
         rows = _read_annotations(found[0])
         questions = found[0].parent / QUESTION_FILE
         if not questions.is_file():
@@ -45,28 +45,28 @@ class TextVQA(Benchmark):
         return [{**row, "ocr": lines.get(_key(row.get("image_id", ""), row["question"]), "")} for row in rows]
 
     def normalise(self, rows: list[Row]) -> list[Row]:
-        """Name the references, the picture and the OCR line alike."""
+        """Give references, image and OCR line the same names."""
         return [_normal(row) for row in rows]
 
     def image_folder(self, data: Path) -> Path:
-        """Find train_images, where the val pictures of TextVQA lie."""
+        """train_images, which has the val images of TextVQA."""
         folder = (data if data.is_dir() else data.parent) / "train_images"
         return folder if folder.is_dir() else super().image_folder(data)
 
     def protocol(self, samples: Sequence[Sample]) -> str:
-        """Name the protocol; without any OCR line in the file it can only be the one without."""
+        """The protocol; without any OCR line in the file it can only be the one without."""
         has_lines = any(sample.fields["ocr"] for sample in samples)
         return self.chosen_protocol if has_lines else "llava-without-ocr"
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
-        """Word LLaVA's prompts: question, OCR line, short-answer instruction."""
+        """LLaVA's prompts: question, OCR line, short-answer instruction."""
         with_lines = self.protocol(samples) == "llava"
         lines = [f"\n{sample.fields['ocr']}" if with_lines and sample.fields["ocr"] else "" for sample in samples]
         questions = [sample.fields["question"] for sample in samples]
         return [f"{question}{line}\n{SHORT_INSTRUCTION}" for question, line in zip(questions, lines, strict=True)]
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
-        """Read the answers: LLaVA's rows by picture and first line of the prompt, others by id."""
+        """Read the answers: LLaVA's rows by image and first line of the prompt, others by id."""
         if "prompt" not in rows[0] or {s.id for s in samples} & {self.row_id(row) for row in rows}:
             return super().predictions(rows, source, samples)
         column = self.answer_column(rows, source)
@@ -76,17 +76,17 @@ class TextVQA(Benchmark):
         keys = [_key(row.get("question_id", ""), row.get("prompt", "")) for row in rows]
         doubled = [key for key, count in Counter(keys).items() if count > max(1, len(ids.get(key, [])))]
         if doubled:
-            raise EvalError(
+            raise UserError(
                 f"{source}: questions are answered more than once: {first_few(doubled)}; remove the repeated rows."
             )
-        places = (ids[key].pop(0) if ids.get(key) else key for key in keys)
-        return {id_: str(row.get(column, "")) for id_, row in zip(places, rows, strict=True)}
+        paired = (ids[key].pop(0) if ids.get(key) else key for key in keys)
+        return {id_: str(row.get(column, "")) for id_, row in zip(paired, rows, strict=True)}
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Average the questions' soft accuracies, in percent."""
         lacking = [s.id for s in samples if not s.fields["references"]]
         if lacking:
-            raise EvalError(f"{first_few(lacking)} of {len(samples)} questions have no answers; give a split that has.")
+            raise UserError(f"{first_few(lacking)} of {len(samples)} questions have no answers; give a split that has.")
         form = normalise_answer if self.chosen_rule == "official" else vlmevalkit_form
         parts: dict[Id, bool | float] = {
             s.id: soft_accuracy(answers[s.id], s.fields["references"], form) for s in samples
@@ -100,20 +100,17 @@ class TextVQA(Benchmark):
 def soft_accuracy(
     prediction: str, references: Sequence[object], form: Callable[[str], str] = normalise_answer
 ) -> float:
-    """Score an answer by how many annotators gave it: 1 from three others on, averaged over leaving each one out.
+    """The score of an answer by the number of annotators who gave it, compared in the form that `form` makes.
 
-    Args:
-        prediction: the model's answer.
-        references: the annotators' answers.
-        form: what brings answers to the form in which they are compared.
+    It is 1 from three other annotators on, averaged over leaving each one out.
     """
     said = [form(str(reference)) for reference in references]
-    wanted = form(prediction)
-    same = said.count(wanted)
+    own = form(prediction)
+    same = said.count(own)
     if not same:
         return 0.0
     # Summed annotator by annotator, like the official script, so that the last bit is the same.
-    return sum(min(1.0, (same - (answer == wanted)) / 3) for answer in said) / len(said)
+    return sum(min(1.0, (same - (answer == own)) / 3) for answer in said) / len(said)
 
 
 def _read_annotations(path: Path) -> list[Row]:
@@ -128,11 +125,7 @@ def _key(image: object, prompt: str) -> str:
 
 
 def asked_question(prompt: str) -> str:
-    """Take the question out of one of LLaVA's prompts.
-
-    Args:
-        prompt: question and instruction, with an OCR line after the question, before it, or without.
-    """
+    """The question of one of LLaVA's prompts, with an OCR line after the question, before it, or without."""
     old = _OLD_PROMPT.match(prompt)
     if old:
         return old[1]

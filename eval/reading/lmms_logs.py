@@ -1,7 +1,7 @@
-"""Read the sample logs of lmms-eval (``..._samples_TASK.jsonl``), whose rows hold answers and what its metrics used.
+"""Read the sample logs of lmms-eval (`..._samples_TASK.jsonl`), whose rows hold answers and what its metrics used.
 
-Logs of lmms-eval up to 0.2 hold the record as ``doc``. Later ones hold only what the metrics of the task repeat of it,
-so most need the benchmark file; ``doc_id`` is the number of the record in that file.
+Logs of lmms-eval up to 0.2 hold the question as `doc`. Later ones hold only what the metrics of the task repeat of it,
+so most need the benchmark file; `doc_id` is the number of the question in that file.
 """
 
 import re
@@ -9,34 +9,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.benchmark import Id, Sample
-from eval.errors import EvalError
 from eval.reading.tables import Row, cell_text, column_name
+from llava_skip.errors import UserError
 
-# The server's form of an answer, whose "answer" is the model's, and pictures.
-_NO_RECORDS = ("submission", "input_media")
+# The server's form of an answer, whose "answer" is the model's, and images.
+_NOT_FIELDS = ("submission", "input_media")
 _IDS = ("index", "question_id", "id")
 _NAMES = {"ground_truth": "answer", "gt_answer": "answer", "capabilities": "capability"}
 _PLACEHOLDER = re.compile(r"<image ?\d*>")
 
 
-def lifted(rows: Sequence[Row]) -> list[Row]:
-    """Bring a sample log to plain rows with the answer as ``prediction``; rows of other files stay as they are.
+def plain_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a sample log as plain rows with the answer as `prediction`; rows of other files stay as they are."""
+    return [_plain(row) if "doc_id" in row and "filtered_resps" in row else row for row in rows]
+
+
+def answers_by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id, str] | None:
+    """The answers of a log, paired with questions by number; None for other files, or where the log's ids must do it.
 
     Args:
-        rows: rows of a prediction file.
-    """
-    return [_lifted(row) if "doc_id" in row and "filtered_resps" in row else row for row in rows]
-
-
-def by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id, str] | None:
-    """Pair a log with the records of its numbers; None for other files, or where only the log's own ids can pair it.
-
-    Args:
-        rows: lifted rows.
+        rows: rows of `plain_rows`.
         samples: the questions of the benchmark file, in its order.
 
     Raises:
-        EvalError: if the records of these numbers are other questions, and the log has no ids.
+        UserError: the questions with these numbers are other ones, and the log has no ids.
     """
     if "doc_id" not in rows[0]:
         return None
@@ -46,17 +42,17 @@ def by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id, str] |
         if all(_words(s.fields["question"]) in _words(row["question"]) for s, row in zip(found, rows, strict=True)):
             return {sample.id: row["prediction"] for sample, row in zip(found, rows, strict=True)}
     if not any(name in rows[0] for name in _IDS):
-        raise EvalError(
-            f"the log's {len(rows)} questions are not those that the {len(samples)} records of the benchmark file have "
-            "at its numbers (doc_id); give the file that lmms-eval read, in its order."
+        raise UserError(
+            f"the log's {len(rows)} questions are not the ones that the benchmark file, of {len(samples)}, has at its "
+            "numbers (doc_id); give the file that lmms-eval read, in its order."
         )
     return None
 
 
-def _lifted(row: Row) -> Row:
+def _plain(row: Row) -> Row:
     prompt = row.get("input") or next(iter(row.get("arguments") or [""]))
     fields: Row = {}
-    for part in (row.get("doc"), *(cell for name, cell in row.items() if name not in ("doc", *_NO_RECORDS))):
+    for part in (row.get("doc"), *(cell for name, cell in row.items() if name not in ("doc", *_NOT_FIELDS))):
         for name, cell in part.items() if isinstance(part, dict) else ():
             fields.setdefault(_NAMES.get(column_name(name), column_name(name)), cell_text(cell))
     return {"question": prompt, **fields, "doc_id": row["doc_id"], "prediction": _first(row["filtered_resps"])}

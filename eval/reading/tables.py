@@ -1,9 +1,9 @@
 """Read the table formats in which benchmarks and predictions are published, with one convention for cells.
 
-A cell is a ``str`` (missing cells are ``""``), except for nested JSON values and image bytes, which stay what they are,
-and base64 pictures of tsv and csv files, which stay in the file (``StoredText``) so that gigabytes can be read.
+A cell is a `str` (missing cells are `""`), except for nested JSON values and image bytes, which stay what they are,
+and base64 images of tsv and csv files, which stay in the file (`StoredText`) so that gigabytes can be read.
 Nothing is guessed to be missing: an option or a prediction that reads "None" or "NA" stays that text. Column names are
-lower-cased with ``_`` for ``-``, except the one-letter option columns, so ``L2-category`` and ``l2_category`` are one.
+lower-cased with `_` for `-`, except the one-letter option columns, so `L2-category` and `l2_category` are the same.
 """
 
 import csv
@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 import zipfile
 from collections import Counter
@@ -21,25 +20,26 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eval.errors import EvalError, first_few
+from llava_skip.files import read_json_lines, read_text, write_bytes
 
 Row = dict[str, Any]
 
-# A cell this short cannot be a picture: VLMEvalKit stores there the index of the row that owns the picture.
+# A cell this short cannot be an image: VLMEvalKit stores there the index of the row that has the image.
 REFERENCE_LENGTH = 64
 CELL_LIMIT = 32_767  # characters that Excel keeps in one cell
-# What decides the answers: the parts of a folder that are hashed, pictures left out.
+# What decides the answers: the files of a folder that are hashed, images left out.
 HASHED_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
 
 
 @dataclass(frozen=True)
 class StoredText:
-    """A long cell of a tsv or csv file, left where it is until it is needed.
+    """A long cell of a tsv or csv file, read when it is needed.
 
     Attributes:
         path: the file.
-        start: first byte of the cell's record.
-        size: bytes of the record.
-        column: place of the cell in the record.
+        start: first byte of the cell's row.
+        size: bytes of the row.
+        column: index of the cell in the row.
         delimiter: what separates the cells.
     """
 
@@ -50,26 +50,22 @@ class StoredText:
     delimiter: str
 
     def read(self) -> str:
-        """Read the cell's text."""
+        """The cell's text."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            record = file.read(self.size).decode()
-        return next(csv.reader(io.StringIO(record, newline=""), delimiter=self.delimiter))[self.column]
+            row = file.read(self.size).decode()
+        return next(csv.reader(io.StringIO(row, newline=""), delimiter=self.delimiter))[self.column]
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read a tsv, csv, xlsx, json, jsonl or parquet file into rows.
 
-    A JSON object becomes a row for each key, with the key as ``id``: ``{"v1_0": "text"}`` gives an ``id`` and a
-    ``prediction``, ``{"v1_0": {...}}`` an ``id`` and the fields.
-
-    Args:
-        path: the file; its suffix decides the format.
+    The suffix decides the format. A JSON object becomes a row for each key, with the key as `id`: `{"v1_0": "text"}`
+    gives an `id` and a `prediction`, `{"v1_0": {...}}` an `id` and the fields.
 
     Raises:
-        EvalError: if the file is missing, empty, malformed or of another format.
+        EvalError: the file is missing, empty, malformed or of another format.
     """
-    path = Path(path)
     if path.is_dir():
         raise EvalError(f"{path}: is a folder; give one of its files.")
     if not path.is_file():
@@ -87,12 +83,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def sha256(paths: Iterable[Path]) -> str:
-    """Hash files (name and content, in the order given), so that results say what they were made from.
+    """One hash of several files (name and content, in the order given), so that results say what they were made from.
 
-    Args:
-        paths: the files to hash as one; of a folder its tables and texts count, not its pictures.
+    Of a folder, its tables and texts count, but not its images.
     """
-    files = [file for path in paths for file in _hashed_files(Path(path))]
+    files = [file for path in paths for file in _hashed_files(path)]
     digest = hashlib.sha256()
     for path in files:
         if len(files) > 1:  # one file alone keeps the hash that sha256sum prints
@@ -118,8 +113,8 @@ def write_xlsx(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> dict[
         rows: the rows.
 
     Returns:
-        How many cells had to lose something that a workbook cannot hold: ``control_characters`` and ``cut`` (text
-        beyond 32767 characters).
+        The number of cells from which something was removed that a workbook cannot hold: `control_characters`, and
+        `cut` (text after 32767 characters).
     """
     import openpyxl
     from openpyxl.cell import WriteOnlyCell
@@ -140,15 +135,14 @@ def write_xlsx(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> dict[
                 value.data_type = "s"  # openpyxl takes text that starts with "=" for a formula
             cells.append(None if value == "" else value)
         sheet.append(cells)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    book.save(partial)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    book.save(content)
+    write_bytes(path, content.getvalue())
     return lost
 
 
 def cell_text(value: Any) -> Any:
-    """Bring one cell to text: missing is "", whole floats lose their ".0"; nested values and bytes are kept."""
+    """A cell as text: missing is "", whole floats lose their ".0"; nested values and bytes are kept."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -159,13 +153,13 @@ def cell_text(value: Any) -> Any:
 
 
 def column_name(name: str) -> str:
-    """Return the canonical spelling of a column name; option columns keep their capital letter."""
+    """The canonical spelling of a column name; option columns keep their capital letter."""
     name = name.strip()
     return name if len(name) == 1 else name.lower().replace("-", "_")
 
 
 def _column_names(path: Path, header: Iterable[str]) -> list[str]:
-    """Bring a header to canonical names, "" for an unnamed column (a saved data-frame index)."""
+    """The canonical names of a header, "" for an unnamed column (a saved data-frame index)."""
     names = [column_name(name) for name in header]
     doubled = sorted({name for name in names if name and names.count(name) > 1})
     if doubled:
@@ -200,12 +194,12 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
         try:
             names = _column_names(path, next(reader, []))
             start = lines.read
-            for record in reader:
-                if record:
-                    _check_width(path, reader.line_num, record, names)
-                    cells: list[Any] = list(record)
+            for row in reader:
+                if row:
+                    _check_width(path, reader.line_num, row, names)
+                    cells: list[Any] = list(row)
                     for column in (number for number, name in enumerate(names) if name == "image"):
-                        if len(record[column]) > REFERENCE_LENGTH:
+                        if len(row[column]) > REFERENCE_LENGTH:
                             cells[column] = StoredText(path, start, lines.read - start, column, delimiter)
                     yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
                 start = lines.read
@@ -213,10 +207,10 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
             raise EvalError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
 
 
-def _check_width(path: Path, line: int, record: list[str], names: list[str]) -> None:
-    if len(record) != len(names):
+def _check_width(path: Path, line: int, row: list[str], names: list[str]) -> None:
+    if len(row) != len(names):
         raise EvalError(
-            f"{path}, line {line}: {len(record)} fields, but the header has {len(names)}; "
+            f"{path}, line {line}: {len(row)} fields, but the header has {len(names)}; "
             "is the file cut, or are its fields not quoted?"
         )
 
@@ -230,7 +224,7 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=False)
     except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
         raise EvalError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
-    book.active.reset_dimensions()  # some writers leave a wrong size in the file, beyond which cells would be dropped
+    book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
     lines = book.active.iter_rows(values_only=True)
     names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
     for line in lines:
@@ -240,22 +234,15 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
     book.close()
 
 
-def _record(path: Path, where: str, value: Any) -> Row:
+def _row(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise EvalError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
     return {column_name(name): cell_text(cell) for name, cell in value.items()}
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise EvalError(f"{path}, line {number}: not valid JSON ({error.msg}); is the file cut?") from error
-            yield _record(path, f"line {number}", value)
+    for number, value in read_json_lines(path):
+        yield _row(path, f"line {number}", value)
 
 
 class _DoubledKeys(ValueError):
@@ -270,9 +257,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(read_text(path), object_pairs_hook=_object)
     except _DoubledKeys as error:
         raise EvalError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
     except json.JSONDecodeError as error:
@@ -283,10 +269,10 @@ def _read_json(path: Path) -> Iterator[Row]:
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}
-            yield {"id": key, **_record(path, key, fields)}
+            yield {"id": key, **_row(path, key, fields)}
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield _record(path, f"item {number}", item)
+            yield _row(path, f"item {number}", item)
     else:
         raise EvalError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
 
@@ -300,9 +286,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
-                yield _record(path, "row", value)
+                yield _row(path, "row", value)
     except (pyarrow.ArrowException, OSError) as error:
-        raise EvalError(f"{path}: not a parquet file, or damaged ({error}); fetch it again.") from error
+        raise EvalError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

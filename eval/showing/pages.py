@@ -14,7 +14,7 @@ from tqdm import tqdm
 from eval.benchmark import Benchmark
 from eval.benchmarks import get_benchmark
 from eval.errors import EvalError
-from eval.reading.images import Picture
+from eval.reading.images import ImageSource
 from eval.reading.tables import Row, sha256
 from eval.showing.results import Result
 from eval.showing.score_table import write_whole
@@ -140,7 +140,7 @@ def _add_pictures(benchmark: Benchmark, result: Result, questions: Mapping[str, 
     return ""
 
 
-def _write_picture(picture: Picture, folder: Path) -> str:
+def _write_picture(picture: ImageSource, folder: Path) -> str:
     image = picture.open()
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -12,8 +12,14 @@ import pytest
 from PIL import Image
 
 
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Embedded data, checkpoints and results are below the test's folder."""
+    monkeypatch.setenv("LLAVA_SKIP_HOME", str(tmp_path))
+
+
 @pytest.fixture
-def picture() -> Callable[..., str]:
+def encoded_image() -> Callable[..., str]:
     def make(color: Any = (200, 30, 30), mode: str = "RGB", kind: str = "PNG") -> str:
         buffer = io.BytesIO()
         Image.new(mode, (8, 8), color).save(buffer, kind)
@@ -38,9 +44,9 @@ def write_tsv(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def mmbench_rows(picture: Callable[..., str]) -> list[dict[str, Any]]:
+def mmbench_rows(encoded_image: Callable[..., str]) -> list[dict[str, Any]]:
     """Question 7 with two options and question 9 with three, all passes, options rotated right by one each pass."""
-    small, large = picture(), picture((0, 0, 255))
+    small, large = encoded_image(), encoded_image((0, 0, 255))
     animal = {
         "question": "Which animal?",
         "hint": "Look at\nthe middle.",
@@ -66,7 +72,7 @@ def mmbench_rows(picture: Callable[..., str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def mmstar_rows(picture: Callable[..., str]) -> list[dict[str, Any]]:
+def mmstar_rows(encoded_image: Callable[..., str]) -> list[dict[str, Any]]:
     """Five rows in two categories of the official names."""
     places = [
         ("coarse perception", "image emotion", "A"),
@@ -79,7 +85,7 @@ def mmstar_rows(picture: Callable[..., str]) -> list[dict[str, Any]]:
         {
             "index": number,
             "question": f"Question {number}?\nOptions: A: one, B: two, C: three, D: four",
-            "image": picture((number, 0, 0)),
+            "image": encoded_image((number, 0, 0)),
             "answer": gold,
             "category": category,
             "l2_category": sub,
@@ -91,7 +97,7 @@ def mmstar_rows(picture: Callable[..., str]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def mmvet_data(tmp_path: Path) -> Path:
-    """Three questions; the first two share a picture."""
+    """Three questions; the first two share a image."""
     folder = tmp_path / "mm-vet"
     (folder / "images").mkdir(parents=True)
     for name in ("a.png", "b.jpg"):

@@ -14,9 +14,9 @@ from PIL import Image
 from eval.benchmarks.mmbench import MMBench, llava_prompt, lmms_eval_prompt
 from eval.benchmarks.mmstar import MMStar
 from eval.benchmarks.mmvet import MMVet
-from eval.errors import EvalError
 from eval.reading.tables import CELL_LIMIT, StoredText, read_rows
 from eval.score import score_file
+from llava_skip.errors import UserError
 from tests.eval.test_score import write as write_rows
 
 Rows = list[dict[str, Any]]
@@ -32,7 +32,7 @@ def noise_png(seed: int, side: int) -> str:
 
 
 def test_a_large_tsv_is_not_held_in_memory(tmp_path: Path) -> None:
-    # 40 MB of pictures; a reader that keeps them, or the file, needs at least that.
+    # 40 MB of images; a reader that keeps them, or the file, needs at least that.
     cell, rows = noise_png(1, 512), 120
     path = tmp_path / "large.tsv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ def test_a_large_tsv_is_not_held_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_stored_pictures_are_found_again(tmp_path: Path, newline: str, mark: str) -> None:
+def test_stored_images_are_found_again(tmp_path: Path, newline: str, mark: str) -> None:
     cells = [noise_png(seed, 8 + seed) for seed in range(5)]
     path = tmp_path / "a.csv"
     lines = [f'{n},"größe, ""{n}""\n\n",{cell}' for n, cell in enumerate(cells)]
@@ -70,7 +70,7 @@ def test_stored_pictures_are_found_again(tmp_path: Path, newline: str, mark: str
 def test_doubled_json_ids_are_refused(tmp_path: Path, where: int) -> None:
     text = ['{"v1_0": "yes", "v1_1": "no", "v1_0": "no"}', '[{"id": 1, "prediction": "a", "prediction": "b"}]'][where]
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(EvalError, match=f"occur more than once: 1 .{['v1_0', 'prediction'][where]}"):
+    with pytest.raises(UserError, match=f"occur more than once: 1 .{['v1_0', 'prediction'][where]}"):
         read_rows(tmp_path / "a.json")
 
 
@@ -78,7 +78,7 @@ def test_truncated_predictions_say_where(tmp_path: Path, write_tsv: Write, mmben
     lines = [json.dumps({"question_id": index, "text": text}) for index, text in PERFECT.items()]
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(lines)[:-9])
-    with pytest.raises(EvalError, match=r"p\.jsonl, line 5: not valid JSON"):
+    with pytest.raises(UserError, match=r"p\.jsonl, line 5: not valid JSON"):
         score_file(MMBench(), path, write_tsv(mmbench_rows), True, None)
 
 
@@ -146,14 +146,14 @@ def test_lookalike_letters_are_wrong_and_told(tmp_path: Path, write_tsv: Write, 
 
 
 @pytest.mark.parametrize("cell", ["!!!not base64!!!" * 20, "QUJD" * 40, "iVBORw0KGgo" * 20])
-def test_broken_base64_names_the_record(write_tsv: Write, mmstar_rows: Rows, cell: str) -> None:
+def test_broken_base64_names_the_sample(write_tsv: Write, mmstar_rows: Rows, cell: str) -> None:
     mmstar_rows[3]["image"] = cell
-    with pytest.raises(EvalError, match="record 3: its picture cannot be decoded"):
+    with pytest.raises(UserError, match="sample 3: its image cannot be decoded"):
         MMStar().load(write_tsv(mmstar_rows))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-def test_pictures_of_every_mode_become_rgb(write_tsv: Write, mmstar_rows: Rows, mode: str) -> None:
+def test_images_of_every_mode_become_rgb(write_tsv: Write, mmstar_rows: Rows, mode: str) -> None:
     buffer = io.BytesIO()
     Image.new(mode, (9, 5)).save(buffer, "TIFF" if mode in ("CMYK", "F") else "PNG")
     mmstar_rows[3]["image"] = base64.b64encode(buffer.getvalue()).decode()
@@ -163,10 +163,10 @@ def test_pictures_of_every_mode_become_rgb(write_tsv: Write, mmstar_rows: Rows, 
 
 def test_wrong_columns_of_a_prediction_file(tmp_path: Path, write_tsv: Write, mmbench_rows: Rows) -> None:
     path = write_rows(tmp_path / "p.jsonl", [{"index": 7, "respond": "A"}])
-    with pytest.raises(EvalError, match="expected the answers in a column prediction or text; the first row has index"):
+    with pytest.raises(UserError, match="expected the answers in a column prediction or text; the first row has index"):
         score_file(MMBench(), path, write_tsv(mmbench_rows), False, None)
     path = write_rows(tmp_path / "p.jsonl", [{"number": 7, "prediction": "A"}])
-    with pytest.raises(EvalError, match="a row has no id: expected a value in index or question_id or id"):
+    with pytest.raises(UserError, match="a row has no id: expected a value in index or question_id or id"):
         score_file(MMBench(), path, write_tsv(mmbench_rows), False, None)
 
 
@@ -174,11 +174,11 @@ def test_wrong_columns_of_a_prediction_file(tmp_path: Path, write_tsv: Write, mm
 @pytest.mark.parametrize("column", ["A", "question", "prediction"])
 def test_lists_in_place_of_texts_are_refused(tmp_path: Path, mmbench_rows: Rows, column: str, cell: Any) -> None:
     rows = [{**row, "image": "", "prediction": "A", column: cell} for row in mmbench_rows]
-    with pytest.raises(EvalError, match="lists or objects; expected texts"):
+    with pytest.raises(UserError, match="lists or objects; expected texts"):
         score_file(MMBench(), write_rows(tmp_path / "p.jsonl", rows), None, False, None)
 
 
 def test_grades_that_occur_twice(tmp_path: Path, mmvet_data: Path) -> None:
     path = write_rows(tmp_path / "g.jsonl", [{"id": "v1_0", "score": 1}, {"id": 0, "score": 0}])
-    with pytest.raises(EvalError, match="1 graded ids occur more than once"):
+    with pytest.raises(UserError, match="1 graded ids occur more than once"):
         score_file(MMVet(), path, mmvet_data, False, None)

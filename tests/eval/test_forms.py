@@ -106,9 +106,9 @@ def test_a_run_of_a_form_scores_like_the_form(tmp_path: Path, form: str) -> None
     assert list(score.per_sample.values()) == [True, False] or score.per_sample == {1: 1 / 3, 0: 0.0}
     samples = benchmark.samples(benchmark.normalise(benchmark.read_predictions(path)))
     answers = benchmark.predictions(benchmark.read_predictions(path), "", samples)
-    records = [{**s.fields, "index": s.id, "prompt": "?", "prediction": answers[s.id]} for s in samples]
+    lines = [{**s.fields, "index": s.id, "prompt": "?", "prediction": answers[s.id]} for s in samples]
     own = tmp_path / "answers.jsonl"
-    own.write_text("".join(json.dumps(record) + "\n" for record in records))
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = score_file(benchmark, own, None, False, None)
     assert (again.scores, again.per_sample) == (score.scores, score.per_sample)
     assert len(benchmark.prompts(samples)) == len(samples)

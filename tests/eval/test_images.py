@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.errors import EvalError
-from eval.reading.images import Picture, row_pictures
+from eval.reading.images import ImageSource, row_images
+from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
 
 
@@ -24,9 +24,9 @@ from llava_skip.vision.rgb import to_rgb
     ],
 )
 def test_every_mode_becomes_rgb(
-    picture: Callable[..., str], mode: str, color: object, kind: str, expected: tuple[int, int, int]
+    encoded_image: Callable[..., str], mode: str, color: object, kind: str, expected: tuple[int, int, int]
 ) -> None:
-    image = Picture("record 1", picture(color, mode, kind)).open()
+    image = ImageSource("sample 1", encoded_image(color, mode, kind)).open()
     assert image.mode == "RGB"
     assert image.getpixel((3, 3)) == expected
 
@@ -36,36 +36,36 @@ def test_cmyk_and_float() -> None:
     assert to_rgb(Image.fromarray(np.full((2, 2), 40.0, np.float32))).getpixel((0, 0)) == (40, 40, 40)
 
 
-def test_cell_with_an_index_takes_the_picture_of_that_row(picture: Callable[..., str], tmp_path: Path) -> None:
-    rows = [{"index": "3", "image": picture((1, 2, 3))}, {"index": "1000003", "image": "3"}]
-    own, copy = row_pictures(rows, tmp_path)
+def test_cell_with_an_index_takes_the_image_of_that_row(encoded_image: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"index": "3", "image": encoded_image((1, 2, 3))}, {"index": "1000003", "image": "3"}]
+    own, copy = row_images(rows, tmp_path)
     assert copy.data == own.data
     assert copy.open().getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_bytes_and_files(picture: Callable[..., str], tmp_path: Path) -> None:
+def test_bytes_and_files(encoded_image: Callable[..., str], tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), (5, 5, 5)).save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
     rows = [{"id": "a", "image": {"bytes": content, "path": None}}, {"id": "b", "imagename": "x.png"}]
-    assert [one.open().getpixel((0, 0)) for one in row_pictures(rows, tmp_path)] == [(5, 5, 5), (5, 5, 5)]
+    assert [one.open().getpixel((0, 0)) for one in row_images(rows, tmp_path)] == [(5, 5, 5), (5, 5, 5)]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"index": "4", "image": ""}, r"1 \(record 4\) of 1 records have no picture"),
-        ({"index": "4", "image": "99"}, r"1 \(record 4\) of 1 records have no picture"),
-        ({"index": "4", "image": "!" * 80}, "record 4: its picture cannot be decoded"),
-        ({"index": "4", "image": "QUJD" * 30}, "record 4: its picture cannot be decoded"),
+        ({"index": "4", "image": ""}, r"1 \(sample 4\) of 1 samples have no image"),
+        ({"index": "4", "image": "99"}, r"1 \(sample 4\) of 1 samples have no image"),
+        ({"index": "4", "image": "!" * 80}, "sample 4: its image cannot be decoded"),
+        ({"index": "4", "image": "QUJD" * 30}, "sample 4: its image cannot be decoded"),
         ({"index": "4", "imagename": "gone.png"}, r"gone.png\) image files do not exist.*--images"),
     ],
 )
-def test_broken_pictures_name_their_record(tmp_path: Path, row: dict[str, str], message: str) -> None:
-    with pytest.raises(EvalError, match=message):
-        row_pictures([row], tmp_path)
+def test_broken_images_name_their_sample(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        row_images([row], tmp_path)
 
 
-def test_cut_picture_is_an_error_when_used(picture: Callable[..., str]) -> None:
+def test_cut_image_is_an_error_when_used(encoded_image: Callable[..., str]) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     import base64
     import io
@@ -73,5 +73,5 @@ def test_cut_picture_is_an_error_when_used(picture: Callable[..., str]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
     cut = base64.b64encode(buffer.getvalue()[:3000]).decode()
-    with pytest.raises(EvalError, match="record 8: its picture cannot be decoded"):
-        Picture("record 8", cut).open()
+    with pytest.raises(UserError, match="sample 8: its image cannot be decoded"):
+        ImageSource("sample 8", cut).open()

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from eval.benchmarks import BENCHMARKS
-from eval.errors import EvalError
 from eval.score import score_file
+from llava_skip.errors import UserError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 PLACE = {"category": "color", "answer": "Yes"}
 CHOICE = {"question": "Which?", "hint": "nan", "A": "cat", "B": "dog", "C": "nan", "D": "nan", "category": "ocr"}
-# By benchmark: records as on Hugging Face, what the metrics of lmms-eval 0.7 log of each, and answers of which the
+# By benchmark: rows as on Hugging Face, what the metrics of lmms-eval 0.7 log of each, and answers of which the
 # first alone is right.
 LOGS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]] = {
     "mmbench": (
@@ -80,12 +80,12 @@ def saved(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def logs(name: str, old: bool) -> list[dict[str, Any]]:
-    records, metrics, answers = LOGS[name]
+    published, metrics, answers = LOGS[name]
     rows = []
-    for number, (record, metric, answer) in enumerate(zip(records, metrics, answers, strict=True)):
-        prompt = record["question"].replace(" Please answer yes or no.", "").replace("<image 1>", "<image>") + SHORT
+    for number, (question, metric, answer) in enumerate(zip(published, metrics, answers, strict=True)):
+        prompt = question["question"].replace(" Please answer yes or no.", "").replace("<image 1>", "<image>") + SHORT
         said = {"doc_id": number, "target": "?", "filtered_resps": [answer] if old else answer, **metric}
-        kept = {column: cell for column, cell in record.items() if "image" not in column}
+        kept = {column: cell for column, cell in question.items() if "image" not in column}
         asked = {"doc": kept, "arguments": [prompt, {"until": ["\n"]}]} if old else {"input": prompt}
         rows.append(said | asked | {"doc_hash": "0", "resps": [[answer]]})
     return rows
@@ -110,12 +110,12 @@ def test_a_sample_log_that_holds_its_gold(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gqa", "textvqa", "mme", "pope"])
 def test_a_sample_log_without_gold_asks_for_data(tmp_path: Path, name: str) -> None:
-    with pytest.raises(EvalError, match="lacks the columns .* with --data"):
+    with pytest.raises(UserError, match="lacks the columns .* with --data"):
         score_file(BENCHMARKS[name](), saved(tmp_path / "s.jsonl", logs(name, False)), None, False, None)
 
 
 @pytest.mark.parametrize("name", ["gqa", "ocrbench"])
 def test_numbers_of_another_file_are_not_taken(tmp_path: Path, name: str) -> None:
     data = saved(tmp_path / "data.jsonl", LOGS[name][0][::-1])
-    with pytest.raises(EvalError, match="2 questions are not those that the 2 records"):
+    with pytest.raises(UserError, match="2 questions are not the ones that the benchmark file, of 2, has"):
         score_file(BENCHMARKS[name](), saved(tmp_path / "s.jsonl", logs(name, False)), data, False, None)

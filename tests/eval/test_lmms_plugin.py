@@ -68,10 +68,10 @@ def environment(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_task_of_lmms_eval_gets_the_answers_of_the_runner(
-    environment: Path, saved: Path, tmp_path: Path, picture: Callable[..., str]
+    environment: Path, saved: Path, tmp_path: Path, encoded_image: Callable[..., str]
 ) -> None:
     rows = [
-        {"index": n, "question": f"Which{'?' * (n + 1)}", "image": picture((60 * n, 9, 0)), "answer": "A"}
+        {"index": n, "question": f"Which{'?' * (n + 1)}", "image": encoded_image((60 * n, 9, 0)), "answer": "A"}
         for n in range(5)
     ]
     tasks = tmp_path / "tasks"
@@ -91,10 +91,10 @@ def test_a_task_of_lmms_eval_gets_the_answers_of_the_runner(
     answered = [json.loads(line) for line in samples.read_text().splitlines()]
     from eval.answering.generate import Generator, numerics
     from eval.answering.models import check_model
-    from eval.reading.images import Picture
+    from eval.reading.images import ImageSource
 
     generator = Generator(check_model(saved), numerics())
-    expected = [generator.answer([r["question"]], [(Picture("", r["image"]),)], 4)[0] for r in rows]
+    expected = [generator.answer([r["question"]], [(ImageSource("", r["image"]),)], 4)[0] for r in rows]
     found = {line["doc_id"]: line["filtered_resps"] for line in answered}
     assert [found[n] for n in range(5)] == expected
     (results,) = (tmp_path / "out").rglob("*results.json")

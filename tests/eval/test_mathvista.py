@@ -13,9 +13,9 @@ from eval.benchmarks.mathvista import (
     is_right_vlmevalkit,
     prefetch,
 )
-from eval.errors import EvalError
 from eval.score import score_file
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError
 
 CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["3/11", "8/11", "6"], "answer": "8/11"}
 INTEGER = {"question_type": "free_form", "answer_type": "integer", "choices": [], "answer": "14"}
@@ -119,7 +119,7 @@ def test_responses_without_and_with_a_judge(testmini: Path, tmp_path: Path, judg
     assert (score.scores["average"]["correct"], len(server.requests)) == (2, 1)
     assert score_file(MathVista(), path, testmini, False, judge).score == 100.0  # from what the judge said before
     path.write_text(json.dumps({"1": "It is the last", "2": "14"}))
-    with pytest.raises(EvalError, match="are of other answers"):
+    with pytest.raises(UserError, match="are of other answers"):
         score_file(MathVista(), path, testmini, False, judge)
     other = Judge(server.url, tmp_path / "new", "answers", "j", retries=0)
     assert score_file(MathVista(), path, testmini, False, other).status == "incomplete"
@@ -190,5 +190,5 @@ def test_a_split_without_gold_is_refused(testmini: Path, tmp_path: Path) -> None
     del rows["2"]["answer"]
     testmini.write_text(json.dumps(rows))
     (tmp_path / "p.json").write_text(json.dumps({"1": "A", "2": "3"}))
-    with pytest.raises(EvalError, match=r"1 \(2\) of 2 questions have no gold answer"):
+    with pytest.raises(UserError, match=r"1 \(2\) of 2 questions have no gold answer"):
         score_file(MathVista(), tmp_path / "p.json", testmini, False, None)

@@ -8,9 +8,9 @@ import pytest
 from eval.benchmark import match
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.mmbench import MMBench, edition, question_text, short_groups
-from eval.errors import EvalError
 from eval.reading.tables import read_rows
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError
 
 Rows = list[dict[str, Any]]
 PERFECT = {7: "A", 9: "C", 1000007: "B", 1000009: "A", 2000009: "B"}
@@ -20,11 +20,11 @@ def test_registry_names_the_choices() -> None:
     names = "mmbench mmvet mmstar mme textvqa mmmu mathvista ocrbench gqa pope"
     assert set(BENCHMARKS) == set(names.split())
     assert isinstance(get_benchmark("MM-Bench"), MMBench)
-    with pytest.raises(EvalError, match="unknown benchmark 'seed'; choose one of mmbench, mmvet, mmstar, mme"):
+    with pytest.raises(UserError, match="unknown benchmark 'seed'; choose one of mmbench, mmvet, mmstar, mme"):
         get_benchmark("seed")
-    with pytest.raises(EvalError, match="mmbench has no rule 'best'; choose one of vlmevalkit, vlmevalkit-2024"):
+    with pytest.raises(UserError, match="mmbench has no rule 'best'; choose one of vlmevalkit, vlmevalkit-2024"):
         get_benchmark("mmbench", rule="best")
-    with pytest.raises(EvalError, match="mmvet has no protocol 'cot'; choose one of llava"):
+    with pytest.raises(UserError, match="mmvet has no protocol 'cot'; choose one of llava"):
         get_benchmark("mmvet", protocol="cot")
 
 
@@ -91,20 +91,20 @@ def test_gold_that_is_no_option_is_counted(write_tsv: Callable[..., Path], mmben
 @pytest.mark.parametrize("lost", [1, 3])
 def test_missing_pass_is_refused(write_tsv: Callable[..., Path], mmbench_rows: Rows, lost: int) -> None:
     del mmbench_rows[lost]
-    with pytest.raises(EvalError, match=r"1 \(9\) questions lack the main row or a copy"):
+    with pytest.raises(UserError, match=r"1 \(9\) questions lack the main row or a copy"):
         MMBench().load(write_tsv(mmbench_rows))
 
 
 def test_duplicate_and_wordy_index_are_refused(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
-    with pytest.raises(EvalError, match=r"ids occur more than once: 1 \(7\)"):
+    with pytest.raises(UserError, match=r"ids occur more than once: 1 \(7\)"):
         MMBench().load(write_tsv([*mmbench_rows, mmbench_rows[0]]))
     mmbench_rows[0]["index"] = "seven"
-    with pytest.raises(EvalError, match="whole numbers"):
+    with pytest.raises(UserError, match="whole numbers"):
         MMBench().load(write_tsv(mmbench_rows), with_images=False)
 
 
 def test_wrong_columns_are_named(write_tsv: Callable[..., Path]) -> None:
-    with pytest.raises(EvalError, match="lacks the columns A, B, index, which mmbench needs; a row has question"):
+    with pytest.raises(UserError, match="lacks the columns A, B, index, which mmbench needs; a row has question"):
         MMBench().load(write_tsv([{"question": "?"}]))
 
 
@@ -153,12 +153,12 @@ def test_match_counts_unknown_and_missing(mmbench_rows: Rows) -> None:
     assert counts == {"missing": 0, "unknown": 2}
     assert "2 (11, 12) of 7 predictions are not in the benchmark file" in notes[0]
     part = {7: "A", 1000007: "B"}
-    with pytest.raises(EvalError, match=r"3 \(9, 1000009, 2000009\) of 5 predictions are missing"):
+    with pytest.raises(UserError, match=r"3 \(9, 1000009, 2000009\) of 5 predictions are missing"):
         match(samples, part)
     answers, counts, notes = match(samples, part, allow_missing=True)
     assert counts["missing"] == 3
     assert MMBench().score(samples, answers).score == 50.0
-    with pytest.raises(EvalError, match="none of the 1 prediction ids"):
+    with pytest.raises(UserError, match="none of the 1 prediction ids"):
         match(samples, {1: "A"}, allow_missing=True)
 
 
@@ -278,6 +278,6 @@ def test_submission_is_what_the_server_takes(
     tests = MMBench().load(write_tsv(mmbench_rows), with_images=False)
     MMBench().write_submission(tests, PERFECT, tmp_path / "test.xlsx")
     assert "answer" not in read_rows(tmp_path / "test.xlsx")[0]
-    with pytest.raises(EvalError, match=r"the submission: 1 \(9\) questions have fewer passes than options"):
+    with pytest.raises(UserError, match=r"the submission: 1 \(9\) questions have fewer passes than options"):
         MMBench().write_submission(samples[:-1], PERFECT, tmp_path / "short.xlsx")
     assert not (tmp_path / "short.xlsx").exists()

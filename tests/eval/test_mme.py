@@ -8,10 +8,10 @@ from PIL import Image
 
 from eval.benchmark import match
 from eval.benchmarks.mme import MME, lmms_eval_answer, official_answer
-from eval.errors import EvalError
 from eval.score import score_file
+from llava_skip.errors import UserError
 
-# Category, picture, and two questions with gold and answer. color: 3 of 4 right, one picture of two wholly right.
+# Category, image, and two questions with gold and answer. color: 3 of 4 right, one image of two wholly right.
 QUESTIONS = [
     ("color", "0001", "Is the car red?", "Yes", "Yes, it is."),
     ("color", "0001", "Is the car blue?", "No", "no"),
@@ -51,7 +51,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def check(score: Any) -> None:
-    # Acc 3 of 4 and 1 of 2 pictures; the official rule finds no yes in the first four characters of "The answer".
+    # Acc 3 of 4 and 1 of 2 images; the official rule finds no yes in the first four characters of "The answer".
     assert score.scores["categories"] == {"color": 75.0 + 50.0, "code_reasoning": 50.0 + 0.0}
     assert (score.scores["perception"], score.scores["cognition"], score.score) == (125.0, 50.0, 125.0)
     assert score.counts["other"] == 1
@@ -84,7 +84,7 @@ def test_vlmevalkit_file_alone(write_tsv: Callable[..., Path], rule: str) -> Non
         assert score.scores["categories"] == {"color": 75.0 + 50.0, "code_reasoning": 200.0}
 
 
-def test_prompts_and_pictures_of_the_release(release: Path) -> None:
+def test_prompts_and_images_of_the_release(release: Path) -> None:
     samples = MME().load(release)
     assert len(samples) == 6
     prompts = dict(zip((s.id for s in samples), MME().prompts(samples), strict=True))
@@ -103,32 +103,32 @@ def test_official_parse(text: str, answer: str | None) -> None:
     assert official_answer(text) == answer
 
 
-def test_a_picture_with_one_question_is_refused(release: Path) -> None:
+def test_an_image_with_one_question_is_refused(release: Path) -> None:
     samples = MME().load(release, with_images=False)[:-1]
-    with pytest.raises(EvalError, match=r"1 \(color/0002\) pictures have not two questions|do not have two questions"):
+    with pytest.raises(UserError, match=r"1 \(code_reasoning/0009\) images do not have two questions"):
         MME().score(samples, {sample.id: "yes" for sample in samples})
 
 
 def test_missing_and_doubled_answers(release: Path, tmp_path: Path) -> None:
     samples = MME().load(release, with_images=False)
     found = MME().predictions([*llava_rows()[:5]], "x", samples)
-    with pytest.raises(EvalError, match=r"1 \(code_reasoning/0009: Does it print 2\?\) of 6 predictions are missing"):
+    with pytest.raises(UserError, match=r"1 \(code_reasoning/0009: Does it print 2\?\) of 6 predictions are missing"):
         match(samples, found)
-    with pytest.raises(EvalError, match="ids occur more than once: 1 .color/0001: Is the car red"):
+    with pytest.raises(UserError, match="ids occur more than once: 1 .color/0001: Is the car red"):
         MME().predictions([*llava_rows(), llava_rows()[0]], "x", samples)
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "artwork.txt").write_bytes(b"0001.jpg\tIs it by C\xe9zanne?\tYes\n")
-    with pytest.raises(EvalError, match=r"artwork\.txt: not UTF-8 text .* at byte 19"):
+    with pytest.raises(UserError, match=r"artwork\.txt is not UTF-8 text .* in position 19"):
         MME().read(tmp_path)
 
 
 def test_bad_folders_and_lines_are_named(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="holds neither a folder nor a txt file of an"):
+    with pytest.raises(UserError, match="holds neither a folder nor a txt file of an"):
         MME().read(tmp_path)
     (tmp_path / "color.txt").write_text("0001.txt\tIs it?\n")
-    with pytest.raises(EvalError, match=r"color\.txt, line 1: 2 fields"):
+    with pytest.raises(UserError, match=r"color\.txt, line 1: 2 fields"):
         MME().read(tmp_path)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_images
-from eval.errors import EvalError
-from eval.reading.images import Picture
+from eval.reading.images import ImageSource
 from eval.score import score_file
+from llava_skip.errors import UserError
 
 CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}
 
@@ -102,7 +102,7 @@ def test_letters_against_the_answer_file(tmp_path: Path) -> None:
     assert score.counts["hits"] == 3  # "(C)" is no bare letter, as in the official evaluator
     assert "4 (validation_Math_1, validation_Math_2, validation_Art_1, validation_Art_2) questions" in score.notes[0]
     samples = MMMU().load(tmp_path / "answer_dict_val.json", with_images=False)
-    with pytest.raises(EvalError, match="no questions"):
+    with pytest.raises(UserError, match="no questions"):
         MMMU().prompts(samples)
 
 
@@ -122,8 +122,8 @@ def test_vlmevalkit_file(write_tsv: Callable[..., Path], rule: str, hits: int) -
     assert score.score == pytest.approx(100 * hits / 3)
 
 
-def test_first_of_several_pictures(write_tsv: Callable[..., Path], picture: Callable[..., str]) -> None:
-    cells = [f"['{picture((9, 8, 7))}', '{picture()}']", picture((1, 2, 3))]
+def test_first_of_several_images(write_tsv: Callable[..., Path], encoded_image: Callable[..., str]) -> None:
+    cells = [f"['{encoded_image((9, 8, 7))}', '{encoded_image()}']", encoded_image((1, 2, 3))]
     rows = [
         {"index": n, "question": "?", "A": "x", "B": "y", "answer": "A", "image": cell} for n, cell in enumerate(cells)
     ]
@@ -131,10 +131,10 @@ def test_first_of_several_pictures(write_tsv: Callable[..., Path], picture: Call
     assert [sample.images[0].open().getpixel((0, 0)) for sample in samples] == [(9, 8, 7), (1, 2, 3)]
 
 
-def test_lmms_eval_shows_all_pictures_that_are_named(
-    write_tsv: Callable[..., Path], picture: Callable[..., str]
+def test_lmms_eval_shows_all_images_that_are_named(
+    write_tsv: Callable[..., Path], encoded_image: Callable[..., str]
 ) -> None:
-    several = f"['{picture((1, 0, 0))}', '{picture((2, 0, 0))}', '{picture((3, 0, 0))}']"
+    several = f"['{encoded_image((1, 0, 0))}', '{encoded_image((2, 0, 0))}', '{encoded_image((3, 0, 0))}']"
     rows = [
         {"index": 0, "question": "Is <image 1> it?", "A": "<image 3>", "B": "no", "answer": "A", "image": several},
         {"index": 1, "question": "How many?", "answer": "4", "image": several},
@@ -148,9 +148,9 @@ def test_lmms_eval_shows_all_pictures_that_are_named(
         "How many?\n\nAnswer the question using a single word or phrase.",
     ]
     parquet = {"question": "<image 2>?", "options": {}, "image_2": {"bytes": b"second"}}
-    assert [p.data for p in named_images(parquet, Picture("record 2", b"first"))] == [b"second"]
+    assert [p.data for p in named_images(parquet, ImageSource("sample 2", b"first"))] == [b"second"]
     rows[1]["question"] = "How many in <image 1> and <image 4>?"
-    with pytest.raises(EvalError, match="record 1: its picture cannot be decoded .picture 4 of 3"):
+    with pytest.raises(UserError, match="sample 1: its image cannot be decoded .image 4 of 3"):
         benchmark.load(write_tsv(rows))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.mmstar import OFFICIAL, MMStar, gain_and_leakage, lacks_official_rows, question_options
-from eval.errors import EvalError
+from llava_skip.errors import UserError
 
 Rows = list[dict[str, Any]]
 OFFICIAL_ORDER = [
@@ -81,7 +81,7 @@ def test_official_file_with_lost_rows_is_noticed() -> None:
     samples = MMStar().samples(official_rows())
     assert lacks_official_rows(samples) == 0
     assert lacks_official_rows(samples[3:]) == 3
-    with pytest.raises(EvalError, match="lacks 3 of MMStar's 1500 rows"):
+    with pytest.raises(UserError, match="lacks 3 of MMStar's 1500 rows"):
         MMStar().check_whole(samples[3:], "x.jsonl")
 
 
@@ -103,7 +103,7 @@ def test_prompt_with_and_without_option_columns(write_tsv: Callable[..., Path], 
 def test_missing_gold_is_refused(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
     mmstar_rows[2]["answer"] = ""
     samples = MMStar().load(write_tsv(mmstar_rows))
-    with pytest.raises(EvalError, match=r"1 \(2\) of 5 rows have no gold answer"):
+    with pytest.raises(UserError, match=r"1 \(2\) of 5 rows have no gold answer"):
         MMStar().score(samples, dict.fromkeys(range(5), "A"))
 
 

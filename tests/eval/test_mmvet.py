@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.mmvet import MMVet
-from eval.errors import EvalError, JudgeUnavailable
+from eval.errors import JudgeUnavailable
 from eval.scoring.grading import WORKED_CASES, grading_prompt, parse_grade
 from eval.scoring.judge import Judge
+from llava_skip.errors import UserError
 
 ANSWERS = {"v1_0": "-1 | and\n-5", "v1_1": "there", "v1_2": "thus"}
 Start = Callable[[list[str | int | bytes]], Any]
@@ -60,7 +61,7 @@ def test_rounding_is_numpys(mmvet_data: Path) -> None:
 )
 def test_incomplete_or_impossible_grades_are_refused(mmvet_data: Path, change: dict[str, Any], message: str) -> None:
     grades = {f"v1_{n}": {"score": [0.5, 0.5]} for n in range(3)} | change
-    with pytest.raises(EvalError, match=message):
+    with pytest.raises(UserError, match=message):
         MMVet().score_grades(MMVet().load(mmvet_data), grades)
 
 
@@ -162,7 +163,7 @@ def test_grades_of_other_answers_are_refused(judge_server: Start, mmvet_data: Pa
     samples = MMVet().load(mmvet_data)
     judge = make_judge(judge_server(["1.0"]), tmp_path)
     MMVet().score(samples, ANSWERS, judge)
-    with pytest.raises(EvalError, match=r"replies on 1 \(v1_1\) questions are of other answers"):
+    with pytest.raises(UserError, match=r"replies on 1 \(v1_1\) questions are of other answers"):
         MMVet().score(samples, ANSWERS | {"v1_1": "changed"}, judge)
 
 
@@ -173,16 +174,16 @@ def test_no_judge_no_score(mmvet_data: Path) -> None:
 
 
 def test_judge_options_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="judge URL 'localhost:8000'"):
+    with pytest.raises(UserError, match="judge URL 'localhost:8000'"):
         Judge("localhost:8000", tmp_path, "x")
-    with pytest.raises(EvalError, match="judge runs 0"):
+    with pytest.raises(UserError, match="judge runs 0"):
         Judge("http://localhost/v1", tmp_path, "x", runs=0)
-    with pytest.raises(EvalError, match="OPENAI_API_KEY") as caught:
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
         Judge("https://me:pass@host/v1", tmp_path, "x")
     assert "pass" not in str(caught.value)
 
 
 def test_lost_image_is_named(mmvet_data: Path) -> None:
     (mmvet_data.parent / "images" / "b.jpg").unlink()
-    with pytest.raises(EvalError, match=r"b\.jpg\) image files do not exist"):
+    with pytest.raises(UserError, match=r"b\.jpg\) image files do not exist"):
         MMVet().load(mmvet_data)

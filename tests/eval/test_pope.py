@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.pope import POPE, SPLITS, official_answer
-from eval.errors import EvalError
 from eval.score import score_file
+from llava_skip.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 OBJECTS = ("dog", "cat", "car", "cup")
@@ -61,7 +61,7 @@ def check(score: Any) -> None:
 
 
 @pytest.mark.parametrize("place", [".", "coco", "llava_pope_test.jsonl"])
-def test_llava_answers_are_paired_by_picture_and_question(llava_folder: Path, place: str) -> None:
+def test_llava_answers_are_paired_by_image_and_question(llava_folder: Path, place: str) -> None:
     # The label file of the random split has a row more than the questions, at its head: pairing by line would be wrong.
     check(score_file(POPE(), llava_folder / "answers" / "llava.jsonl", llava_folder / place, False, None))
 
@@ -75,7 +75,7 @@ def test_answers_line_by_line_only_if_every_question_agrees(llava_folder: Path) 
     score = score_file(POPE(), path, data, False, None)
     assert score.scores["adversarial"]["f1"] == 0.5
     assert "splits in the file: adversarial" in score.notes[0]
-    with pytest.raises(EvalError, match="are not those of the 4 labels line by line"):
+    with pytest.raises(UserError, match="differ from the 4 labels' line by line"):
         score_file(POPE(), write_lines(path, rows[::-1]), data, False, None)
 
 
@@ -108,21 +108,21 @@ def test_ids_of_other_questions_are_refused(llava_folder: Path) -> None:
     answers = [json.loads(line) for line in (llava_folder / "answers" / "llava.jsonl").read_text().splitlines()]
     answers[3]["prompt"] = "Is there a house in the image?" + INSTRUCTION
     path = write_lines(llava_folder / "answers" / "llava.jsonl", answers)
-    with pytest.raises(EvalError, match=r"1 \(3\) rows have the id of another question"):
+    with pytest.raises(UserError, match=r"1 \(3\) rows have the id of another question"):
         score_file(POPE(), path, llava_folder, False, None)
 
 
 def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
     write_lines(llava_folder / "coco" / "coco_pope_random.json", label_rows("random")[1:])
-    with pytest.raises(EvalError, match=r"1 \(8\) of 12 questions have no label"):
+    with pytest.raises(UserError, match=r"1 \(8\) of 12 questions have no label"):
         POPE().load(llava_folder, with_images=False)
-    with pytest.raises(EvalError, match="holds no label files"):
+    with pytest.raises(UserError, match="holds no label files"):
         POPE().load(llava_folder / "answers", with_images=False)
 
 
 @pytest.mark.parametrize("place", ["llava_pope_test.jsonl", "coco/coco_pope_random.json"])
 def test_questions_are_not_taken_for_answers(llava_folder: Path, place: str) -> None:
-    with pytest.raises(EvalError, match="is a file of questions"):
+    with pytest.raises(UserError, match="is a file of questions"):
         score_file(POPE(), llava_folder / place, llava_folder, False, None)
 
 

@@ -5,8 +5,8 @@ from zipfile import ZipFile
 import openpyxl
 import pytest
 
-from eval.errors import EvalError
 from eval.reading.tables import read_rows, sha256, write_xlsx
+from llava_skip.errors import UserError
 
 
 def test_words_that_look_missing_stay(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(EvalError, match=message.replace(".", r"\.")) as caught:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")) as caught:
         read_rows(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
 
@@ -89,10 +89,10 @@ def test_a_workbook_that_tells_a_wrong_size_is_read_whole(tmp_path: Path, size: 
 
 def test_missing_file_and_bad_encoding(tmp_path: Path) -> None:
     for name in ("a.tsv", "a"):
-        with pytest.raises(EvalError, match="no such file"):
+        with pytest.raises(UserError, match="no such file"):
             read_rows(tmp_path / name)
     (tmp_path / "b.tsv").write_bytes(b"a\n\xff\n")
-    with pytest.raises(EvalError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         read_rows(tmp_path / "b.tsv")
 
 
