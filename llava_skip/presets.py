@@ -90,6 +90,13 @@ def front_end_of(preset: str) -> FrontEnd:
     return get_front_end(_choose(PRESETS, preset, "preset").front_end)
 
 
+def dense_preset(preset: str) -> str:
+    """The dense preset that a preset is compared with: the first one of its front end, or "llava" if it has none."""
+    front_end = front_end_of(preset)
+    dense = (name for name, other in PRESETS.items() if other.skip is None and front_end_of(name) is front_end)
+    return next(dense, "llava")
+
+
 def preset_skip(preset: str, patches: int = PAPER_PATCHES) -> SkipConfig | None:
     """The `SkipConfig` of a preset for a tower of `patches` patches a crop.
 

@@ -111,7 +111,7 @@ def test_missing_or_damaged_results_are_named(tmp_path: Path) -> None:
     assert "no such file; give the folder that eval.run wrote" in run(a, tmp_path / "gone").stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b/results.json").write_text("{")
-    assert "results.json: not valid JSON" in run(a, tmp_path / "b").stderr
+    assert "results.json is not valid JSON" in run(a, tmp_path / "b").stderr
     (tmp_path / "b/results.json").write_text("{}")
     (tmp_path / "b/per_sample.json").write_text("{}")
     assert "lacks benchmark, status" in run(a, tmp_path / "b").stderr
