@@ -67,7 +67,7 @@ class SkipConfig:
                 raise UserError(f"skip.{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.summary_start not in SUMMARY_STARTS:
             raise UserError(f"skip.summary_start is {self.summary_start!r}; known: {', '.join(SUMMARY_STARTS)}.")
-        # JSON knows lists alone; tuples make the configuration hashable.
+        # JSON has only lists; tuples make the configuration hashable.
         for name in ("summaries", "layers"):
             object.__setattr__(self, name, _as_tuples(getattr(self, name)))
         self._check_summaries()
@@ -75,12 +75,12 @@ class SkipConfig:
         if not any(self.skipping):
             raise UserError(
                 f"With ffn_head {self.ffn_head}, ffn_tail {self.ffn_tail} and ffn_every {self.ffn_every} each of the "
-                f"{self.skipped} skipped tokens takes the FFN: keep fewer, or use skip=None."
+                f"{self.skipped} skipped tokens takes the FFN: exempt fewer, or use skip=None."
             )
         if not self.text_sees_skipped and not self.forget_cache:
             raise UserError(
-                "skip.text_sees_skipped and forget_cache are both false: decoded text would see in the cache what text "
-                "of the prompt may not. Set forget_cache to true."
+                "skip.text_sees_skipped and forget_cache are both false: generated text would attend to cached tokens "
+                "that text of the prompt may not attend to. Set forget_cache to true."
             )
 
     def _check_summaries(self) -> None:
@@ -126,57 +126,57 @@ class SkipConfig:
 
     @property
     def length(self) -> int:
-        """Rows of one picture in the language model: R + S and the summaries."""
+        """Tokens of a block: R + S and the summaries."""
         return self.retained + self.skipped + len(self.spans)
 
     @property
     def summary_positions(self) -> tuple[int, ...]:
-        """The rows of a picture's block that are summaries: each behind its span and the summaries before it."""
+        """The positions of the summaries in a block: each after its span and the earlier summaries."""
         return tuple(end + number for number, (_, end) in enumerate(self.spans))
 
     @cached_property
     def skipping(self) -> tuple[bool, ...]:
-        """For each row of a picture's block, in attention order, whether it skips the FFN."""
+        """For each token of a block, in the order of the sequence, whether it skips the FFN."""
         first, end = self.retained, self.retained + self.skipped
         ends = [span[1] for span in self.spans]
-        rows: list[bool] = []
+        block: list[bool] = []
         for token in range(end):
-            place = token - first
-            kept = place < self.ffn_head or token >= end - self.ffn_tail
-            kept = kept or (self.ffn_every is not None and place % self.ffn_every == 0)
-            rows += [token >= first and not kept, *[False] * ends.count(token + 1)]
-        return tuple(rows)
+            index = token - first
+            exempt = index < self.ffn_head or token >= end - self.ffn_tail
+            exempt = exempt or (self.ffn_every is not None and index % self.ffn_every == 0)
+            block += [token >= first and not exempt, *[False] * ends.count(token + 1)]
+        return tuple(block)
 
     @property
     def num_skipping(self) -> int:
-        """Rows of one picture that skip the FFN, and leave the cache if it forgets."""
+        """Tokens of a block that skip the FFN, and that a forgetting cache drops."""
         return sum(self.skipping)
 
     @property
     def num_kept(self) -> int:
-        """Rows of one picture that take the FFN in every layer: R, the summaries and the exceptions."""
+        """Tokens of a block that go through the FFN in every layer: R, the summaries and the exceptions."""
         return self.length - self.num_skipping
 
     def mean_num_skipping(self, layers: int) -> float:
-        """`num_skipping`, averaged over the layers of a decoder of so many layers."""
+        """`num_skipping`, averaged over the layers of a decoder with this number of layers."""
         return self.num_skipping * (1.0 if self.layers is None else len(self.layers) / layers)
 
     def check_layers(self, layers: int) -> None:
-        """Raise UserError if `layers` names a layer that a decoder of so many layers does not have."""
+        """Raise UserError if `layers` names a layer that a decoder with this number of layers does not have."""
         if self.layers is not None and max(self.layers) >= layers:
             raise UserError(f"skip.layers names layer {max(self.layers)}, but the language model has {layers} layers.")
 
     def check_patches(self, patches: int) -> None:
-        """Raise UserError if a picture of `patches` visual tokens cannot be split into R and S."""
+        """Raise UserError if an image of `patches` visual tokens cannot be split into R and S."""
         if self.retained >= patches:
             raise UserError(
-                f"skip.retained is {self.retained}, but the vision tower gives only {patches} tokens a picture: "
+                f"skip.retained is {self.retained}, but the vision tower gives only {patches} tokens an image: "
                 f"choose R below {patches}."
             )
         if self.retained + self.skipped > patches:
             raise UserError(
                 f"skip.retained + skip.skipped is {self.retained} + {self.skipped}, but the vision tower gives only "
-                f"{patches} tokens a picture: merging can only make the {patches - self.retained} others fewer."
+                f"{patches} tokens an image: merging can only make the {patches - self.retained} others fewer."
             )
 
 

@@ -1,7 +1,7 @@
-"""Conversation templates: what a conversation is as text, and which characters of it are learnt.
+"""Conversation templates: a conversation as text, and which characters of it are supervised.
 
-A template is a Jinja file of `templates/`, or the tokenizer's own. Those of the library mark what is learnt with
-`generation` blocks; where a tokenizer's template has none, the learnt parts are found by rendering the conversation up
+A template is a Jinja file of `templates/`, or the tokenizer's own. The library's templates mark supervised text with
+`generation` blocks. If a tokenizer's template has none, the supervised spans are found by rendering the conversation up
 to each answer.
 """
 
@@ -39,7 +39,7 @@ LLAVA_VERSIONS = {
     "llama3": "llama3_double_bos",
     "llama3-plain": "llama3_plain",
 }
-"""LLaVA's `--version` (and that of the paper's code) -> the template that renders the same text."""
+"""`--version` of LLaVA and of the paper's code -> the template that renders the same text."""
 
 _INCLUDE = re.compile(r"\{%- include '(\w+)\.jinja' -%\}")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -52,10 +52,10 @@ def template_names() -> list[str]:
 
 
 def load_template(name: str) -> str:
-    """A conversation template by name, with what it includes put in: one string, as a saved processor needs it.
+    """A conversation template by name, with its includes inserted: one string, as a saved processor needs it.
 
     Raises:
-        UserError: an unknown name, with the list of the known ones.
+        UserError: an unknown name, with a list of the known ones.
     """
     if name not in template_names():
         raise UserError(f"Unknown conversation template {name!r}; known: {', '.join(template_names())}.")
@@ -64,16 +64,16 @@ def load_template(name: str) -> str:
 
 
 def render(template: str, messages: Messages, special_tokens: dict[str, str]) -> tuple[str, list[Span]]:
-    """A conversation as text, and the spans of characters that are learnt.
+    """A conversation as text, and its supervised spans of characters.
 
     Args:
         template: Jinja, with or without `generation` blocks.
         messages: `{"role": ..., "content": ...}` turns.
-        special_tokens: what templates know by name (`bos_token`, `eos_token`, ...).
+        special_tokens: the variables of templates for special tokens (`bos_token`, `eos_token`, ...).
 
     Raises:
         UserError: the template refuses the conversation, or has no `generation` blocks and renders an earlier turn
-            differently once a later one follows, so that what is learnt cannot be found.
+            differently when a later one follows, so that the supervised spans cannot be found.
     """
 
     def rendered(turns: Messages, prompt: bool = False, mark: bool = False) -> tuple[str, list[Span]]:
@@ -94,17 +94,17 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
 def _spans_by_prefixes(
     text_of: Callable[..., str], messages: Messages, eos_token: str | None
 ) -> tuple[str, list[Span]]:
-    """An answer lies between the text that asks for it and the text that ends with it; its end token is learnt."""
+    """An answer is the difference between the text up to its question and the text up to its end token, included."""
     text, spans = text_of(messages), []
-    for place, message in enumerate(messages):
+    for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = text_of(messages[:place], True), text_of(messages[: place + 1])
+        before, after = text_of(messages[:turn], True), text_of(messages[: turn + 1])
         if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
             raise UserError(
                 "The tokenizer's chat template has no {% generation %} blocks, and renders turn "
-                f"{place} differently alone than inside the conversation, so what is learnt cannot be found: name a "
-                f"template of the library with --template ({', '.join(template_names())})."
+                f"{turn} differently alone than inside the conversation, so the supervised text cannot be found: name "
+                f"a template of the library with --template ({', '.join(template_names())})."
             )
         end = text.rfind(eos_token, len(before), len(after)) if eos_token else -1
         spans.append((len(before), end + len(eos_token) if eos_token and end >= 0 else len(after)))
@@ -112,18 +112,18 @@ def _spans_by_prefixes(
 
 
 def supervised_tokens(offsets: list[Span], spans: list[Span], replaced: list[dict[str, Any]]) -> np.ndarray:
-    """Which tokens [T] overlap a learnt span: bool.
+    """Which tokens [T] overlap a supervised span: bool.
 
     Args:
         offsets: characters of each token, in the text in which placeholders were replaced.
-        spans: learnt characters of the text before that.
+        spans: supervised characters of the text before that.
         replaced: transformers' replacements, each with its `span` before and `new_span` after, in order.
     """
     first, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     placeholder_ends = [change["span"][1] for change in replaced]
     gained = [0, *(change["new_span"][1] - change["span"][1] for change in replaced)]
-    learnt = np.zeros(len(offsets), dtype=bool)
+    supervised = np.zeros(len(offsets), dtype=bool)
     for span in spans:
-        start, stop = (place + gained[int(np.searchsorted(placeholder_ends, place, "right"))] for place in span)
-        learnt |= (first < stop) & (end > start)
-    return learnt
+        start, stop = (char + gained[int(np.searchsorted(placeholder_ends, char, "right"))] for char in span)
+        supervised |= (first < stop) & (end > start)
+    return supervised

@@ -1,4 +1,4 @@
-"""Pictures and conversations -> model inputs."""
+"""Images and conversations -> model inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ IMAGE_TOKEN = "<image>"
 
 
 class LlavaSkipProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one; each `<image>` of a text becomes the placeholder rows of a picture.
+    """Image processor and tokenizer in one; each `<image>` of a text becomes the image tokens of an image.
 
-    Text alone, several pictures a sample and batches of both work: `processor(images=..., text=...)` and
+    Text alone, several images in a sample and batches of both work: `processor(images=..., text=...)` and
     `processor.apply_chat_template(...)` as for any processor of transformers.
     """
 
@@ -36,16 +36,16 @@ class LlavaSkipProcessor(ProcessorMixin):
 
         Args:
             image_processor: gives `pixel_values` of the vision tower's size.
-            tokenizer: knows `image_token` as one token.
-            image_seq_length: rows that a picture takes, `config.image_seq_length` of the model.
+            tokenizer: has `image_token` as one token.
+            image_seq_length: image tokens that an image takes, `config.image_seq_length` of the model.
             image_token: the placeholder.
             chat_template: a Jinja conversation template; None takes the tokenizer's.
-            crop_rows: rows of one crop, where a picture takes as many times that as it has crops; None where every
-                picture takes `image_seq_length`.
+            crop_rows: image tokens of one crop if an image takes that many for each of its crops; None if every image
+                takes `image_seq_length`.
             **kwargs: unused fields of a saved processor.
 
         Raises:
-            UserError: no `image_seq_length`, or a tokenizer that does not know the placeholder.
+            UserError: no `image_seq_length`, or a tokenizer without the placeholder.
         """
         if image_seq_length is None:
             raise UserError("image_seq_length is missing: give the image_seq_length of the model's configuration.")
@@ -53,14 +53,14 @@ class LlavaSkipProcessor(ProcessorMixin):
         self.crop_rows = crop_rows
         self.image_token = image_token
         self.image_token_id = find_image_token(tokenizer, image_token)
-        tokenizer.padding_side = "left"  # generation goes on at the right end; training pads its batches itself
+        tokenizer.padding_side = "left"  # generation appends on the right; training pads its batches itself
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
     def for_config(
         cls, config: LlavaSkipConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None
     ) -> LlavaSkipProcessor:
-        """The processor of a model: pictures padded to a square and resized to the tower's size, as LLaVA-1.5 does.
+        """The processor of a model: images are padded to a square and resized to the tower's size, as in LLaVA-1.5.
 
         Args:
             config: the model's configuration.
@@ -84,35 +84,35 @@ class LlavaSkipProcessor(ProcessorMixin):
         return processor
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one picture (called by transformers for each `<image>`)."""
+        """The image tokens of one image (called by transformers for each `<image>`)."""
         if self.crop_rows is not None:
             return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
 
     def image_length(self, width: int, height: int) -> int:
-        """Rows that a picture of so many pixels takes in the language model."""
+        """Image tokens that an image of this size in pixels takes."""
         if self.crop_rows is None:
             return self.image_seq_length
         return self.crop_rows * self.image_processor.count_crops(width, height)
 
     @property
     def length_depends_on_size(self) -> bool:
-        """Whether pictures of different sizes take different numbers of rows."""
+        """Whether images of different sizes take different numbers of tokens."""
         return self.crop_rows is not None and not self.image_processor.do_pad
 
     def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
-        """One training sample: the conversation under the chat template, its answers labelled.
+        """One training sample: the conversation as the chat template renders it, with labels on the answers.
 
         Args:
             messages: `{"role": ..., "content": ...}` turns in transformers' format; text may hold `<image>`.
-            images: the pictures, in the order of their placeholders.
+            images: in the order of their placeholders.
 
         Returns:
-            `input_ids` and `labels` (lists of T, -100 where nothing is learnt), and `pixel_values`
-            [N, 3, side, side] if there are pictures.
+            `input_ids` and `labels` (lists of T, -100 on tokens that are not supervised), and `pixel_values`
+            [N, 3, side, side] if there are images.
 
         Raises:
-            UserError: pictures and placeholders differ in number, or see `llava_skip.conversation.render`.
+            UserError: images and placeholders differ in number, or see `llava_skip.conversation.render`.
         """
         text, spans = self.render_conversation(messages)
         if (shown := text.count(self.image_token)) != len(images):
@@ -126,10 +126,10 @@ class LlavaSkipProcessor(ProcessorMixin):
         )
         input_ids = encoded["input_ids"][0]
         replaced = encoded["text_replacement_offsets"] or [[]]
-        learnt = supervised_tokens(encoded["offset_mapping"][0], spans, replaced[0])
+        supervised = supervised_tokens(encoded["offset_mapping"][0], spans, replaced[0])
         labels = [
-            token if learn and token != self.image_token_id else IGNORE_INDEX
-            for token, learn in zip(input_ids, learnt, strict=True)
+            token if has_label and token != self.image_token_id else IGNORE_INDEX
+            for token, has_label in zip(input_ids, supervised, strict=True)
         ]
         sample = {"input_ids": input_ids, "labels": labels}
         if images:
@@ -137,13 +137,13 @@ class LlavaSkipProcessor(ProcessorMixin):
         return sample
 
     def render_conversation(self, messages: Messages) -> tuple[str, list[Span]]:
-        """A conversation under the chat template: its text, one `<image>` a picture, and the learnt characters."""
+        """A conversation as the chat template renders it: text, one `<image>` an image, and its supervised spans."""
         return render(self.chat_template, messages, self.tokenizer.special_tokens_map)
 
     def tokenize_conversation(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [T] of a conversation, each `<image>` one token, and which of them are learnt [T] bool.
+        """Token ids [T] of a conversation, each `<image>` one token, and which of them are supervised [T] bool.
 
-        The same tokens as in `encode_conversation`, without the pictures.
+        The same tokens as in `encode_conversation`, without the images.
         """
         text, spans = self.render_conversation(messages)
         special = self._adds_special_tokens(text)
@@ -152,7 +152,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         return ids, supervised_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """As `apply_chat_template`: a template that writes the first token itself gets no second one."""
+        """As in `apply_chat_template`: a template that writes the first token itself gets no second one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
 

@@ -1,6 +1,6 @@
 """Selecting, merging and summarising visual tokens: two pure functions and one small layer.
 
-Shapes: N pictures, P visual tokens of a picture, R retained, S kept by the merge, C or D width.
+Shapes: N images, P visual tokens of an image, R retained, S kept by the merge, C or D width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llava_skip.errors import UserError
 def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:
     """Order tokens so that the `retained` highest-scored come first.
 
-    Both groups keep the order of the picture, as the paper's code does (it marks the kept patches in a mask).
+    Both groups keep the order of the image, as in the paper's code (which marks the kept patches in a mask).
 
     Args:
         tokens: [N, P, C].
@@ -22,21 +22,21 @@ def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:
         retained: R.
 
     Returns:
-        [N, P, C], the same tokens: R retained ascending by place, then the others ascending by place.
+        [N, P, C], the same tokens: the R retained by ascending index, then the others by ascending index.
     """
     order = retained_order(scores, retained)
     return tokens.gather(1, order.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def retained_order(scores: Tensor, retained: int) -> Tensor:
-    """The permutation of `retained_first`: scores [N, P] -> places [N, P]."""
+    """The permutation of `retained_first`: scores [N, P] -> indices [N, P]."""
     other = torch.ones_like(scores, dtype=torch.uint8)
     other.scatter_(1, scores.topk(retained, dim=1).indices, 0)
     return other.argsort(dim=1, stable=True)
 
 
 def merge_choices(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What one step of bipartite soft matching decides; computed in float32, without gradient.
+    """The choices of one step of bipartite soft matching; computed in float32, without gradient.
 
     A token's centrality is the sum of its cosine similarities to all others: the most central tokens are the most
     redundant and are merged away, each into the kept token that it is most similar to.
@@ -46,8 +46,8 @@ def merge_choices(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         keep: S, at most P.
 
     Returns:
-        centrality [N, P]; order [N, P], places by descending centrality, whose first P - S are merged away and last
-        S kept; target [N, P - S], for each merged token the index of its match in the kept list.
+        centrality [N, P]; order [N, P], indices by descending centrality, of which the first P - S are merged away and
+        the last S kept; target [N, P - S], for each merged token the index of its match among the kept ones.
     """
     unit = nn.functional.normalize(tokens.detach().float(), dim=-1)
     centrality = (unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
@@ -61,7 +61,7 @@ def merge_choices(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
 def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
     """Merge P tokens to `keep` by one step of bipartite soft matching (Skip-Vision, token merge).
 
-    Every kept token becomes the plain mean of itself and of the tokens merged into it; the result is ordered by
+    Every kept token becomes the plain mean of itself and the tokens merged into it; the result is ordered by
     descending centrality. Gradients flow through the means, not through the choices.
 
     Args:
@@ -101,7 +101,7 @@ class SummaryLayer(nn.Module):
     """One summary token for each group of tokens (paper, section 3.2).
 
     Pooled: `weights = softmax over tokens of score(norm(x))`, `summary = sum of weights * x` with the raw x; the same
-    layer for every group. Mean: equal weights. Learned: a vector for each group, whatever its tokens.
+    layer for every group. Mean: equal weights. Learned: a trainable vector for each group, whatever its tokens.
     """
 
     def __init__(self, width: int, start: str = "pooled", groups: int = 2) -> None:

@@ -223,7 +223,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.deepspeed:
-            self.deepspeed = zero_file(self.deepspeed)
+            self.deepspeed: Any = zero_file(self.deepspeed)
             prepare_deepspeed()
         super().__post_init__()
         _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)

@@ -39,7 +39,8 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
     Raises:
         UserError: unknown arguments or values, with what to use instead.
     """
-    words = with_underscores(words)
+    given, words = list(words), with_underscores(words)
+    as_given = dict(zip(words, given, strict=True))
     show_help(kinds, words)
     known = [field.name for kind in kinds for field in fields(kind)]
     words = translate(with_recipe(words, known))
@@ -49,7 +50,9 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
         known += [flag.name for flag in FLAGS]
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
-        raise UserError(f"unknown arguments: {' '.join(unknown)}.{hint} --help lists the arguments.")
+        raise UserError(
+            f"unknown arguments: {' '.join(as_given.get(name, name) for name in unknown)}.{hint} --help lists the arguments."
+        )
     return tuple(read)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -139,7 +140,7 @@ def main() -> None:
         with one_message():
             words = torchrun_words(words)
     if os.environ.get("DRY_RUN"):
-        print(shlex.join([sys.executable, "-m", "train.launch", *words]))
+        print(*(re.sub(r"([^\w@%+=:,./-])", r"\\\1", word) for word in [sys.executable, "-m", "train.launch", *words]))
         return
     set_environment(processes_here())
     launch(words)

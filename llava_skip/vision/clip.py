@@ -1,6 +1,6 @@
 """CLIP's vision tower, run as far as its features are used.
 
-Shapes: N pictures, P patches of a picture, C width of the tower, H heads, E head width.
+Shapes: N images, P patches of an image, C width of the tower, H heads, E head width.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class ClipTower(CLIPVisionModel):
         Args:
             pixel_values: [N, 3, side, side].
             feature_layer: index into transformers' list of hidden states (0 is the embedding, -1 the last layer).
-            rank: whether the scores are wanted.
+            rank: whether to compute the scores.
 
         Returns:
             hidden states [N, 1 + P, C], the class token first; scores [N, P] (summed over heads) or None.
 
         Raises:
-            UserError: pictures of another size than the tower's, or a layer that it does not have.
+            UserError: images of another size than the tower's, or a layer that it does not have.
         """
         hidden_states = self._embed(pixel_values)
         layers = self.encoder.layers[: self._used_layers(feature_layer, rank)]
@@ -50,7 +50,7 @@ class ClipTower(CLIPVisionModel):
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
             raise UserError(
-                f"Pictures are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
+                f"Images are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
                 "set the image processor's crop_size to the tower's image_size."
             )
         return self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
@@ -65,7 +65,7 @@ class ClipTower(CLIPVisionModel):
 
 @torch.no_grad()
 def class_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
-    """Attention of the class token to the patches in one layer, from one query row: no attention map is formed.
+    """Attention of the class token to the patches in one layer, from one query: no attention map is formed.
 
     Args:
         layer: the layer.
@@ -85,9 +85,9 @@ def class_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
 
 
 def resize_positions(table: Tensor, patches: int) -> Tensor:
-    """Position embeddings [1 + P, C] for a square grid of `patches` patches; the class token's row stays.
+    """Position embeddings [1 + P, C] for a square grid of `patches` patches; the class token's stays.
 
-    Bicubic with aligned corners, as the paper's code does for its larger pictures; transformers' own resizing does not
+    Bicubic with aligned corners, as the paper's code does for its larger images; transformers' own resizing does not
     align them and gives other numbers.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Chain of sight: learned queries read the tower's features in windows of several sizes (method, section 1 C).
+"""Chain of sight: trainable queries read the tower's features in windows of several sizes (method, section 1 C).
 
-Shapes: N pictures, G features a side, w features a side of a window, n queries a window, D width of the queries,
+Shapes: N images, G features a side, w features a side of a window, n queries a window, D width of the queries,
 C width of the features.
 """
 
@@ -25,7 +25,7 @@ class ResamplerConfig:
         queries: number of queries of each scale; they are dealt evenly to its windows.
         levels: the tower's blocks whose outputs are read, first to last.
         level_offset: what is added to a level to find its entry in transformers' list of hidden states: 1 for towers
-            that count their blocks from 0, 0 for checkpoints of the paper's code trained on transformers' CLIP.
+            whose blocks count from 0, 0 for checkpoints of the paper's code trained on transformers' CLIP.
         width: of the queries; a head has 64.
     """
 
@@ -64,7 +64,7 @@ class ResamplerConfig:
         return tuple(level + self.level_offset for level in self.levels)
 
     def check(self, side: int, layers: int) -> None:
-        """Raise UserError if the scales do not fit a tower of side x side features and so many layers."""
+        """Raise UserError if the scales do not fit a tower of side x side features and this number of layers."""
         for window, queries in zip(self.windows, self.queries, strict=True):
             count = (side // window) ** 2
             if side % window or queries % count:
@@ -131,7 +131,8 @@ class Scale(nn.Module):
         super().__init__()
         self.window = window
         start = torch.empty(1, queries, width)
-        nn.init.trunc_normal_(start, std=0.02)  # while a checkpoint is loaded it may do, and return, nothing
+        # While a checkpoint is loaded transformers replaces the initialisers by no-ops: the return value is not used.
+        nn.init.trunc_normal_(start, std=0.02)
         self.query = free_parameter(start)
         self.readers = nn.ModuleDict({f"l{level}": Reader(width, context) for level in levels})
 
@@ -145,7 +146,7 @@ class Scale(nn.Module):
 
 
 class ChainOfSightResampler(nn.Module):
-    """All scales side by side, coarse to fine as configured, in the language model's width."""
+    """All scales, one after another in the configured order, in the language model's width."""
 
     def __init__(self, config: ResamplerConfig, context: int, text_width: int) -> None:
         super().__init__()

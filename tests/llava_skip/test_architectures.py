@@ -12,7 +12,7 @@ pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
-def test_a_row_in_a_mixed_padded_batch_equals_the_row_alone(architecture, side, attention):
+def test_a_sample_in_a_mixed_padded_batch_equals_the_sample_alone(architecture, side, attention):
     model = small_model(architecture=architecture)
     model.set_attn_implementation(attention)
     samples = mixed_samples(model)
@@ -34,7 +34,7 @@ def test_generation_in_a_batch_equals_generation_alone(architecture):
         assert together[index].tolist() == alone.tolist()
 
 
-def test_beams_keep_their_pictures(architecture):
+def test_beams_keep_their_images(architecture):
     model = small_model(architecture=architecture)
     samples = mixed_samples(model)
     batch = batch_of(samples, "left")
@@ -63,7 +63,7 @@ def gradients(model, inputs, labels):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_every_used_parameter_learns_and_checkpointing_gives_the_same_gradients(architecture):
+def test_every_used_parameter_has_a_gradient_and_checkpointing_gives_the_same_gradients(architecture):
     model = small_model(architecture=architecture)
     batch = batch_of(mixed_samples(model), "right")
     labels = batch["input_ids"].masked_fill(batch["input_ids"] >= 90, -100)
@@ -72,7 +72,7 @@ def test_every_used_parameter_learns_and_checkpointing_gives_the_same_gradients(
     # The features come from an inner layer of the tower.
     assert all(".vision_tower.encoder.layers.2." in n or ".post_layernorm." in n for n in missing)
     silent = [name for name, gradient in plain.items() if gradient is not None and not gradient.any()]
-    # Biases in front of a softmax over tokens cancel (method, section 4); those of keys do in any attention.
+    # Biases before a softmax over tokens cancel (method, section 4); biases of keys do in any attention.
     assert all(n.endswith(("summary.norm.bias", "summary.score.bias", "k_proj.bias")) for n in silent), silent
     model.gradient_checkpointing_enable()
     for name, gradient in gradients(model, batch, labels).items():
@@ -80,7 +80,7 @@ def test_every_used_parameter_learns_and_checkpointing_gives_the_same_gradients(
             torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
 
 
-def test_text_only_training_reaches_every_parameter_that_pictures_reach(architecture):
+def test_text_only_training_reaches_every_parameter_that_images_reach(architecture):
     model = small_model(architecture=architecture)
     samples = mixed_samples(model)
     reached = []

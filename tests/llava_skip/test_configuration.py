@@ -1,8 +1,14 @@
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from llava_skip import LlavaSkipConfig, SkipConfig, preset_config
 from llava_skip.presets import PRESETS, SIZES, preset_skip
 from tests.support.small_models import small_config
+
+PAGE = Path(__file__).parents[2] / "docs/add-a-variant.md"
 
 
 def test_presets_have_the_numbers_of_the_paper():
@@ -19,8 +25,8 @@ def test_presets_have_the_numbers_of_the_paper():
     assert (sv_cos.length, sv_cos.num_kept, sv_cos.num_skipping) == (530, 275, 255)  # method, section 0: C
 
 
-# Rows of a picture in the language model (method, section 0; the paper's tables).
-ROWS = {
+# The most image tokens that an image takes (method, section 0; the paper's tables).
+IMAGE_LENGTHS = {
     "llava": 576,
     "sv-llava-64": 222,
     "sv-llava-100": 258,
@@ -40,9 +46,9 @@ def test_every_preset_exists_at_every_size(preset, size):
     config = preset_config(preset, size)
     assert config.front_end == PRESETS[preset].front_end and (config.skip is None) == (PRESETS[preset].skip is None)
     if size == "tiny":
-        assert config.image_seq_length < ROWS[preset]
+        assert config.image_seq_length < IMAGE_LENGTHS[preset]
     else:
-        assert config.image_seq_length == ROWS[preset]
+        assert config.image_seq_length == IMAGE_LENGTHS[preset]
         assert config.skip_config == PRESETS[preset].skip
         assert config.vision_config.image_size == (448 if config.front_end == "cos" else 336)
 
@@ -85,3 +91,11 @@ def test_config_survives_json(tmp_path):
     assert loaded.skip_config == SkipConfig(5, 7)
     assert loaded.image_seq_length == 14
     assert loaded.to_dict() == config.to_dict()
+
+
+def test_the_page_on_variants_tells_why_a_token_is_skipped(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == ["578 (256, 577)", "False True", "tensor(True)"]
+    text = PAGE.read_text(encoding="utf-8")
+    assert [field.name for field in fields(SkipConfig) if f"`{field.name}`" not in text] == ["retained", "skipped"]

@@ -9,7 +9,7 @@ from llava_skip.conversation import load_template, template_names
 from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
-ROWS = 14
+IMAGE_LENGTH = 14
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_v1_segments(processor):
         (False, "USER: What color? ASSISTANT:"),
         (True, " Black and white.</s>"),
     ]
-    assert sample["input_ids"].count(3) == ROWS
+    assert sample["input_ids"].count(3) == IMAGE_LENGTH
     assert torch.as_tensor(np.array(sample["pixel_values"])).shape == (1, 3, 16, 16)
 
 
@@ -65,12 +65,8 @@ def test_plain_segments(processor):
 @pytest.mark.parametrize("answer", ["", " ASSISTANT: USER: twice", "line\nline", "ü☂ 猫"])
 def test_no_answer_loses_its_labels(processor, answer):
     turns = [TURNS[0], {"role": "assistant", "content": answer}]
-    learnt = [
-        text
-        for is_learnt, text in segments(processor, processor.encode_conversation(turns, [random_image()]))
-        if is_learnt
-    ]
-    assert learnt == [f" {answer.strip()}</s>"]
+    found = segments(processor, processor.encode_conversation(turns, [random_image()]))
+    assert [text for supervised, text in found if supervised] == [f" {answer.strip()}</s>"]
 
 
 def test_text_only_conversation(processor):
@@ -93,22 +89,22 @@ def test_inference_prompt_is_the_beginning_of_the_training_sample(processor):
         assert first == len(prompt)
 
 
-def test_call_with_pictures_text_and_padding(processor):
+def test_call_with_images_text_and_padding(processor):
     batch = processor(
         images=[[random_image(seed=1), random_image(seed=2)], [], [random_image(seed=3)]],
-        text=["<image> and <image>", "no picture at all", "<image>"],
+        text=["<image> and <image>", "no image at all!!", "<image>"],
         padding=True,
         return_tensors="pt",
     )
-    assert (batch["input_ids"] == 3).sum(1).tolist() == [2 * ROWS, 0, ROWS]
+    assert (batch["input_ids"] == 3).sum(1).tolist() == [2 * IMAGE_LENGTH, 0, IMAGE_LENGTH]
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    assert batch["attention_mask"].sum(1).tolist() == [1 + 2 * ROWS + 5, 1 + 17, 1 + ROWS]
-    assert batch["attention_mask"][:, -1].all()  # padded in front, where generation needs it
+    assert batch["attention_mask"].sum(1).tolist() == [1 + 2 * IMAGE_LENGTH + 5, 1 + 17, 1 + IMAGE_LENGTH]
+    assert batch["attention_mask"][:, -1].all()  # padded on the left, as generation needs it
     text = processor(text="just text", return_tensors="pt")
     assert "pixel_values" not in text
 
 
-def test_picture_is_padded_to_a_square_in_the_mean_colour(processor):
+def test_an_image_is_padded_to_a_square_in_the_mean_colour(processor):
     white = Image.new("RGB", (40, 20), "white")
     pixels = processor(images=white, text="<image>", return_tensors="pt")["pixel_values"][0]
     mean, std = torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std)
@@ -118,12 +114,12 @@ def test_picture_is_padded_to_a_square_in_the_mean_colour(processor):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_pictures_of_every_mode(processor, mode):
+def test_images_of_every_mode(processor, mode):
     pixels = processor(images=random_image().convert(mode), text="<image>", return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 16, 16)
 
 
-def test_numbers_of_pictures_and_placeholders_must_agree(processor):
+def test_numbers_of_images_and_placeholders_must_agree(processor):
     with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
         processor(images=[random_image()], text="<image> <image>")
     with pytest.raises(ValueError):
@@ -148,7 +144,7 @@ def test_processor_saves_and_loads_with_its_model(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, LlavaSkipProcessor)
-    assert loaded.image_seq_length == ROWS
+    assert loaded.image_seq_length == IMAGE_LENGTH
     before, after = (p.encode_conversation(TURNS, [random_image()]) for p in (processor, loaded))
     assert before["labels"] == after["labels"]
     assert np.array_equal(before["pixel_values"], after["pixel_values"])

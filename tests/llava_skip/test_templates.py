@@ -24,7 +24,7 @@ LLAMA3 = (
     "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-# What is not learnt, learnt, not learnt, learnt, in a conversation of two rounds (with BOS added by the tokenizer).
+# Unsupervised and supervised text in turn, of a conversation of two rounds (the tokenizer adds BOS).
 EXPECTED = {
     "v1": (
         f"<s>{USER} USER: <image>\nWhat is this? ASSISTANT:", " A cat.</s>",
@@ -85,7 +85,7 @@ def test_segments(name):
     assert found == [(bool(i % 2), text) for i, text in enumerate(EXPECTED[name])]
 
 
-def test_llama_2_differs_from_llavas_in_the_system_message_alone():
+def test_llama_2_differs_from_llavas_only_in_the_system_message():
     processor = processor_of(load_template("llama_2"))
     found = segments(processor, processor.encode_conversation(TURNS, [random_image()]))
     expected = EXPECTED["llava_llama_2"]
@@ -96,7 +96,7 @@ def test_llama_2_differs_from_llavas_in_the_system_message_alone():
     assert [text for _, text in found[1:]] == list(expected[1:])
 
 
-def test_qwen_ends_each_turn_with_a_line_that_is_not_learnt():
+def test_qwen_ends_each_turn_with_a_line_end_that_is_not_supervised():
     processor = processor_of(load_template("qwen"), bos=False)
     assert [text for _, text in segments(processor, processor.encode_conversation(TURNS, [random_image()]))] == [
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?"
@@ -109,7 +109,7 @@ def test_qwen_ends_each_turn_with_a_line_that_is_not_learnt():
 
 
 @pytest.mark.parametrize(("name", "end"), [("plain", "\n"), ("llama3_plain", " ")])
-def test_plain_is_the_picture_and_its_caption(name, end):
+def test_plain_is_the_image_and_its_caption(name, end):
     processor = processor_of(load_template(name))
     found = segments(processor, processor.encode_conversation(TURNS[:2], [random_image()]))
     assert found == [(False, "<s><image>"), (True, f"A cat.{end}")]
@@ -123,7 +123,7 @@ def test_plain_is_the_picture_and_its_caption(name, end):
         ("mistral", "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat is this? [/INST]"),
     ],
 )
-def test_a_system_turn_takes_the_place_of_the_default_one(name, start):
+def test_a_system_turn_replaces_the_default_one(name, start):
     processor = processor_of(load_template(name))
     turns = [{"role": "system", "content": "Be brief."}, *TURNS]
     assert segments(processor, processor.encode_conversation(turns, [random_image()]))[0] == (False, start)
@@ -147,14 +147,14 @@ def without_marks(name):
 
 
 @pytest.mark.parametrize("name", ["v1", "llama_2", "qwen"])
-def test_a_template_without_marks_learns_the_same(name):
+def test_a_template_without_marks_has_the_same_labels(name):
     # A tokenizer's own template ends a turn with its end token, which is what is looked for.
     swap = ("<|im_end|>", "</s>") if name == "qwen" else ("", "")
     marked, own = (processor_of(text.replace(*swap)) for text in (load_template(name), without_marks(name)))
     expected, found = (p.encode_conversation(TURNS, [random_image()]) for p in (marked, own))
     assert found["input_ids"] == expected["input_ids"]
-    learnt = [[text.strip() for is_learnt, text in segments(marked, s) if is_learnt] for s in (expected, found)]
-    assert learnt[0] == learnt[1]
+    labelled = [[text.strip() for supervised, text in segments(marked, s) if supervised] for s in (expected, found)]
+    assert labelled[0] == labelled[1]
 
 
 def test_a_template_that_changes_earlier_turns_is_refused():
@@ -189,13 +189,13 @@ def llama_tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "learnt"),
+    ("name", "supervised"),
     [
         ("v1", [["▁A", "▁cat", ".", "</s>"], ["▁Black", "▁and", "▁white", ".", "</s>"]]),
         ("llava_llama_2", [["▁A", "▁cat", ".", "▁", "</s>"], ["▁Black", "▁and", "▁white", ".", "▁", "</s>"]]),
     ],
 )
-def test_sentencepiece_tokens_that_are_learnt(llama_tokenizer, name, learnt):
+def test_sentencepiece_tokens_that_are_supervised(llama_tokenizer, name, supervised):
     config = small_config(vocab_size=500)
     config.image_token_index = llama_tokenizer.convert_tokens_to_ids("<image>")
     processor = LlavaSkipProcessor.for_config(config, llama_tokenizer, name)
@@ -206,4 +206,4 @@ def test_sentencepiece_tokens_that_are_learnt(llama_tokenizer, name, learnt):
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
-    assert [run for run in runs if run] == learnt
+    assert [run for run in runs if run] == supervised

@@ -1,4 +1,4 @@
-"""LLaVA-HD's pictures and their placeholders."""
+"""LLaVA-HD's images and their image tokens."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config
 
 
-def test_the_larger_grid_wins_a_tie_only_for_a_large_picture():
+def test_the_larger_grid_wins_a_tie_only_for_a_large_image():
     assert choose_grid(336, 336, most=4, side=336) == (1, 1)
     assert choose_grid(672, 672, most=4, side=336) == (2, 2)
     assert choose_grid(150, 200, most=4, side=336) == (1, 1)  # method, section 1 B
@@ -21,16 +21,16 @@ def test_the_larger_grid_wins_a_tie_only_for_a_large_picture():
     assert choose_grid(480, 640, most=4, side=336) == (2, 2)
 
 
-def test_tiles_come_row_by_row_behind_the_thumbnail():
-    picture = Image.fromarray(np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2) * 60, np.ones((8, 8), np.uint8)))
-    crops = cut_tiles(picture.convert("RGB"), most=4, side=8)
+def test_tiles_come_row_by_row_after_the_thumbnail():
+    image = Image.fromarray(np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2) * 60, np.ones((8, 8), np.uint8)))
+    crops = cut_tiles(image.convert("RGB"), most=4, side=8)
     assert len(crops) == 5 and all(crop.size == (8, 8) for crop in crops)
     assert [np.asarray(crop)[4, 4, 0] for crop in crops[1:]] == [0, 60, 120, 180]
 
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("architecture", ["llava-hd", "sv-llava-hd"])
-def test_processor_writes_the_rows_that_the_model_fills(architecture, padded, tmp_path):
+def test_processor_writes_the_image_tokens_that_the_model_fills(architecture, padded, tmp_path):
     config = small_config(architecture=architecture)
     config.pad_pictures = padded
     tokenizer = byte_tokenizer()
@@ -38,12 +38,12 @@ def test_processor_writes_the_rows_that_the_model_fills(architecture, padded, tm
     LlavaSkipProcessor.for_config(config, tokenizer, "v1").save_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(processor.image_processor, TilingImageProcessorPil)
-    pictures = [Image.new("L", (90, 30)), Image.new("RGB", (20, 20), "red")]
-    inputs = processor(images=pictures, text=["<image>a", "b<image>"], padding=True, return_tensors="pt")
+    images = [Image.new("L", (90, 30)), Image.new("RGB", (20, 20), "red")]
+    inputs = processor(images=images, text=["<image>a", "b<image>"], padding=True, return_tensors="pt")
     crops = inputs["crop_counts"].tolist()
     assert crops == ([5, 5] if padded else [4, 2])
-    rows = (inputs["input_ids"] == config.image_token_id).sum(dim=1).tolist()
-    assert rows == [config.image_length(count) for count in crops]
+    lengths = (inputs["input_ids"] == config.image_token_id).sum(dim=1).tolist()
+    assert lengths == [config.image_length(count) for count in crops]
     assert inputs["pixel_values"].shape == (sum(crops), 3, 16, 16)
 
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
 
-from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first
+from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
 
 
 def reference_merge(x: torch.Tensor, keep: int) -> torch.Tensor:
-    """One picture, token by token."""
+    """One image, token by token."""
     unit = x / x.norm(dim=-1, keepdim=True)
     similarity = unit @ unit.T
     order = (similarity.sum(1) - similarity.diagonal()).argsort(descending=True).tolist()
@@ -46,16 +47,26 @@ def test_merge_survives_a_zero_token():
     assert merge_tokens(x, 3).isfinite().all()
 
 
+def test_tokens_of_equal_centrality_keep_their_order():
+    kinds = torch.arange(60) % 5 // 3  # 36 tokens of one kind, 24 of another; exact ties within a kind
+    _, order, _ = merge_choices(nn.functional.one_hot(kinds).float()[None], keep=30)
+    expected = torch.cat([(kinds == kind).nonzero().flatten() for kind in (0, 1)])
+    assert order[0].tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("keep", [0, 9])
 def test_merge_refuses_impossible_numbers(keep):
     with pytest.raises(ValueError, match=f"8 tokens to {keep}"):
         merge_tokens(torch.randn(1, 8, 4), keep)
 
 
-def test_retained_keep_the_order_of_the_picture():
+def test_retained_keep_the_order_of_the_image():
     tokens = torch.arange(6.0).reshape(1, 6, 1)
     scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.0, 0.3]])
     assert retained_first(tokens, scores, 2).flatten().tolist() == [1, 3, 0, 2, 4, 5]
+    many = torch.rand(1, 64)
+    chosen = sorted(many[0].topk(20).indices.tolist())
+    assert retained_order(many, 20)[0].tolist() == chosen + [i for i in range(64) if i not in chosen]
 
 
 def test_summary_is_a_weighted_mean_of_the_raw_tokens():

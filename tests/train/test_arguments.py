@@ -12,7 +12,8 @@ from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import small_config, small_model
 from train.arguments import ModelArguments
 from train.recipe.model import build_model, check_weights, prepare
-from train.train import check_output, main, parse
+from train.run import check_output, parse
+from train.train import main
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.runs import ROOT
 from train.llava_flags import FLAGS, Settled, translate
-from train.train import parse
+from train.run import parse
 
 # scripts/v1_5 of haotian-liu/LLaVA, without the launcher.
 COMMON = """

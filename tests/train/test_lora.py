@@ -17,7 +17,7 @@ from tests.support.stand_ins import language_model, vision_tower
 from train.arguments import ModelArguments
 from train.merge_lora import load_base, merge
 from train.recipe.lora import check_lora, quantization_config
-from train.train import parse
+from train.run import parse
 
 
 @pytest.fixture(scope="module")
