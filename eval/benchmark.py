@@ -12,7 +12,7 @@ from eval.reading.images import ImageSource, row_images
 from eval.reading.tables import Row, StoredText, read_rows
 from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."

@@ -13,9 +13,9 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip.console import make_app, make_table, output_console
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import write_json, writing
+from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json, writing
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
-from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import UserError
 
 MAX_NEW_TOKENS = 1024
 

@@ -15,9 +15,9 @@ from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from llava_skip.console import make_app, make_table, output_console
-from llava_skip.files import write_json, write_text, writing
-from llava_skip.paths import results, shown
+from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.files import write_json, write_text, writing
+from llava_skip_base.paths import results, shown
 
 MOST_AXES = 24
 FOLDER = "overview"

@@ -31,11 +31,11 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip.console import make_app, output_console, print_error
-from llava_skip.errors import UserError
-from llava_skip.exits import NOT_SCORED, USER_ERROR
-from llava_skip.files import write_json
-from llava_skip.paths import results, shown
+from llava_skip_base.console import make_app, output_console, print_error
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SCORED, USER_ERROR
+from llava_skip_base.files import write_json
+from llava_skip_base.paths import results, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics

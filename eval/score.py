@@ -30,10 +30,10 @@ from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip.console import make_app, output_console
-from llava_skip.errors import UserError
-from llava_skip.exits import NOT_SCORED
-from llava_skip.files import read_json, write_json, writing
+from llava_skip_base.console import make_app, output_console
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SCORED
+from llava_skip_base.files import read_json, write_json, writing
 
 
 def score_file(

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
 from llava_skip.sizes import SIZES
 from llava_skip.vision import FrontEnd, get_front_end
+from llava_skip_base.errors import UserError
 
 PAPER_PATCHES = 576
 """Visual tokens of CLIP-L/14 at 336 pixels, to which the R and S of the paper belong."""

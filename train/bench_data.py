@@ -24,8 +24,8 @@ import psutil
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from llava_skip.console import make_table, one_message, output_console
-from llava_skip.files import write_json
+from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.files import write_json
 from train.arguments import ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, RecordSet, load_records

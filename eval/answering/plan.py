@@ -15,8 +15,8 @@ from eval.reading.images import PLACEHOLDER
 from eval.reading.tables import sha256
 from eval.sample import Sample, Score
 from eval.versions import versions
-from llava_skip.errors import UserError, first_few
-from llava_skip.paths import embedded_benchmarks, shown
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.paths import embedded_benchmarks, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics

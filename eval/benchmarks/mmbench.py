@@ -16,7 +16,7 @@ from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.scoring.judge import Judge
 from eval.scoring.matching import CHINESE, Matches, match_choices
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 PASS_STEP = 1_000_000
 CHINESE_INSTRUCTION = "请直接回答选项字母。"

@@ -17,8 +17,8 @@ from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list, options
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",

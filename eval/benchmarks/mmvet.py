@@ -12,7 +12,7 @@ from eval.reading.tables import Row
 from eval.sample import Id, Sample, Score
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

@@ -14,7 +14,7 @@ from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 SPLITS = ("adversarial", "popular", "random")
 LABEL_FILE = "coco_pope_"

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 PLACEHOLDER = "<image>"
 """Marks where in a prompt an image goes."""

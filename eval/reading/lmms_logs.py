@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.reading.tables import Row, cell_text, column_name
 from eval.sample import Id, Sample
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 # The server's form of an answer, whose "answer" is the model's, and images.
 _NOT_FIELDS = ("submission", "input_media")

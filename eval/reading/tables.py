@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import read_json_lines, read_text, write_bytes
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import read_json_lines, read_text, write_bytes
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.sample import Id, Sample
 from eval.scoring.judge import Judge, digest, read_replies
-from llava_skip.files import write_json
+from llava_skip_base.files import write_json
 
 INSTRUCTION = (
     "Below are questions, each with its ground truth and the prediction of a model. Compare the prediction with the "

@@ -28,7 +28,7 @@ from tenacity import (
 from tqdm import tqdm
 
 from eval.errors import JudgeUnavailable
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0

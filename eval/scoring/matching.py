@@ -13,7 +13,7 @@ from typing import Any
 from eval.sample import Id, Sample, options
 from eval.scoring.extraction import NO_CHOICE, Options
 from eval.scoring.judge import Judge, digest, read_replies
-from llava_skip.files import write_json
+from llava_skip_base.files import write_json
 
 ATTEMPTS = 3
 MAX_TOKENS = 64

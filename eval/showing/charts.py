@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llava_skip.console import figure
+from llava_skip_base.console import figure
 
 Scores = Mapping[str, Sequence[float | None]]
 FEWEST_AXES = 3

@@ -16,8 +16,8 @@ from eval.benchmarks import get_benchmark
 from eval.reading.images import ImageSource
 from eval.reading.tables import Row, sha256
 from eval.showing.results import Result
-from llava_skip.errors import UserError
-from llava_skip.files import write_bytes
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_bytes
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which a picture is kept exactly

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.reading.tables import Row, read_rows
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from eval.sample import Score
-from llava_skip.console import make_table
+from llava_skip_base.console import make_table
 
 
 def score_table(title: str, score: Score) -> Table:

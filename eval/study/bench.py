@@ -20,13 +20,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.console import figure, make_table, output_console, program
-from llava_skip.errors import UserError
-from llava_skip.files import write_json
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.paths import results, shown
 from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
+from llava_skip_base.console import figure, make_table, output_console, program
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_json
+from llava_skip_base.paths import results, shown
 
 SMALL = "width-1024"
 """A decoder of LLaMA3's proportions that a CPU can run: 6 layers, 4 of 16 key-value heads, FFN 3.5 times as wide."""

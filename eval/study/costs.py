@@ -10,13 +10,13 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.console import program
 from llava_skip.decoder import build_language_model
-from llava_skip.files import write_text
 from llava_skip.flops import decoder_flops, image_cost
-from llava_skip.paths import home, shown
 from llava_skip.presets import PRESETS, SIZES, dense_preset, preset_config
 from llava_skip.routing import Route
+from llava_skip_base.console import program
+from llava_skip_base.files import write_text
+from llava_skip_base.paths import home, shown
 
 TEXT_TOKENS = 100
 
@@ -41,14 +41,13 @@ def counted_flops(config: LlavaSkipConfig, text_tokens: int) -> int:
     """What torch counts for a prefill of one image and `text_tokens` tokens of text, without front end and head."""
     text, skip = config.text_config, config.skip_config
     tokens = config.image_seq_length + text_tokens
-    # torch does not count its fused attention kernel for CPUs.
-    text._attn_implementation = "eager"
     with torch.device("meta"):
         model = build_language_model(text).eval()
         embeddings = torch.empty(1, tokens, text.hidden_size)
         mask = torch.empty(1, 1, tokens, tokens)  # given, since making one looks at values
         ffn = torch.empty(tokens - skip.num_skipping, dtype=torch.long) if skip else None
     route = Route(ffn_tokens=ffn, layers=skip.layers if skip else None)
+    model.set_attn_implementation("eager")  # torch does not count its fused attention kernel for CPUs
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, route=route)
     return counter.get_total_flops()

@@ -10,9 +10,9 @@ import typer
 from transformers import AutoConfig
 
 import llava_skip  # noqa: F401  registers the configuration
-from llava_skip.console import figure, program
-from llava_skip.files import read_json, write_text
 from llava_skip.flops import image_cost
+from llava_skip_base.console import figure, program
+from llava_skip_base.files import read_json, write_text
 
 HEADER = """# The embedded run, dense against skipping
 

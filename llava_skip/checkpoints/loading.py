@@ -20,10 +20,10 @@ from llava_skip.checkpoints.names import EMBEDDING, HEAD, LANGUAGE_MODEL, LINEAR
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import Source, configure, open_source
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.vision.clip import resize_positions
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def load_checkpoint(
 
     Args:
         path: folder or hub name.
-        preset: a key of `PRESETS`; None keeps what the checkpoint has.
+        preset: a key of `PRESETS`.
         dtype: of the model; None keeps the checkpoint's.
         skip: the numbers themselves, instead of a preset.
         config: the whole configuration, from `load_config`, instead of a preset.
@@ -79,8 +79,7 @@ def load_checkpoint(
         _express_linear(weights, source.settings, report)
     _fit(weights, config, source)
     _check(weights, config, report, new_projector=report.layout == layouts.LANGUAGE and not projector)
-    unused = set(report.unused)
-    kept = {name: tensor for name, tensor in weights.items() if name not in unused}
+    kept = {name: tensor for name, tensor in weights.items() if name not in report.unused}
     report.loaded = len(kept)
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
     if source.adapter:

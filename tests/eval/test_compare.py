@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eval.compare import app, compare
-from llava_skip.files import write_json
+from llava_skip_base.files import write_json
 
 FACTS: dict[str, Any] = {
     "benchmark": "mmstar",

@@ -22,7 +22,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.errors import JudgeUnavailable
 from eval.scoring.grading import REASK
 from eval.scoring.judge import Judge, parse_retry_after
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", "cut", "no choices", "list")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from eval.overview import app
 from eval.reading.tables import sha256
-from llava_skip.files import write_json, write_json_lines
+from llava_skip_base.files import write_json, write_json_lines
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = (

@@ -7,7 +7,7 @@ import pytest
 
 from eval.benchmarks.pope import POPE, SPLITS, official_answer
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 OBJECTS = ("dog", "cat", "car", "cup")

@@ -10,7 +10,7 @@ from eval.benchmarks.ocrbench import OCRBench, is_hit
 from eval.benchmarks.textvqa import TextVQA, asked_question, soft_accuracy
 from eval.score import score_file
 from eval.scoring.vqa import normalise_answer, yes_or_no
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 

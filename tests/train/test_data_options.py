@@ -4,7 +4,7 @@ import re
 import pytest
 
 from llava_skip import LlavaSkipForConditionalGeneration
-from llava_skip.exits import USER_ERROR
+from llava_skip_base.exits import USER_ERROR
 from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import Attempts
 from tests.support.runs import train

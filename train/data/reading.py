@@ -20,8 +20,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
-from llava_skip.errors import MissingFileError, UserError, first_few
-from llava_skip.files import local_path
+from llava_skip_base.errors import MissingFileError, UserError, first_few
+from llava_skip_base.files import local_path
 from train.data.records import Record, normalise
 
 SCHEMA = Features(

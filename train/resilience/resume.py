@@ -18,8 +18,8 @@ import psutil
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_json, write_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json, write_json
 
 MANIFEST = "checkpoint.json"
 """Describes a whole checkpoint; written last."""

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llava_skip.errors import UserError
-from llava_skip.exits import USER_ERROR
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import USER_ERROR
 
 FILE_WIDTH = 160
 """Columns of a table whose output is no terminal; rich would cut it at 80."""

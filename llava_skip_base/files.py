@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip_base.errors import MissingFileError, UserError
 
 _FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
 """Endings of local files, which hub names do not have."""
