@@ -40,14 +40,13 @@ def counted_flops(config: LlavaSkipConfig, text_rows: int) -> int:
     """What torch counts for a prefill of one picture and `text_rows` rows of text, without front end and head."""
     text, skip = config.text_config, config.skip_config
     rows = config.image_seq_length + text_rows
-    # torch does not count its fused attention kernel for CPUs.
-    text._attn_implementation = "eager"
     with torch.device("meta"):
         model = build_language_model(text).eval()
         embeddings = torch.empty(1, rows, text.hidden_size)
         mask = torch.empty(1, 1, rows, rows)  # given, since making one looks at values
         ffn = torch.empty(rows - skip.num_skipping, dtype=torch.long) if skip else None
     route = Route(ffn_tokens=ffn, layers=skip.layers if skip else None)
+    model.set_attn_implementation("eager")  # torch does not count its fused attention kernel for CPUs
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, route=route)
     return counter.get_total_flops()
