@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from llava_skip.errors import UserError
-from llava_skip.exits import NOT_SAVED
-from llava_skip.paths import checkout
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SAVED
+from llava_skip_base.paths import checkout
 from train.launch import find_cause, main, processes_here, set_environment, torchrun_words
 from train.reporting.callbacks import LogLine
 
