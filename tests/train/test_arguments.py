@@ -140,14 +140,14 @@ def test_a_dense_model_can_be_loaded_with_a_skipping_preset(tmp_path):
     assert trained(model, "model.summary") == trained(model, "model.multi_modal_projector") == {True}
 
 
-def test_parts_that_learn_are_data(tmp_path):
+def test_trainable_parts_are_an_argument(tmp_path):
     saved_model(tmp_path)
     arguments = ModelArguments(
         model=str(tmp_path), preset="sv-llava-100", template="v1", train_parts=["multi_modal_projector", "summary"]
     )
     model = build_model(arguments, prepare(arguments)[0], torch.float32)
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert learning and all(("projector" in name or "summary" in name) for name in learning)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all(("projector" in name or "summary" in name) for name in trainable)
 
 
 def test_a_checkpoint_of_another_program_is_to_be_converted_first(tmp_path, tokenizer_folder):

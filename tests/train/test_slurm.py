@@ -36,7 +36,7 @@ def test_a_dry_run_shows_the_commands_of_any_number_of_nodes():
     variables = {
         "MODEL": "lmsys/vicuna-7b-v1.5",
         "DATA": "mix.json",
-        "IMAGES": "my pictures",
+        "IMAGES": "my images",
         "NPROC": "8",
         "ZERO": "3",
     }
@@ -47,7 +47,7 @@ def test_a_dry_run_shows_the_commands_of_any_number_of_nodes():
         "--redirects 3 --tee 0:3 --log-dir logs/0/0/NODE --nproc_per_node 8",
         "-m train.train --deepspeed scripts/zero3.json",
         "--model lmsys/vicuna-7b-v1.5",
-        "--images my\\ pictures",
+        "--images my\\ images",
         "--max_steps 5",
     ):
         assert part in launch

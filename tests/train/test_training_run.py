@@ -54,8 +54,8 @@ def test_two_deepspeed_processes_leave_a_model_that_loads(finished, digits):
     model = AutoModelForImageTextToText.from_pretrained(output)
     processor = AutoProcessor.from_pretrained(output)
     assert model.config.skip == {"retained": 16, "skipped": 20, "forget_cache": True}
-    picture = next((digits / "images").rglob("*.png"))
-    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "How many digits?"}]
+    image = next((digits / "images").rglob("*.png"))
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "How many digits?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -64,7 +64,7 @@ def test_two_deepspeed_processes_leave_a_model_that_loads(finished, digits):
         assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_run_leaves_metrics_and_a_picture(finished):
+def test_a_run_leaves_metrics_and_a_figure(finished):
     output, result = finished
     metrics = json.loads((output / "train_result.json").read_text())
     assert metrics["steps"] == 4 and metrics["processes"] == 2
@@ -108,7 +108,7 @@ def test_a_mistake_is_one_message(finished, digits, tmp_path, arguments, variabl
     assert not (tmp_path / "new").exists()
 
 
-def test_a_missing_picture_is_named_with_its_record(digits, tmp_path):
+def test_a_missing_image_is_named_with_its_record(digits, tmp_path):
     records = json.loads((digits / "train.json").read_text())
     faulty = next(record for record in records if "image" in record)
     faulty["image"] = "train/lost.png"
