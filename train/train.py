@@ -65,7 +65,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         data_collator=run.collator,
         processing_class=run.processor,
         callbacks=[preemption, Watchdog(arguments.hang_timeout_seconds)],
-        record=run.resolved,
+        resolved=run.resolved,
     )
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -157,12 +157,12 @@ def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     except RecordError as error:  # of one rank
         print_error(f"{error}{FIND_RECORDS}")
         code = USER_ERROR
-    except UserError as error:  # of all ranks
-        _tell(error)
-        code = USER_ERROR
     except (CheckpointError, NonFiniteLoss) as error:
         print_error(error)
         code = NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR
+    except UserError as error:  # of all ranks
+        _tell(error)
+        code = USER_ERROR
     os._exit(code)  # the other ranks block in a collective: a clean shutdown would hang
 
 
