@@ -266,7 +266,7 @@ class ResumableTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def finish_checkpoint(self) -> None:
-        """Write the manifest of a checkpoint and delete older ones. Every process calls it when its files are written."""
+        """Write the manifest of a checkpoint and delete older ones. Every process calls it, after its files."""
         assert self._saving is not None
         manifest = Manifest(self.state.global_step, self.args.world_size, zero_stage(self.args), self.progress())
         if self.is_world_process_zero():  # progress() has waited for all processes, so all files are written
