@@ -17,10 +17,10 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
 import torch
 from transformers import set_seed
 
-from llava_skip.console import print_error
-from llava_skip.errors import UserError
-from llava_skip.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
-from llava_skip.files import read_json, write_json
+from llava_skip_base.console import print_error
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
+from llava_skip_base.files import read_json, write_json
 from train.data import ConversationDataset, RecordError
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan

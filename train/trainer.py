@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import seed_worker
 
-from llava_skip.errors import UserError
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups

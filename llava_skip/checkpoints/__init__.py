@@ -2,9 +2,8 @@
 
 from llava_skip.checkpoints.export import export_llava_hf
 from llava_skip.checkpoints.files import find_folder
-from llava_skip.checkpoints.joining import load_weights
 from llava_skip.checkpoints.layouts import detect_layout
-from llava_skip.checkpoints.loading import load_checkpoint
+from llava_skip.checkpoints.loading import load_checkpoint, load_weights
 from llava_skip.checkpoints.names import native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import load_config, padded_vocabulary

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from llava_skip.checkpoints import layouts
+import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import merge_lora
 from llava_skip.checkpoints.files import find_folder, read_model_weights
-from llava_skip.checkpoints.joining import fit_positions
-from llava_skip.checkpoints.names import (
-    EMBEDDING,
-    HEAD,
-    LANGUAGE_MODEL,
-    LINEAR_PROJECTOR,
-    POSITIONS,
-    PROJECTOR,
-    TOWER,
-)
+from llava_skip.checkpoints.names import EMBEDDING, HEAD, LANGUAGE_MODEL, LINEAR_PROJECTOR, POSITIONS, PROJECTOR, TOWER
 from llava_skip.checkpoints.report import LoadReport
-from llava_skip.checkpoints.sources import Source, configure, open_source, own_tokenizer
+from llava_skip.checkpoints.sources import Source, configure, open_source
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.vision.clip import resize_positions
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +50,7 @@ def load_checkpoint(
 
     Args:
         path: folder or hub name.
-        preset: a key of `PRESETS`; None keeps what the checkpoint has.
+        preset: a key of `PRESETS`.
         dtype: of the model; None keeps the checkpoint's.
         skip: the numbers themselves, instead of a preset.
         config: the whole configuration, from `load_config`, instead of a preset.
@@ -81,14 +73,13 @@ def load_checkpoint(
     if EMBEDDING not in weights:
         raise UserError(f"{path} has no embedding of the language model: is it a whole model?")
     if config is None:
-        config = configure(source, weights, own_tower, own_tokenizer(source), preset, skip)
+        config = configure(source, weights, own_tower, preset=preset, skip=skip)
     if source.joins:
         weights |= _tower_weights(source, weights)
         _express_linear(weights, source.settings, report)
     _fit(weights, config, source)
     _check(weights, config, report, new_projector=report.layout == layouts.LANGUAGE and not projector)
-    unused = set(report.unused)
-    kept = {name: tensor for name, tensor in weights.items() if name not in unused}
+    kept = {name: tensor for name, tensor in weights.items() if name not in report.unused}
     report.loaded = len(kept)
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
     if source.adapter:
@@ -99,6 +90,31 @@ def load_checkpoint(
     if log and not report.is_exact:
         logger.warning("%s", report)
     return model.eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iterable[str] = ()) -> None:
+    """Copy weights with native names into a model; nothing may be unknown, missing or of another shape.
+
+    Args:
+        model: the model.
+        weights: tensors by native name.
+        may_miss: prefixes of parameters that may keep the values they have.
+
+    Raises:
+        UserError: lists what is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    skipped = tuple(may_miss)
+    missing = [name for name in own if name not in weights and not (skipped and name.startswith(skipped))]
+    unknown = [name for name in weights if name not in own]
+    reshaped = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in weights
+        if name in own and weights[name].shape != own[name].shape
+    ]
+    if missing or unknown or reshaped:
+        raise UserError(f"The weights do not fit the model. Missing: {missing}. Unknown: {unknown}. Shape: {reshaped}.")
+    model.load_state_dict(weights, strict=False)
 
 
 def _tower_weights(source: Source, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,8 +148,10 @@ def _express_linear(weights: dict[str, Tensor], raw: dict[str, Any], report: Loa
 def _fit(weights: dict[str, Tensor], config: LlavaSkipConfig, source: Source) -> None:
     """Resize the tower's position table, and append rows for new tokens to the vocabulary's tables."""
     rows, report = config.text_config.vocab_size, source.report
-    if (change := fit_positions(weights, config.vision_config)) is not None:
-        report.reshaped.append(f"{POSITIONS}: {change[0]} -> {change[1]} rows, bicubic")
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    if (table := weights.get(POSITIONS)) is not None and table.shape[0] != patches + 1:
+        weights[POSITIONS] = resize_positions(table, patches)
+        report.reshaped.append(f"{POSITIONS}: {table.shape[0]} -> {patches + 1} rows, bicubic")
     if not source.joins:
         return  # the vocabulary has the image token
     for name in (EMBEDDING, HEAD):

@@ -10,25 +10,22 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints import layouts
+import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import find_projector, read_adapter, read_projector
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import local_path, read_json
 from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
-
-VOCABULARY_MULTIPLE = 64
-"""Vocabularies are padded to a multiple of it, which makes matrix products fast."""
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import local_path, read_json
 
 
 def padded_vocabulary(tokens: int) -> int:
-    """The vocabulary's size for a number of tokens."""
-    return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    """The vocabulary's size for a number of tokens: a multiple of 64, which makes matrix products fast."""
+    return -(-tokens // 64) * 64
 
 
 @dataclass
@@ -36,27 +33,21 @@ class Source:
     """A checkpoint and what is put on top of it; the weights of the checkpoint itself are not read yet.
 
     Attributes:
-        name: the checkpoint as the user named it.
-        folder: where it is.
-        layout: of its settings.
+        folder: where the checkpoint is.
         raw: its config.json.
         settings: the same; for a language model those of the projector or adapter, if that has LLaVA's config.json.
-        tower: folder or hub name of the vision tower; None if nothing names one.
-        asked_tower: whether `tower` was given with the checkpoint.
+        asked_tower: the vision tower that was given with the checkpoint.
         projector: the projector file's tensors by LLaVA's names; None without one.
         adapter: folder of the LoRA adapter.
         factors: the adapter's low-rank factors by native name.
         whole: the tensors saved whole with the adapter, by LLaVA's names.
-        report: what is inferred is noted there.
+        report: its layout is the settings'; what is inferred is noted there.
     """
 
-    name: str
     folder: Path
-    layout: str
     raw: dict[str, Any]
     settings: dict[str, Any]
-    tower: str | None
-    asked_tower: bool
+    asked_tower: str | None
     report: LoadReport
     projector: dict[str, Tensor] | None = None
     adapter: Path | None = None
@@ -66,7 +57,12 @@ class Source:
     @property
     def joins(self) -> bool:
         """Whether the model is made from a language model and a tower, so that its vocabulary gets the image token."""
-        return self.layout in (layouts.ORIGINAL, layouts.LANGUAGE)
+        return self.report.layout in (layouts.ORIGINAL, layouts.LANGUAGE)
+
+    @property
+    def tower(self) -> str | None:
+        """Folder or hub name of the vision tower; None if nothing names one."""
+        return layouts.find_tower(self.settings, self.asked_tower, self.folder)
 
     def combine(self, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """The checkpoint's `stored` weights and those on top, by native name; whether the tower is the paper's CLIP."""
@@ -85,14 +81,7 @@ def open_source(
     lora: str | Path | None = None,
     weights: bool = True,
 ) -> Source:
-    """Find a checkpoint and read what is put on top of it.
-
-    Args:
-        path: folder or hub name of the checkpoint.
-        vision_tower: folder or hub name of the tower.
-        projector: a `mm_projector.bin`, or its folder.
-        lora: folder of a LoRA adapter.
-        weights: download the checkpoint's weights too.
+    """Find a checkpoint, and read what is put on top of it; without `weights` a hub's are not downloaded.
 
     Raises:
         MissingFileError: a file is missing.
@@ -100,31 +89,20 @@ def open_source(
     """
     folder, report = find_folder(path, weights=weights), LoadReport(str(path))
     raw = read_json(folder / "config.json")
-    layout, settings = layouts.detect_layout(raw), raw
+    report.layout, settings = layouts.detect_layout(raw), raw
     file = find_projector(projector) if projector else None
     adapter = find_folder(lora, "LoRA adapter") if lora else None
-    if layout == layouts.LANGUAGE:
+    if report.layout == layouts.LANGUAGE:
         for other in (parent / "config.json" for parent in (adapter, file and file.parent) if parent):
             if other.is_file() and layouts.detect_layout(theirs := read_json(other)) == layouts.ORIGINAL:
-                settings, layout = theirs, layouts.ORIGINAL
+                settings, report.layout = theirs, layouts.ORIGINAL
                 report.notes.append(f"settings of {other}.")
                 break
-    report.layout = layout
-    source = Source(
-        name=str(path),
-        folder=folder,
-        layout=layout,
-        raw=raw,
-        settings=settings,
-        tower=layouts.find_tower(settings, vision_tower, folder),
-        asked_tower=bool(vision_tower),
-        report=report,
-        adapter=adapter,
-    )
+    source = Source(folder, raw, settings, vision_tower, report, adapter=adapter)
     if source.joins:
         layouts.check_settings(settings, report)
     elif vision_tower:
-        raise UserError(f"{path} already has a vision tower (layout {layout}): leave --vision_tower out.")
+        raise UserError(f"{path} already has a vision tower (layout {report.layout}): leave --vision_tower out.")
     if file:
         source.projector = read_projector(file, report)
         report.notes.append(f"projector of {file}, {len(source.projector)} tensors.")
@@ -137,18 +115,18 @@ def configure(
     source: Source,
     weights: Mapping[str, Tensor],
     own_tower: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     preset: str | None = None,
     skip: SkipConfig | None = None,
 ) -> LlavaSkipConfig:
     """The configuration of the model that a source describes.
 
     Args:
-        source: the source.
+        source: where the model comes from.
         weights: by native name. A language model's own are not needed, LLaVA's are: their shapes say what its
             config.json does not.
         own_tower: whether the tower is the paper's own CLIP.
-        tokenizer: the language model's, with the image token; None if there is none.
+        tokenizer: the language model's, with the image token; None takes the checkpoint's own, if it has one.
         preset: a key of `PRESETS`; None keeps what the checkpoint has.
         skip: the numbers themselves, instead of a preset.
 
@@ -158,17 +136,19 @@ def configure(
     raw, report = source.settings, source.report
     if source.joins:
         text = layouts.text_config(raw)
+        if tokenizer is None and has_tokenizer(source.folder):
+            tokenizer = load_tokenizer(source.folder, text, add_image_token=True)
         image_token = _make_room(text, weights, tokenizer, source.raw["vocab_size"])
         vision = _tower_config(source, weights, own_tower)
-        if source.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
-            fields = fields_for_tower(preset, vision)  # the resampler is new: the preset makes it
+        if report.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
+            fields = fields_for_tower(preset, vision)  # the projector is new: the preset makes it
             return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
         config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
-    elif source.layout == layouts.NATIVE:
+    elif report.layout == layouts.NATIVE:
         config = LlavaSkipConfig.from_pretrained(source.folder)
     else:
         config = layouts.hf_config(raw)
-        if source.layout == layouts.LLAVA_NEXT:
+        if report.layout == layouts.LLAVA_NEXT:
             report.notes.append("LlavaNext cuts images into tiles with image_newline; here an image is one crop.")
     summary = any(name.startswith("model.summary.") for name in weights)
     return layouts.with_skip(config, preset, skip, raw, summary, report)
@@ -184,14 +164,8 @@ def load_config(
 ) -> tuple[LlavaSkipConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer of a native model, or of a language model joined with a tower; no weights are read.
 
-    `load_checkpoint(..., config=)` makes the model of this configuration.
-
-    Args:
-        path: folder or hub name of the model.
-        preset: a key of `PRESETS`; None keeps what the model has.
-        vision_tower: folder or hub name of a CLIP tower, for a language model.
-        projector: a `mm_projector.bin`, or its folder.
-        tokenizer: folder or hub name of another tokenizer than the model's.
+    `load_checkpoint(..., config=)` makes the model of this configuration; it has the same arguments. `tokenizer` is the
+    folder or hub name of another tokenizer than the model's.
 
     Raises:
         MissingFileError: a file is missing.
@@ -206,13 +180,6 @@ def load_config(
     words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
     weights, own_tower = source.combine({})
     return configure(source, weights, own_tower, words, preset), words
-
-
-def own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a language model's folder with `<image>` as one token; None if it has none."""
-    if not source.joins or not has_tokenizer(source.folder):
-        return None
-    return load_tokenizer(source.folder, layouts.text_config(source.settings), add_image_token=True)
 
 
 def _make_room(
@@ -241,7 +208,7 @@ def _tower_config(source: Source, weights: Mapping[str, Tensor], own_tower: bool
     if source.tower is None:
         kind = source.settings.get("model_type")
         raise UserError(
-            f"{source.name} is a {kind} model without a vision tower, and names none: give vision_tower "
+            f"{source.report.source} is a {kind} model without a vision tower, and names none: give vision_tower "
             "(--vision_tower), a CLIP tower such as openai/clip-vit-large-patch14-336, to join the two."
         )
     return layouts.tower_config(source.tower)

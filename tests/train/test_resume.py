@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from llava_skip.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
+from llava_skip_base.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
 from tests.support.interrupted import ROOT, Attempts, environment, outcome, write_inputs
 
 KILLS = {

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 PART_PREFIXES: dict[str, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.",),
@@ -89,7 +89,8 @@ def check_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
         wrong.append(f"{foreign} parameters of no name")
     if wrong:
         raise UserError(
-            f"Trainable parameters must be optimised exactly once, frozen ones never; these are not: {first_few(wrong)}."
+            f"Trainable parameters must be optimised exactly once, frozen ones never; these are not: "
+            f"{first_few(wrong)}."
         )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, sort_checkpoints, speed_metrics
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_json, read_text, write_json, write_text
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json, read_text, write_json, write_text
 
 MANIFEST = "checkpoint.json"
 """Lists the files of a whole checkpoint; written last."""
@@ -266,7 +266,7 @@ class ResumableTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def finish_checkpoint(self) -> None:
-        """Write the manifest of a checkpoint and delete older ones. Every process calls it, after its files."""
+        """Write the manifest of a checkpoint whose files are written, and delete older ones. Every process calls it."""
         assert self._saving is not None
         manifest = Manifest(self.state.global_step, self.args.world_size, zero_stage(self.args), self.progress())
         if self.is_world_process_zero():  # progress() has waited for all processes, so all files are written
