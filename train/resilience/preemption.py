@@ -29,7 +29,7 @@ class Preemption(TrainerCallback):
         self._asked: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._group: Any = None
-        self._asked_by_any = torch.zeros(1, dtype=torch.uint8)
+        self._any_asked = torch.zeros(1, dtype=torch.uint8)
         self._reduction: Any = None
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -43,18 +43,16 @@ class Preemption(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Start the reduction."""
-        self._asked_by_any.fill_(self._asked is not None)
+        self._any_asked.fill_(self._asked is not None)
         if self._group is not None:
-            self._reduction = dist.all_reduce(
-                self._asked_by_any, op=dist.ReduceOp.MAX, group=self._group, async_op=True
-            )
+            self._reduction = dist.all_reduce(self._any_asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if any process was asked to."""
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
-        if self._asked_by_any.item():
+        if self._any_asked.item():
             self.agreed = control.should_save = control.should_training_stop = True
             if state.is_world_process_zero:
                 cause = self._asked.name if self._asked else "A signal to another process"
