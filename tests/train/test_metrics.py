@@ -82,13 +82,13 @@ def test_peaks_by_name(monkeypatch, name, peak):
     assert peak_tflops(torch.device("cuda")) == peak
 
 
-def test_a_continued_run_drops_the_lines_behind_its_checkpoint(tmp_path):
+def test_a_continued_run_drops_the_lines_after_its_checkpoint(tmp_path):
     log, state = JsonLines(), TrainerState(is_world_process_zero=True)
     arguments = RunArguments(output_dir=str(tmp_path), use_cpu=True)
     for state.global_step in (1, 2, 3):
         log.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
     with (tmp_path / "train_log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
     state.global_step = 2
     log.on_train_begin(arguments, state, TrainerControl())
     log.on_log(arguments, state, TrainerControl(), logs={"loss": 0.5})
