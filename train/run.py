@@ -35,6 +35,9 @@ from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.run_folder import DROPPED, LOCK, RECORD
 
+KINDS = (ModelArguments, DataArguments, RunArguments)
+"""The dataclasses of a run's arguments."""
+
 
 @dataclass
 class Run:
@@ -62,7 +65,7 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     Raises:
         UserError: unknown flags or values out of range.
     """
-    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
+    model, data, run = read_command_line(KINDS, command_line)
     if not run.output_dir:
         run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
     return model, data, run
