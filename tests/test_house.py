@@ -87,6 +87,17 @@ def test_folders_of_train_and_eval_import_no_program():
     assert wrong == []
 
 
+def test_folders_of_train_import_modules_outside_them_for_types_only():
+    wrong = [
+        (module, other)
+        for module in MODULES
+        if any(module.startswith(f"{room}.") for room in ROOMS["train"])
+        for other in imports(module, top_level=True)
+        if room_of(other) == "train"
+    ]
+    assert wrong == []
+
+
 def test_folders_of_train_and_eval_have_no_two_way_arrow():
     arrows = {
         (room_of(module), room_of(other))
@@ -122,6 +133,14 @@ def test_every_module_can_be_imported_first():
         [sys.executable, "-c", loaded + _IMPORT_EACH, *names], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert [line for line in result.stdout.splitlines() if line.startswith("FAILED")] == []
+
+
+def test_training_needs_no_affinity_of_processes():
+    """macOS has no `os.sched_getaffinity`."""
+    program = "import os; del os.sched_getaffinity; import train.train, train.launch; from train.data import parallel"
+    count = f"{program}; print(parallel.default_processes())"
+    result = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and 1 <= int(result.stdout.split()[-1]) <= 8, result.stderr
 
 
 def test_functions_and_files_are_short():

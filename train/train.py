@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from train.resilience.exits import leave  # before the libraries, so that its exit handler is the last one to run
+
 if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each process without a traceback of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -26,7 +28,6 @@ from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
 from train.reporting.result import draw_loss, show_result
-from train.resilience.exits import leave
 from train.resilience.preemption import Preemption
 from train.resilience.resume import CheckpointError
 from train.resilience.run_folder import RESULT, RunFolder

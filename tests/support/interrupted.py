@@ -19,7 +19,7 @@ RECORDS = 22  # with 4 in a step: five steps and a half an epoch
 
 
 def write_inputs(folder: Path, mixed: bool = True) -> list[str]:
-    """A model with dropout, records with and (`mixed`) without pictures; the arguments that train it on them."""
+    """A model with dropout, records with and (`mixed`) without images; the arguments that train it on them."""
     config = small_config(vocab_size=400, attention_dropout=0.1, num_hidden_layers=2)
     config.image_token_index = 3
     LlavaSkipForConditionalGeneration(config).save_pretrained(folder / "model")

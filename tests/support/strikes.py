@@ -1,4 +1,4 @@
-"""Strikes a process at an exact place; as a program, a training process that STRIKE may name."""
+"""Sends a process a signal at an exact place; as a program, a training process, struck if STRIKE names its rank."""
 
 import json
 import os

@@ -19,9 +19,9 @@ from train.reporting.metrics import Meter, memory_peak, peak_tflops
 from train.train import main
 
 
-def meter_of(model, peak=None, learns=True, ranks=1):
+def meter_of(model, peak=None, trainable=True, ranks=1):
     gather = lambda own: own.expand(ranks, -1)  # noqa: E731
-    return Meter(model.config, learns, torch.device("cpu"), peak, gather)
+    return Meter(model.config, trainable, torch.device("cpu"), peak, gather)
 
 
 def batch(model):
@@ -29,19 +29,19 @@ def batch(model):
     return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
-def test_a_window_counts_over_all_ranks_and_the_next_one_starts_anew():
+def test_a_window_counts_over_all_ranks_and_the_next_one_starts_at_zero():
     model = small_model(SKIP)
     meter, inputs = meter_of(model, ranks=3), batch(small_model(SKIP))
     assert list(meter.timed(iter([1, 2]))) == [1, 2]
     meter.count(inputs | {"truncated": torch.tensor(1)})
     metrics = meter.close_window()
-    rows, pictures = int(inputs["attention_mask"].sum()), inputs["pixel_values"].shape[0]
-    assert meter.totals["rows"] == 3 * rows and meter.totals["samples"] == 3 * 4 and meter.totals["truncated"] == 3
-    assert metrics["skipped_ffn_share"] == pytest.approx(pictures * SKIP.skipped / rows)
-    assert metrics["tokens_per_second"] == pytest.approx(3 * rows / meter.totals["seconds"])
+    tokens, images = int(inputs["attention_mask"].sum()), inputs["pixel_values"].shape[0]
+    assert meter.totals["rows"] == 3 * tokens and meter.totals["samples"] == 3 * 4 and meter.totals["truncated"] == 3
+    assert metrics["skipped_ffn_share"] == pytest.approx(images * SKIP.skipped / tokens)
+    assert metrics["tokens_per_second"] == pytest.approx(3 * tokens / meter.totals["seconds"])
     assert metrics["data_wait_seconds"] < metrics["memory_peak_gib"] < 100 and "mfu" not in metrics
     assert meter.close_window()["tokens_per_second"] == 0
-    assert meter.so_far()["rows"] == 3 * rows
+    assert meter.so_far()["rows"] == 3 * tokens
 
 
 def test_mfu_counts_the_products_that_torch_counts():
@@ -53,8 +53,8 @@ def test_mfu_counts_the_products_that_torch_counts():
     given = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
     with FlopCounterMode(display=False) as counter:
         model(**given, mm_encoder_outputs=encoded)
-    for learns, passes in ((True, 3), (False, 2)):
-        meter = meter_of(model, peak=1e-6, learns=learns)  # a million products a second
+    for trainable, passes in ((True, 3), (False, 2)):
+        meter = meter_of(model, peak=1e-6, trainable=trainable)  # a million products a second
         list(meter.timed(iter(())))
         meter.count(inputs)
         used = meter.close_window()["mfu"] * meter.totals["seconds"] * 1e6
@@ -82,13 +82,13 @@ def test_peaks_by_name(monkeypatch, name, peak):
     assert peak_tflops(torch.device("cuda")) == peak
 
 
-def test_a_continued_run_drops_the_lines_behind_its_checkpoint(tmp_path):
+def test_a_continued_run_drops_the_lines_after_its_checkpoint(tmp_path):
     log, state = JsonLines(), TrainerState(is_world_process_zero=True)
     arguments = RunArguments(output_dir=str(tmp_path), use_cpu=True)
     for state.global_step in (1, 2, 3):
         log.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
     with (tmp_path / "train_log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
     state.global_step = 2
     log.on_train_begin(arguments, state, TrainerControl())
     log.on_log(arguments, state, TrainerControl(), logs={"loss": 0.5})

@@ -47,16 +47,16 @@ def alone(arguments, tmp_path_factory):
 @pytest.mark.parametrize(
     ("batch", "accumulation", "normalization"), [(8, 1, "step"), (2, 4, "step"), (2, 4, "micro_batch")]
 )
-def test_two_processes_learn_as_one(two, alone, batch, accumulation, normalization):
+def test_two_processes_have_the_losses_of_one(two, alone, batch, accumulation, normalization):
     assert two[normalization] == pytest.approx(alone(batch, accumulation, normalization), abs=2e-5)
 
 
 def test_the_two_normalizations_differ(two):
-    # Equal at first but for the weights of the micro batches, and apart from then on.
+    # They weigh micro batches differently.
     assert max(abs(a - b) for a, b in zip(two["step"], two["micro_batch"], strict=True)) > 1e-3
 
 
-def test_a_step_without_anything_to_learn_has_the_loss_zero(arguments, tmp_path):
+def test_a_step_without_supervised_tokens_has_the_loss_zero(arguments, tmp_path):
     turns = [{"from": "human", "value": "digit " * 40}, {"from": "gpt", "value": "two"}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "long", "conversations": turns}]))
     data = ["--data", str(tmp_path / "data.json"), "--max_length", "20"]

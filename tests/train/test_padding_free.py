@@ -16,8 +16,8 @@ def samples_of(model):
     samples = []
     for sample in mixed_samples(model):
         ids = sample.input_ids.tolist()
-        # Every second token that is not a picture's is learnt; the first one too, which no row predicts.
-        labels = [token if token != 90 and place % 2 == 0 else -100 for place, token in enumerate(ids)]
+        # Every second text token is supervised, also the first one, which no token predicts.
+        labels = [token if token != 90 and index % 2 == 0 else -100 for index, token in enumerate(ids)]
         entry = {"input_ids": ids, "labels": labels, "truncated": 0, "unsupervised": False}
         if sample.pixel_values is not None:
             entry["pixel_values"] = sample.pixel_values
@@ -37,7 +37,7 @@ def loss_and_gradients(model, batch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_samples_in_one_row_learn_as_in_a_padded_batch(variant, attention):
+def test_gradients_are_those_of_a_padded_batch(variant, attention):
     model = small_model(**VARIANTS[variant]).train()
     model.set_attn_implementation(attention)
     samples = samples_of(model)
@@ -52,7 +52,7 @@ def test_samples_in_one_row_learn_as_in_a_padded_batch(variant, attention):
         assert (gradient - found[name]).abs().max() <= 1e-5 * scale, name
 
 
-def test_a_sample_does_not_feel_its_neighbour():
+def test_a_sample_does_not_attend_to_another():
     model = small_model().train()
     one, two, three, _ = samples_of(model)
     other = {**one, "input_ids": [token if token == 90 else 5 for token in one["input_ids"]], "labels": one["labels"]}
@@ -63,4 +63,4 @@ def test_a_sample_does_not_feel_its_neighbour():
     without_positions = collate_flat([quiet, two, three])
     del without_positions["position_ids"]
     leaked, _ = loss_and_gradients(model, without_positions)
-    assert not torch.allclose(loss, leaked, atol=1e-4)  # it is the positions that keep them apart
+    assert not torch.allclose(loss, leaked, atol=1e-4)  # the positions separate the samples

@@ -1,4 +1,4 @@
-"""One process: whatever ends a run, the same command continues it, and nothing shows that it was ended."""
+"""One process: whatever ends a run, the same command continues it, with the losses and weights of a whole run."""
 
 import json
 import shutil
@@ -113,11 +113,11 @@ def test_a_preempted_run_saves_the_step_and_ends_like_an_undisturbed_one(attempt
 
 
 def damage(checkpoint):
-    """What a full or broken disk makes of a checkpoint."""
+    """Shorten a file, as a full or broken disk does."""
     (checkpoint / "optimizer.pt").write_bytes(b"short")
 
 
-def test_damaged_checkpoints_are_passed_over_and_kept_out_of_the_way(attempt, given, undisturbed, tmp_path):
+def test_damaged_checkpoints_are_passed_over_and_renamed(attempt, given, undisturbed, tmp_path):
     output = tmp_path / "run"
     attempt([*given, "--save_total_limit", "3"], "training_step", 11)
     damage(output / "checkpoint-9")
@@ -130,7 +130,7 @@ def test_damaged_checkpoints_are_passed_over_and_kept_out_of_the_way(attempt, gi
     assert_ends_like(undisturbed, end, output)
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_by_itself(attempt, given, tmp_path):
+def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(attempt, given, tmp_path):
     attempt(given, "training_step", 5)
     damage(tmp_path / "run/checkpoint-3")
     end = attempt(given)

@@ -39,8 +39,8 @@ def test_killed_and_preempted_processes_change_nothing(arguments, undisturbed, t
         end = launch_and_wait(given, strike=strike)
         assert end["code"] == 1, end["output"]
         assert f"error: rank {strike[0]} was killed by SIGKILL" in end["output"]
-        assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3"]
-    end = launch_and_wait(given, strike=(1, "training_step", 2, "SIGUSR1"))  # only rank 1 is told
+        assert [path.parent.name for path in output.glob("checkpoint-*/checkpoint.json")] == ["checkpoint-3"]
+    end = launch_and_wait(given, strike=(1, "training_step", 2, "SIGUSR1"))  # only rank 1 gets it
     assert end["code"] == PREEMPTED and "A signal to another process: saving step" in end["output"], end["output"]
     end = launch_and_wait(given)
     assert end["code"] == 0, end["output"]

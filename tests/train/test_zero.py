@@ -1,4 +1,4 @@
-"""Two DeepSpeed processes, of which one has pictures and the other none, against one process without DeepSpeed."""
+"""Two DeepSpeed processes, of which one has images and the other none, against one process without DeepSpeed."""
 
 import json
 from pathlib import Path
@@ -23,10 +23,10 @@ STEP_KINDS = ("PPTT", "TTPP", "PTTT", "TTTT", "TPPT")
 def mixed(tmp_path_factory):
     folder = ensure_built(tmp_path_factory.mktemp("digits") / "digits", train_images=80)
     records = json.loads((folder / "train.json").read_text())
-    pictures = [record for record in records if "image" in record]
+    images = [record for record in records if "image" in record]
     texts = [record for record in records if "image" not in record]
     kinds = "".join(STEP_KINDS[step % len(STEP_KINDS)] for step in range(STEPS))
-    chosen = [(pictures if kind == "P" else texts * STEPS * 4)[place] for place, kind in enumerate(kinds)]
+    chosen = [(images if kind == "P" else texts * STEPS * 4)[index] for index, kind in enumerate(kinds)]
     (folder / "mixed.json").write_text(json.dumps(chosen))
     return [
         "--data", str(folder / "mixed.json"), "--images", str(folder / "images"),
@@ -43,9 +43,9 @@ def alone(mixed, tmp_path_factory):
 
 
 def loaded(output):
-    """What a run has exported, loaded on one CPU in a process that did not train it; all weights are there."""
-    model, told = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
-    assert not any(told.values()), told
+    """The exported model, loaded in a process that did not train it, with all its weights."""
+    model, report = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
+    assert not any(report.values()), report
     AutoProcessor.from_pretrained(output)
     return model.eval()
 
@@ -53,17 +53,17 @@ def loaded(output):
 @torch.no_grad()
 def logits_of(model):
     generator = torch.Generator().manual_seed(5)
-    side, rows = model.config.vision_config.image_size, model.config.image_seq_length
+    side, length = model.config.vision_config.image_size, model.config.image_seq_length
     words = torch.randint(5, 500, (1, 12), generator=generator)
-    ids = torch.cat([words, torch.full((1, rows), model.config.image_token_id), words], dim=1)
+    ids = torch.cat([words, torch.full((1, length), model.config.image_token_id), words], dim=1)
     return model(input_ids=ids, pixel_values=torch.randn(1, 3, side, side, generator=generator)).logits
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_rank_without_pictures_changes_nothing(mixed, alone, tmp_path, stage):
+def test_a_rank_without_images_changes_nothing(mixed, alone, tmp_path, stage):
     settings = json.loads((ROOT / f"scripts/zero{stage}.json").read_text())
-    if stage == 3:  # every parameter is cut apart: at this size all of them would count as small
+    if stage == 3:  # all parameters are this small, and would not be divided otherwise
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     arguments = [*mixed, "--per_device_train_batch_size", "2", "--deepspeed", str(tmp_path / "zero.json")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -16,7 +17,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip_base.errors import UserError
-from train.arguments import ModelArguments
+
+if TYPE_CHECKING:
+    from train.arguments import ModelArguments
 
 _LAYERS = r"model\.language_model\.layers\.\d+\."
 _FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "model.summary", "lm_head"]

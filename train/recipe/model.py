@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -21,9 +21,11 @@ from llava_skip.vision import get_front_end
 from llava_skip_base.errors import MissingFileError, UserError
 from llava_skip_base.files import local_path
 from llava_skip_base.paths import embedded_tokenizer, shown
-from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, quantization_config
 from train.recipe.parts import choose_trained, freeze_unused
+
+if TYPE_CHECKING:
+    from train.arguments import ModelArguments, RunArguments
 
 
 def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProcessor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -13,9 +13,11 @@ from rich.table import Table
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip_base.errors import UserError
-from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, check_targets
 from train.recipe.parts import check_groups, choose_trained, count_parameters, freeze_unused, parameter_groups
+
+if TYPE_CHECKING:
+    from train.arguments import ModelArguments, RunArguments
 
 
 def check_plan(arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig) -> dict[str, tuple[int, int]]:

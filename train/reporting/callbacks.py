@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets.utils import disable_progress_bars
 from tqdm.auto import tqdm
@@ -18,7 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_text, write_text
-from train.arguments import RunArguments
+
+if TYPE_CHECKING:
+    from train.arguments import RunArguments
 
 LOG = "train_log.jsonl"
 _CONSOLE = {

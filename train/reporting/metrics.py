@@ -1,6 +1,6 @@
-"""What a run measures of itself: counts of what was computed, rates, waiting, memory, and MFU.
+"""Metrics of a run: counts of what was computed, rates, time spent waiting, memory, and MFU.
 
-Counts are added up on the device and read once a logging window, so that measuring waits for no device.
+Counts are added up on the device and read once a logging window, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from llava_skip.flops import decoder_flops
 from train.data import COUNTED
 
 COUNTS = ("rows", "squared_rows", "ffn_rows", "supervised", "samples", *COUNTED)
-"""Added up: real rows, squares of a sample's rows, rows that took the FFN, rows with a label, samples, `COUNTED`."""
+"""Names of the sums, in files too: tokens without padding ("rows"), squares of a sample's number of tokens, tokens that
+went through the FFN, supervised tokens, samples, `COUNTED`."""
 
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -41,11 +42,11 @@ PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-"""Words in a device's name -> peak of dense bfloat16 products, of NVIDIA's data sheets; the first match counts."""
+"""Part of a device's name -> peak of dense bfloat16 products, from NVIDIA's data sheets; the first match counts."""
 
 
 def peak_tflops(device: torch.device, given: float | None = None) -> float | None:
-    """The bfloat16 peak of a device: the given one, else the table's; None if nobody knows it."""
+    """The bfloat16 peak of a device: the given one, else that of the table; None if it is in neither."""
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)
@@ -53,7 +54,7 @@ def peak_tflops(device: torch.device, given: float | None = None) -> float | Non
 
 
 def memory_peak(device: torch.device) -> float:
-    """GiB: on a GPU the most that was allocated since the last call, else the most this process ever had resident."""
+    """GiB: on a GPU the peak allocation since the last call, otherwise the peak resident memory of this process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,7 +67,7 @@ class Meter:
 
     Args:
         config: the model's.
-        learns: whether the language model's own weights learn; it decides what a backward costs.
+        trainable: whether the language model's own weights are, which decides what a backward pass costs.
         device: of this rank.
         peak: bfloat16 peak of one device in TFLOPs a second, if known.
         gather: a vector of this rank [n] -> those of all ranks [ranks, n].
@@ -75,7 +76,7 @@ class Meter:
     def __init__(
         self,
         config: LlavaSkipConfig,
-        learns: bool,
+        trainable: bool,
         device: torch.device,
         peak: float | None,
         gather: Callable[[Tensor], Tensor],
@@ -83,7 +84,7 @@ class Meter:
         skip = config.skip_config
         self._text = config.text_config
         self._skipping = skip.mean_num_skipping(self._text.num_hidden_layers) if skip else 0.0
-        self._passes = 3 if learns else 2
+        self._passes = 3 if trainable else 2
         self._device, self._peak, self._gather = device, peak, gather
         self.totals: dict[str, float] = dict.fromkeys((*COUNTS, "seconds"), 0.0)
         self._started: float | None = None
@@ -106,12 +107,12 @@ class Meter:
 
     def count(self, inputs: dict[str, Tensor]) -> None:
         """Add a micro batch."""
-        rows, squared_rows, samples = _sizes(inputs)
+        tokens, squares, samples = _sizes(inputs)
         counted = inputs.get("crop_counts", inputs.get("pixel_values"))
-        pictures = 0 if counted is None else counted.shape[0]
-        self._counts["rows"] += rows
-        self._counts["squared_rows"] += squared_rows
-        self._counts["ffn_rows"] += rows - pictures * self._skipping
+        images = 0 if counted is None else counted.shape[0]
+        self._counts["rows"] += tokens
+        self._counts["squared_rows"] += squares
+        self._counts["ffn_rows"] += tokens - images * self._skipping
         self._counts["supervised"] += (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         self._counts["samples"] += samples
         for name in COUNTED:
@@ -139,10 +140,10 @@ class Meter:
         return metrics
 
     def _flops(self, counts: dict[str, float]) -> float:
-        """Matrix products of the language model in forward and backward, without padding and recomputation."""
-        rows = round(counts["rows"])
-        keys = round(counts["squared_rows"] / max(rows, 1))
-        once = decoder_flops(self._text, rows, counts["ffn_rows"], round(counts["supervised"]), keys=keys)
+        """Matrix products of the language model in the forward and backward pass, without padding and recomputation."""
+        tokens = round(counts["rows"])
+        keys = round(counts["squared_rows"] / max(tokens, 1))
+        once = decoder_flops(self._text, tokens, counts["ffn_rows"], round(counts["supervised"]), keys=keys)
         return self._passes * once.total
 
     def so_far(self) -> dict[str, float]:
@@ -151,21 +152,21 @@ class Meter:
 
 
 def _sizes(inputs: dict[str, Tensor]) -> tuple[Any, Any, Any]:
-    """Real rows of a micro batch, the sum of the squares of its samples' rows, and its samples."""
+    """Tokens of a micro batch without padding, the sum of their squares by sample, and the number of samples."""
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(dim=1, dtype=torch.float64)
         return lengths.sum(), lengths.square().sum(), lengths.shape[0]
-    positions = inputs["position_ids"]  # samples one behind the other; 1 + 3 + 5 + ... up to n of them is n squared
+    positions = inputs["position_ids"]  # samples one after the other; the sum of the first n odd numbers is n squared
     return positions.numel(), (2 * positions.double() + 1).sum(), (positions == 0).sum()
 
 
 def rates(counts: dict[str, float]) -> dict[str, float]:
-    """Rates from counts and seconds: `tokens_per_second` counts rows of the language model, those of pictures too."""
-    seconds, rows = counts["seconds"], max(counts["rows"], 1.0)
+    """Rates from counts and seconds; `tokens_per_second` counts all tokens of the language model, visual ones too."""
+    seconds, tokens = counts["seconds"], max(counts["rows"], 1.0)
     return {
         "tokens_per_second": counts["rows"] / seconds if seconds else 0.0,
         "samples_per_second": counts["samples"] / seconds if seconds else 0.0,
-        "skipped_ffn_share": 1 - counts["ffn_rows"] / rows,
+        "skipped_ffn_share": 1 - counts["ffn_rows"] / tokens,
     }
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: taken by one run at a time, searched for what an earlier attempt left."""
+"""The folder of a run: one run at a time writes there, and continues from what an earlier attempt left."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
-from train.arguments import RunArguments
 from train.resilience.resume import check_fits, find_checkpoint, zero_stage
 
+if TYPE_CHECKING:
+    from train.arguments import RunArguments
+
 RECORD, DROPPED, RESULT, LOCK = "run.json", "dropped.json", "train_result.json", ".lock"
-"""Files in it: the run's arguments, the records it does without, what came out (written last), and the lock of the run
+"""Files in it: the run's arguments, the records that were dropped, the result (written last), and the lock of the run
 that writes there."""
 LOCK_SECONDS = 15
-"""Processes that read data outlive a killed one by some seconds, and hold its lock."""
+"""Workers that read data live some seconds longer than a killed process, and keep its lock."""
 
 
 class RunFolder:
     """The folder of a run. Every rank calls every method.
 
-    Rank 0 looks and writes, and all ranks get what it found: their views of a network file system may differ.
+    Only rank 0 reads and writes, and sends the result to all ranks: their views of a network file system may differ.
 
     Args:
         arguments: of the run.
         resolved: all arguments as plain data.
-        dropped: the faulty records that were dropped, and why; None if none was.
+        dropped: the faulty records that were dropped, and why; None if there are none.
     """
 
     def __init__(self, arguments: RunArguments, resolved: dict[str, Any], dropped: dict[str, Any] | None) -> None:
@@ -41,11 +43,11 @@ class RunFolder:
         self._lock = FileLock(self.path / LOCK, timeout=LOCK_SECONDS)
 
     def is_finished(self) -> bool:
-        """Whether it holds the run's result, and may keep it."""
+        """Whether the result is there, and is not to be overwritten."""
         return self._first_rank_does(lambda: (self.path / RESULT).is_file() and not self._arguments.overwrite)
 
     def open(self) -> Path | None:
-        """Take the folder until this process ends, and find the checkpoint to continue from, if there is one.
+        """Lock the folder until this process ends, and find the checkpoint to continue from, if there is one.
 
         Raises:
             UserError: the folder is in use, is not shared by all machines, or holds a checkpoint that does not fit.
@@ -89,14 +91,14 @@ class RunFolder:
                 path.unlink()
 
     def _first_rank_does(self, action: Callable[[], Any]) -> Any:
-        """What rank 0 gets from `action`; a user's mistake that it finds is raised on all ranks."""
+        """The result of `action` on rank 0; a UserError is raised on all ranks."""
         outcome: list[Any] = [None]
         if self._arguments.process_index == 0:
             try:
                 outcome = [action()]
-            except (ValueError, OSError) as error:
+            except UserError as error:
                 outcome = [error]
         broadcast_object_list(outcome)
-        if isinstance(outcome[0], Exception):
+        if isinstance(outcome[0], UserError):
             raise outcome[0]
         return outcome[0]

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and names the process that the others wait for."""
+"""Ends a run that hangs, and names the process that the other processes wait for."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from llava_skip_base.exits import HUNG
 
 LIBRARIES = ("torch/distributed/", "torch/autograd/", "deepspeed/")
-"""Where a process is, in Python, while it waits for the others."""
+"""Parts of the paths of Python files that a process executes while it waits for the others."""
 LONGEST_INTERVAL = 5.0
-"""Seconds between two reports of a process, at most."""
+"""Maximum of the seconds between two reports of a process."""
 
 
 @dataclass
 class Report:
-    """What a process says of itself.
+    """What a process reports of itself.
 
-    Args:
-        ticks: reports so far; a process that has stopped reporting stays behind the others.
-        marks: places in the training loop passed so far; every process passes the same ones.
+    Attributes:
+        ticks: reports so far; the number stops when the process does.
+        marks: events of the training loop so far; they are the same on every process.
         waiting: its main thread is inside one of `LIBRARIES`.
-        place: the last mark, in words.
+        place: what it does since the last event, in words.
         host: its machine.
     """
 
@@ -48,17 +48,17 @@ def find_culprits(earlier: Mapping[int, Report], now: Mapping[int, Report]) -> l
     """Ranks that the others wait for: those that no longer report, else those that are behind, else those not waiting.
 
     Args:
-        earlier: what each rank said a few reports ago.
-        now: what each rank says now.
+        earlier: the reports of the ranks some intervals ago.
+        now: their last reports.
 
     Returns:
         Nothing if all ranks are alike.
     """
-    standing = {
+    states = {
         rank: (report.ticks > earlier[rank].ticks if rank in earlier else True, report.marks, report.waiting)
         for rank, report in now.items()
     }
-    behind = [rank for rank in sorted(now) if standing[rank] == min(standing.values())]
+    behind = [rank for rank in sorted(now) if states[rank] == min(states.values())]
     return behind if len(behind) < len(now) else []
 
 
@@ -74,7 +74,7 @@ class Watchdog(TrainerCallback):
     Processes report to each other through the store that torchrun keeps.
 
     Args:
-        timeout: seconds without progress after which the run ends with `HUNG`; 0 waits for ever.
+        timeout: seconds without progress after which the run ends with `HUNG`; 0: no limit.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -94,7 +94,7 @@ class Watchdog(TrainerCallback):
         self._progress = time.monotonic()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start to watch."""
+        """Start the thread."""
         if self._world_size > 1:
             self._store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -104,7 +104,7 @@ class Watchdog(TrainerCallback):
                 timeout=timedelta(seconds=60),
             )
         self.mark(f"reading the data of step {state.global_step + 1}")
-        self._publish()  # a process that stops before its first interval is over is then missed, too
+        self._publish()  # so that a process that stops in its first interval is found, too
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class Watchdog(TrainerCallback):
         self.mark(f"reading the data of step {state.global_step + 1}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Watch no more."""
+        """Stop the thread."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -140,7 +140,7 @@ class Watchdog(TrainerCallback):
                 earlier = {}
             elif not earlier:
                 earlier = self._reports()
-            elif late > 3 * self._interval:  # all have noticed, and said where they are
+            elif late > 3 * self._interval:  # all have noticed and reported
                 self._end(find_culprits(earlier, self._reports()))
 
     def _publish(self) -> None:
