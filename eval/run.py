@@ -177,7 +177,7 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Ask without pictures; results go to MODEL-blind.")] = False,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
     judge_url: JudgeUrl = None,

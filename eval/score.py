@@ -141,7 +141,7 @@ def run(
     allow_missing: Annotated[bool, typer.Option(help="Count absent predictions as wrong; else refuse them.")] = False,
     submission: Annotated[Path | None, typer.Option(help="Also write what the benchmark's server takes.")] = None,
     without_image: Annotated[
-        Path | None, typer.Option(help="MMStar: result or predictions of the same model without pictures.")
+        Path | None, typer.Option(help="MMStar: result or predictions of the same model without images.")
     ] = None,
     language_model: Annotated[
         Path | None, typer.Option(help="MMStar: result or predictions of the language model it was built on.")
@@ -186,8 +186,8 @@ def add_gain(
 
     Args:
         benchmark: must be MMStar.
-        score: that of the model with pictures; extended.
-        without_image: result or predictions without pictures.
+        score: that of the model with images; extended.
+        without_image: result or predictions without images.
         language_model: result or predictions of the bare language model.
         data: the benchmark file.
         allow_missing: as for ``score_file``.

@@ -1,4 +1,4 @@
-"""Scores as pictures: bars of all benchmarks, and radars."""
+"""Scores as charts: bars of all benchmarks, and radars."""
 
 import math
 from collections.abc import Mapping, Sequence

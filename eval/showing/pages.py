@@ -1,4 +1,4 @@
-"""Static pages of results: an index, and for each benchmark every question with its picture and all models' answers."""
+"""Static pages of results: an index, and for each benchmark every question with its image and all models' answers."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
 
 LONGEST_SIDE = 1024
-SMALL = 256 * 256  # pixels up to which a picture is kept exactly
+SMALL = 256 * 256  # pixels up to which an image is kept exactly
 GOLD_COLUMNS = ("answer", "answers", "gold", "label")
 
 
@@ -49,14 +49,14 @@ class Question:
         id: its id.
         prompts: what the models were asked; one for each row that asks it.
         golds: the right answers, if the file has them.
-        pictures: file names below the page.
+        images: file names below the page.
         answers: the models' answers.
     """
 
     id: str
     prompts: list[str] = field(default_factory=list)
     golds: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
 
 
@@ -67,7 +67,7 @@ def write_pages(
     facts: Sequence[Mapping[str, Any]],
     charts: Sequence[str],
 ) -> None:
-    """Write ``index.html``, a page for each benchmark, and the pictures that they show.
+    """Write ``index.html``, a page for each benchmark, and the images that they show.
 
     Args:
         folder: where to.
@@ -99,10 +99,10 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
     Args:
         benchmark: what was asked.
         results: one for each model.
-        folder: where pictures go.
+        folder: where images go.
 
     Returns:
-        The questions in the order of the file, and what the page must say about pictures.
+        The questions in the order of the file, and what the page must say about images.
     """
     questions: dict[str, Question] = {}
     for number, result in enumerate(results):
@@ -115,33 +115,33 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
             if number == question.answers[0].model:
                 question.prompts.append(str(row["prompt"]))
                 question.golds += [gold for gold in [_gold(row)] if gold]
-    note = _add_pictures(benchmark, results[0], questions, folder)
+    note = _add_images(benchmark, results[0], questions, folder)
     return list(questions.values()), note
 
 
-def _add_pictures(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
-    """Show the pictures of a benchmark file that is still the one that was answered; else say why there are none."""
+def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
+    """Show the images of a benchmark file that is still the one that was answered; else say why there are none."""
     data = result.facts["data"]
     path, images = Path(data["path"]), data.get("images")
     if not path.exists() or sha256([path]) != data["sha256"]:
-        return f"There are no pictures: {path} is gone or has changed since the evaluation."
+        return f"There are no images: {path} is gone or has changed since the evaluation."
     try:
         samples = benchmark.load(path, images and Path(images))
     except UserError as error:
-        return f"There are no pictures: {error}"
+        return f"There are no images: {error}"
     names: dict[Any, str] = {}
-    for sample in tqdm(samples, desc=f"{benchmark.name}: pictures", unit="question", leave=False, disable=None):
+    for sample in tqdm(samples, desc=f"{benchmark.name}: images", unit="question", leave=False, disable=None):
         question = questions.get(str(benchmark.question(sample.id)))
-        if question and not question.pictures:
-            for picture in sample.images:
-                if picture.data not in names:
-                    names[picture.data] = _write_picture(picture, folder)
-                question.pictures.append(names[picture.data])
+        if question and not question.images:
+            for source in sample.images:
+                if source.data not in names:
+                    names[source.data] = _write_image(source, folder)
+                question.images.append(names[source.data])
     return ""
 
 
-def _write_picture(picture: ImageSource, folder: Path) -> str:
-    image = picture.open()
+def _write_image(source: ImageSource, folder: Path) -> str:
+    image = source.open()
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90, lossless=image.width * image.height <= SMALL)

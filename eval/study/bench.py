@@ -33,7 +33,7 @@ SMALL = "width-1024"
 
 
 def bench_config(preset: str, size: str) -> LlavaSkipConfig:
-    """A preset's model with 576 tokens a picture; its vision tower is not timed and kept as small as can be."""
+    """A preset's model with 576 tokens an image; its vision tower is not timed and kept as small as can be."""
     if size == SMALL:
         text = LlamaConfig(
             vocab_size=2048,
@@ -63,7 +63,7 @@ def bench_config(preset: str, size: str) -> LlavaSkipConfig:
 class Candidate:
     """One preset's model with inputs for both measurements."""
 
-    def __init__(self, preset: str, size: str, batch: int, text_rows: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, preset: str, size: str, batch: int, text_tokens: int, device: str, dtype: torch.dtype) -> None:
         self.config = bench_config(preset, size)
         torch.manual_seed(0)
         with torch.device(device):
@@ -72,13 +72,13 @@ class Candidate:
             self.model = LlavaSkipForConditionalGeneration(self.config)
             torch.set_default_dtype(default)
         self.model.model.vision_tower.requires_grad_(False)
-        rows, width = self.config.image_seq_length, self.config.text_config.hidden_size
+        length, width = self.config.image_seq_length, self.config.text_config.hidden_size
         tokens = torch.randn(batch, self.config.patches, width, device=device, dtype=dtype)
         self.tokens = tokens.requires_grad_()
-        text = torch.randint(0, 1000, (batch, text_rows), device=device)
-        picture = torch.full((batch, rows), self.config.image_token_id, device=device)
-        self.input_ids = torch.cat([text[:, :1], picture, text[:, 1:]], dim=1)
-        self.labels = torch.cat([torch.full_like(self.input_ids[:, : rows + 1], -100), text[:, 1:]], dim=1)
+        text = torch.randint(0, 1000, (batch, text_tokens), device=device)
+        image = torch.full((batch, length), self.config.image_token_id, device=device)
+        self.input_ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
+        self.labels = torch.cat([torch.full_like(self.input_ids[:, : length + 1], -100), text[:, 1:]], dim=1)
 
     def _features(self) -> dict[str, Any]:
         return {"image": BaseModelOutputWithPooling(pooler_output=self.model.model.block(self.tokens))}
@@ -96,22 +96,22 @@ class Candidate:
         outputs = self.model(self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1)
         return outputs.logits
 
-    def flops(self, head_rows: int) -> int:
+    def flops(self, head_tokens: int) -> int:
         """FLOPs of a forward of the language model."""
-        samples, rows = self.input_ids.shape
+        samples, tokens = self.input_ids.shape
         skip = self.config.skip_config
-        ffn_rows = samples * (rows - (skip.num_skipping if skip else 0))
-        return decoder_flops(self.config.text_config, rows, ffn_rows, head_rows, samples).total
+        ffn_tokens = samples * (tokens - (skip.num_skipping if skip else 0))
+        return decoder_flops(self.config.text_config, tokens, ffn_tokens, head_tokens, samples).total
 
     @property
-    def cache_rows(self) -> int:
-        """Rows that a layer's cache keeps of one picture."""
+    def cache_tokens(self) -> int:
+        """Tokens of one image that a layer's cache keeps."""
         skip = self.config.skip_config
         return self.config.image_seq_length if skip is None else skip.num_kept
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:
-    """Time of one call; on a GPU all work is waited for before each reading of the clock."""
+    """Time of one call; a GPU is synchronised before each reading of the clock."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -122,7 +122,7 @@ def seconds(step: Callable[[], Any], device: str) -> float:
 
 
 def measure(candidates: dict[str, Candidate], kind: str, repeats: int, device: str) -> dict[str, float]:
-    """Fastest time of each candidate; they take turns, so that whatever else happens meets all of them."""
+    """Fastest time of each candidate; they take turns, so that other load on the machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in tqdm(range(-2, repeats), desc=kind, disable=None):
         for name, candidate in candidates.items():
@@ -138,11 +138,11 @@ def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list
     for kind in ("train_step", "prefill"):
         times = measure(candidates, kind, repeats, device)
         for name, candidate in candidates.items():
-            head_rows = {
+            head_tokens = {
                 n: int((c.labels[:, 1:] != -100).sum()) if kind == "train_step" else c.input_ids.shape[0]
                 for n, c in candidates.items()
             }
-            ideal = candidate.flops(head_rows[name]) / candidates["llava"].flops(head_rows["llava"])
+            ideal = candidate.flops(head_tokens[name]) / candidates["llava"].flops(head_tokens["llava"])
             ratio = times[name] / times["llava"]
             rows.append(
                 {
@@ -152,7 +152,7 @@ def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list
                     "ratio": ratio,
                     "flop_ratio": ideal,
                     "over_ideal": ratio / ideal,
-                    "cache_rows_a_picture": candidate.cache_rows,
+                    "cache_rows_a_picture": candidate.cache_tokens,
                 }
             )
     return rows
@@ -184,7 +184,7 @@ def run(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     presets: Annotated[str, typer.Option(help="Skipping presets, separated by commas.")] = "sv-llava-100,sv-llava-256",
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 2,
-    text_rows: Annotated[int, typer.Option(min=2, help="Rows of text of a sample.")] = 100,
+    text_rows: Annotated[int, typer.Option(min=2, help="Text tokens of a sample.")] = 100,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each kind.")] = 8,
     output: Annotated[Path | None, typer.Option(help="Folder of the JSON and the chart.")] = None,
 ) -> None:

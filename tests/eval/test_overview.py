@@ -138,7 +138,7 @@ def test_pictures_of_a_changed_file_are_left_out_and_said_so(place: Path) -> Non
     data.write_text(data.read_text() + "\n")
     overview(place)
     page = (place / "overview/mmstar.html").read_text()
-    assert "There are no pictures: " in page and "has changed since the evaluation" in page
+    assert "There are no images: " in page and "has changed since the evaluation" in page
 
 
 def test_doubled_and_missing_results_are_refused(place: Path, tmp_path: Path) -> None:
@@ -201,4 +201,4 @@ def test_browser_shows_two_models_and_all_pictures(place: Path, browse: Callable
     assert [("hidden" in a) for tag, a in Texts(one).elements if "data-model" in a] == [False, True] * 5
     for picture in (place / "overview/pictures").iterdir():
         picture.unlink()
-    assert browse(page).count(">picture missing<") == 5 and ">picture missing<" not in both
+    assert browse(page).count(">image missing<") == 5 and ">image missing<" not in both
