@@ -234,6 +234,8 @@ class RunArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay off: records are encoded as they are read.")
+        if self.enable_jit_checkpoint:
+            raise UserError("--enable_jit_checkpoint must stay off: a run saves a checkpoint at SIGTERM without it.")
 
     @property
     def part_rates(self) -> dict[str, float]:
