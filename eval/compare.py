@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
@@ -198,7 +198,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
 
@@ -181,7 +181,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

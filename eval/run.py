@@ -31,7 +31,7 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error
+from llava_skip_base.console import make_app, output_console, print_error, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
@@ -195,7 +195,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip_base.console import make_app, output_console
+from llava_skip_base.console import make_app, output_console, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
 from llava_skip_base.files import read_json, write_json, writing
@@ -187,7 +187,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,13 @@ def make_app(function: Callable[..., Any]) -> typer.Typer:
 
 def program(function: Callable[..., Any]) -> None:
     """Run a typer function as the program of this process."""
-    make_app(function)()
+    run_app(make_app(function))
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line as the program of this process; `llava-skip NAME` is its name where that started it."""
+    name = sys.argv[0]
+    app(prog_name=name if name.startswith("llava-skip ") else None)
 
 
 @contextmanager

@@ -260,6 +260,9 @@ def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
     return rates
 
 
+KINDS = (ModelArguments, DataArguments, RunArguments)
+"""The dataclasses of a run's arguments."""
+
 # What may change between a run and its continuation without making it another run.
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",

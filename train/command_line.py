@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from llava_skip_base.errors import UserError
+from train.arguments import KINDS
 from train.llava_flags import EPILOG, FLAGS, translate
 from train.recipe.recipes import RECIPE, recipe_names, recipe_words, take_option, with_underscores
 
@@ -54,12 +55,13 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
     return tuple(read)
 
 
-def with_recipe(words: Sequence[str], known: Sequence[str]) -> list[str]:
+def with_recipe(words: Sequence[str], taken: Sequence[str], processes: int | None = None) -> list[str]:
     """The words with `--recipe` replaced by the recipe's arguments, which come first.
 
     Args:
         words: of the command line.
-        known: names of all arguments.
+        taken: names of the arguments that the program takes; those of a run that it does not take are left out.
+        processes: of the run; None if torchrun has started them.
 
     Raises:
         UserError: an unknown recipe or key.
@@ -69,7 +71,9 @@ def with_recipe(words: Sequence[str], known: Sequence[str]) -> list[str]:
         return own
     plain = {flag.name: getattr(flag, "ours", flag.name) for flag in FLAGS}
     names = [word.partition("=")[0].removeprefix("--") for word in own if word.startswith("--")]
-    return [*recipe_words(source, [plain.get(name, name) for name in names], known), *own]
+    given = [plain.get(name, name) for name in names]
+    known = {entry.name for kind in KINDS for entry in fields(kind)}
+    return [*recipe_words(source, [*given, *known.difference(taken)], known.union(taken), processes), *own]
 
 
 def show_help(kinds: Sequence[type], words: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from llava_skip_base.paths import checkpoints, shown
-from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
+from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
@@ -34,9 +34,6 @@ from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.run_folder import DROPPED, LOCK, RECORD
-
-KINDS = (ModelArguments, DataArguments, RunArguments)
-"""The dataclasses of a run's arguments."""
 
 
 @dataclass
