@@ -20,19 +20,13 @@ from llava_skip_base.files import write_json, writing
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
-# At most so many drawn values at once, so that a benchmark of any size fits into memory.
+# Most values drawn at once, so that a benchmark of any size fits into memory.
 DRAWN_AT_ONCE = 10_000_000
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over questions, in percent.
-
-    Attributes:
-        value: the mean.
-        low: lower end of its bootstrap confidence interval.
-        high: upper end.
-    """
+    """A mean over questions, in percent, and its bootstrap confidence interval from `low` to `high`."""
 
     value: float
     low: float
@@ -47,13 +41,11 @@ class Comparison:
     """Two models on the same questions.
 
     Attributes:
-        questions: how many.
-        a: the first model's mean.
-        b: the second one's.
+        questions: their number.
         difference: b - a, question by question.
-        only_a: questions that the first answers better.
-        only_b: questions that the second answers better.
-        test: the paired test.
+        only_a: number of questions that the first model answers better.
+        only_b: number of questions that the second one answers better.
+        test: name of the paired test.
         p: probability of a difference this large if the models were equally good.
         within_noise: whether p is above 1 - the confidence level.
     """
@@ -125,14 +117,10 @@ def _permutation(difference: np.ndarray) -> float:
 
 
 def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Pair the values of two results, after checking that they can be compared at all.
-
-    Args:
-        a: one result.
-        b: the other.
+    """The values of two results on the same questions.
 
     Raises:
-        UserError: if they differ in more than the model.
+        UserError: they differ in more than the model.
     """
     for result in (a, b):
         if result.facts["status"] != "scored" or not result.values:
@@ -143,13 +131,11 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
             f"{a.folder} and {b.folder} differ in more than the model ({'; '.join(different)}), so their scores cannot "
             "be compared; evaluate both alike."
         )
-    lonely = sorted(a.values.keys() ^ b.values.keys())
-    if lonely:
+    if unpaired := sorted(a.values.keys() ^ b.values.keys()):
         raise UserError(
-            f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
+            f"{first_few(unpaired)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
-    ids = list(a.values)
-    return np.array([a.values[id_] for id_ in ids]), np.array([b.values[id_] for id_ in ids])
+    return np.array(list(a.values.values())), np.array([b.values[id_] for id_ in a.values])
 
 
 _COMPARED = ("benchmark", "data", "protocol", "rule", "max_new_tokens", "judge")
@@ -162,13 +148,7 @@ def _key(result: Result) -> tuple[object, ...]:
 
 
 def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
-    """Lay out a comparison for the terminal.
-
-    Args:
-        a: the first result.
-        b: the second.
-        found: how they compare.
-    """
+    """A comparison for the terminal."""
     headings = ("", "score", f"mean of questions, {CONFIDENCE:.0%} interval")
     models = (("A", a, found.a), ("B", b, found.b))
     rows = [(f"{name}: {result.model}", f"{result.facts['score']:.1f}", mean) for name, result, mean in models]

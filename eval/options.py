@@ -20,29 +20,13 @@ JudgeDryRun = Annotated[bool, typer.Option("--judge-dry-run", help="Print what w
 
 
 def make_judge(url: str | None, model: str, runs: int, folder: Path, label: str, **options: Any) -> Judge | None:
-    """The judge at `url` or `OPENAI_BASE_URL`, or none without either.
-
-    Args:
-        url: base URL, if given.
-        model: the judge's name there.
-        runs: how often each answer is graded.
-        folder: where grades are kept.
-        label: name of what is graded, which begins the name of the grade file.
-        **options: further fields of the judge.
-    """
+    """The judge at `url` or `OPENAI_BASE_URL`, or none without either; `label` begins the name of its grade file."""
     url = url or os.environ.get("OPENAI_BASE_URL")
     return Judge(url, folder, label, model, runs, **options) if url else None
 
 
 def print_outcome(name: str, score: Score, path: Path, console: Console) -> None:
-    """Print what a reader must know about a number, and where it is.
-
-    Args:
-        name: before each note; may be empty.
-        score: the outcome.
-        path: the result file.
-        console: where to print.
-    """
+    """Print what a reader must know about a number, each note after `name`, and where it is."""
     for note in score.notes:
         console.print(f"note: {name}{note}", markup=False, soft_wrap=True)
     console.print(f"{score.status}; written to {path}", markup=False, soft_wrap=True)

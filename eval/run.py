@@ -11,21 +11,11 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
+from eval import options
 from eval.answering.answers import AnswerLog
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
-from eval.options import (
-    JudgeBudget,
-    JudgeConcurrency,
-    JudgeDryRun,
-    JudgeModel,
-    JudgeRuns,
-    JudgeTimeout,
-    JudgeUrl,
-    make_judge,
-    print_outcome,
-)
 from eval.overview import FOLDER, print_overview, write_overview
 from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
@@ -48,14 +38,9 @@ def answer_all(
     numerics: "Numerics",
     finished: Callable[[int], None],
 ) -> None:
-    """Answer what the logs do not hold yet, all runs from one queue, so that no process waits while there is work.
+    """Answer what the logs lack, all runs from one queue, so that no process waits while there is work.
 
-    Args:
-        runs: the evaluations.
-        logs: where the answers of each go.
-        processes: how many processes answer.
-        numerics: how the models compute.
-        finished: called with the number of each run whose answers are all there.
+    `finished` is called with the number of each run whose answers are all there.
     """
     jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
     left = [len(own) for own in jobs]
@@ -76,14 +61,7 @@ def answer_all(
 
 
 def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
-    """Score a run whose answers are all there, and write its files.
-
-    Args:
-        run: the evaluation.
-        log: its answers.
-        judge: who grades, if the benchmark needs it.
-        numerics: how the model computed.
-    """
+    """Score a run that has all its answers, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
     write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
@@ -100,17 +78,9 @@ def evaluate(
     numerics: "Numerics",
     console: Console,
 ) -> list[Score | UserError]:
-    """Answer and score; a run that cannot be scored does not keep the others from it.
+    """Answer and score; a run that cannot be scored does not stop the others. The outcome of each run.
 
-    Args:
-        runs: the evaluations.
-        judges: who grades each.
-        processes: how many processes answer; one for each GPU, or one, if None.
-        numerics: how the models compute.
-        console: where tables go.
-
-    Returns:
-        The outcome of each run.
+    Without `processes`, there is one for each GPU, or one.
     """
     import torch
 
@@ -140,15 +110,9 @@ def evaluate(
 
 
 def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
-    """Print what a reader must know about each number and where it lies.
+    """Print what a reader must know about each number and where it is; the exit code.
 
-    Args:
-        runs: the evaluations.
-        outcomes: what became of each.
-        console: where to print.
-
-    Returns:
-        The exit code. Answers without a judge or gold are a finished run: they can be scored elsewhere.
+    Answers without a judge or gold are a finished run: they can be scored elsewhere.
     """
     code = 0
     for run, outcome in zip(runs, outcomes, strict=True):
@@ -157,7 +121,7 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console
             print_error(f"{name}{outcome}")
             code = USER_ERROR
             continue
-        print_outcome(name, outcome, run.folder / "results.json", console)
+        options.print_outcome(name, outcome, run.folder / "results.json", console)
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
@@ -180,15 +144,15 @@ def run(
     blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = DEFAULT_JUDGE,
-    judge_runs: JudgeRuns = 1,
-    judge_concurrency: JudgeConcurrency = 4,
-    judge_timeout: JudgeTimeout = 60.0,
-    judge_budget: JudgeBudget = None,
-    judge_dry_run: JudgeDryRun = False,
+    judge_url: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = DEFAULT_JUDGE,
+    judge_runs: options.JudgeRuns = 1,
+    judge_concurrency: options.JudgeConcurrency = 4,
+    judge_timeout: options.JudgeTimeout = 60.0,
+    judge_budget: options.JudgeBudget = None,
+    judge_dry_run: options.JudgeDryRun = False,
 ) -> None:
-    """Answer benchmarks with saved models and score them; the same command again goes on after a break."""
+    """Answer benchmarks with saved models and score them; after an interruption the same command continues."""
     console = output_console()
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     limits["dry_run"] = judge_dry_run
@@ -196,7 +160,7 @@ def run(
     output = (output or Path(shown(results()))).expanduser()
     sizes = output, batch_size, max_new_tokens, limit
     runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
-    judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+    judges = [options.make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)

@@ -16,6 +16,7 @@ NO_CHOICE = "Z"
 """The letter of an answer that chose none of the options."""
 
 Options = Mapping[str, str]
+"""Text of each option by its capital letter."""
 
 _API_FAILURE = "Failed to obtain answer via API"
 _REFUSALS = (
@@ -52,12 +53,7 @@ _LOOKALIKES = str.maketrans("АВСЕНІΑΒΕΗΙ", "ABCEHIABEHI")
 
 
 def vlmevalkit(prediction: str, options: Options) -> str | None:
-    """Follow VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text.
-
-    Args:
-        prediction: the answer as the model wrote it.
-        options: text of each option by its capital letter.
-    """
+    """VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text."""
     if _API_FAILURE in prediction:
         return None
     letter = _letter_of_words(prediction, options, _TAIL)
@@ -70,19 +66,14 @@ def vlmevalkit(prediction: str, options: Options) -> str | None:
 
 
 def vlmevalkit_2024(prediction: str, options: Options) -> str | None:
-    """Follow VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text. Arguments as above."""
+    """VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text."""
     if _API_FAILURE in prediction:
         return None
     return _letter_of_words(prediction, options) or _letter_of_text(prediction, options)
 
 
 def lmms_eval(prediction: str, options: Options) -> str | None:
-    """Follow lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or one option's text.
-
-    Args:
-        prediction: the answer as the model wrote it.
-        options: text of each option by its capital letter; only A to D are compared as text.
-    """
+    """lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or one text of options A to D."""
     if _API_FAILURE in prediction:
         return None
     words = prediction.split()
@@ -98,12 +89,7 @@ def lmms_eval(prediction: str, options: Options) -> str | None:
 
 
 def lmms_eval_static(prediction: str, options: Options) -> str | None:
-    """Follow lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind.
-
-    Args:
-        prediction: the answer as the model wrote it.
-        options: the options; only their letters matter.
-    """
+    """lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind."""
     text = prediction.strip()
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
@@ -132,12 +118,9 @@ VERSIONS = {
 
 
 def is_lookalike(prediction: str) -> bool:
-    """Tell whether an answer is a single letter that only looks like an option letter, such as Cyrillic "А".
+    """Whether an answer is a single letter that only looks like an option letter, such as Cyrillic "А".
 
-    No published rule accepts one, so it counts as no choice; a reader should know that there are such answers.
-
-    Args:
-        prediction: the answer as the model wrote it.
+    No published rule accepts one, so it counts as no choice; a note names the number of such answers.
     """
     text = prediction.translate(_SEPARATORS).strip()
     plain = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES).strip("() ")
@@ -161,14 +144,14 @@ def _letter_of_text(prediction: str, options: Options) -> str | None:
 
 
 def _forms(letter: str, text: str, padded: str) -> list[tuple[int, int, str]]:
-    """List the forms in which a letter occurs as (priority, place, letter)."""
+    """The forms in which a letter occurs, as (priority, position, letter)."""
     written = {6: f"({letter})", 5: f"{letter}.", 4: f"{letter}:", 3: f"{letter})", 2: f"{letter} "}
     found = [(priority, padded.rfind(form), letter) for priority, form in written.items() if form in padded]
     for phrase in _PHRASES:
         start = padded.lower().find(phrase)
-        place = padded.find(letter, start + len(phrase)) if start >= 0 else -1
-        if place >= 0:
-            found.append((7, place, letter))
+        position = padded.find(letter, start + len(phrase)) if start >= 0 else -1
+        if position >= 0:
+            found.append((7, position, letter))
     if text.startswith(letter) and not text[1:2].isalpha():
         found.append((10, 0, letter))
     if text.endswith(letter) and not text[-2:-1].isalpha():

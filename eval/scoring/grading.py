@@ -56,12 +56,7 @@ Grades = dict[str, dict[str, Any]]
 
 
 def grading_prompt(sample: Sample, prediction: str) -> str:
-    """Word the question to the judge: instruction, table with worked cases, and the open row.
-
-    Args:
-        sample: the question with its ground truth.
-        prediction: the answer to grade, put in as it is.
-    """
+    """The question to the judge: instruction, table with worked cases, and the open row."""
     rows = [HEADER, ("---",) * len(HEADER), *WORKED_CASES]
     table = "\n".join(" | ".join(row) for row in rows)
     truth = sample.fields["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
@@ -69,7 +64,7 @@ def grading_prompt(sample: Sample, prediction: str) -> str:
 
 
 def parse_grade(reply: str) -> float | None:
-    """Read a grade: the text before the first space as a number in [0, 1], or None."""
+    """The text before the first space as a number in [0, 1]; None if it is none."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -78,18 +73,10 @@ def parse_grade(reply: str) -> float | None:
 
 
 def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, str]:
-    """Ask for one grade, again with more temperature while the reply is none, and give 0.0 in the end.
-
-    Args:
-        sample: the question.
-        prediction: the answer.
-        judge: whom to ask.
-
-    Returns:
-        The grade and the reply it was read from.
+    """One grade and the reply it was read from; asks again with more temperature, and gives 0.0 in the end.
 
     Raises:
-        JudgeUnavailable: if the endpoint fails; that is no grade.
+        JudgeUnavailable: the endpoint fails; that is no grade.
     """
     prompt, reply = grading_prompt(sample, prediction), ""
     for number, temperature in enumerate(TEMPERATURES):
@@ -101,20 +88,16 @@ def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, st
 
 
 def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, path: Path) -> Grades:
-    """Let the judge grade every answer ``judge.runs`` times, run after run, saving each grade as it comes.
+    """Let the judge grade every answer ``judge.runs`` times, run after run.
 
-    Args:
-        samples: the questions.
-        answers: text by id.
-        judge: whom to ask.
-        path: the grade file, in the official form; what it holds is not asked again.
+    Each grade is saved at once to the grade file ``path``, in the official form; saved grades are not asked for again.
 
     Returns:
-        What the grade file holds.
+        The contents of the grade file.
 
     Raises:
-        UserError: if the file holds grades of other answers.
-        JudgeUnavailable: if the endpoint fails; the grades so far are kept.
+        UserError: the file has grades of other answers.
+        JudgeUnavailable: the endpoint fails; the grades so far are kept.
     """
     asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}
     saved = read_replies(path, asked)

@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 from eval.errors import JudgeUnavailable
 from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import read_json
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
 LONGEST_REPLY = 10_000_000
-# After so many questions in a row without a reply the endpoint counts as down.
+# The endpoint counts as down after this number of questions in a row without a reply.
 DOWN_AFTER = 3
-# Statuses that a later request may not meet: time-outs, too many requests and faults of the server.
+# HTTP statuses after which a request is repeated: time-outs, too many requests and faults of the server.
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 
 Item = TypeVar("Item")
@@ -43,11 +44,7 @@ Result = TypeVar("Result")
 
 
 class _TryAgain(Exception):
-    """A request failed in a way that may pass.
-
-    Attributes:
-        pause: seconds that the endpoint asked to wait, if it did.
-    """
+    """A request failed in a way that may pass; `pause` is the seconds that the endpoint asked to wait, if it did."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -64,7 +61,7 @@ class Judge:
 
     Attributes:
         url: base URL, such as ``http://localhost:8000/v1``.
-        folder: where grades are kept, so that grading can go on after a break.
+        folder: where grades are kept, so that an interrupted grading can continue.
         label: name of what is graded, for the names of files there.
         model: the model's name at that address.
         runs: how often each answer is graded.
@@ -73,7 +70,7 @@ class Judge:
         concurrency: requests under way at once.
         budget: most requests to send, repeated ones included; None for no limit.
         dry_run: show what would be asked and send nothing.
-        backoff: seconds of the first pause, doubled from time to time.
+        backoff: seconds of the first pause; each further one may be twice as long.
         sent: requests sent so far, or shown in a dry run.
     """
 
@@ -112,19 +109,14 @@ class Judge:
         self._stop = threading.Event()
 
     def describe(self) -> dict[str, Any]:
-        """Say who graded."""
+        """Who graded, for `results.json`."""
         return {"model": self.model, "url": self.url, "runs": self.runs}
 
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
-        """Put one user message and return the reply's text.
-
-        Args:
-            prompt: the message.
-            temperature: sampling temperature.
-            max_tokens: length limit of the reply.
+        """The text of the reply to one user message.
 
         Raises:
-            JudgeUnavailable: if no chat completion came back after all retries, or the budget is used up.
+            JudgeUnavailable: no chat completion came back after all retries, or the budget is used up.
         """
         body = {
             "model": self.model,
@@ -149,15 +141,11 @@ class Judge:
             raise JudgeUnavailable(f"judge at {self.url}: {reason} after {self.retries} retries.") from None
 
     def map(self, ask: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """Ask about many things at once and yield what is known as soon as it is.
-
-        Args:
-            ask: asks the judge about one item, through ``ask``.
-            items: what to ask about.
+        """Call `ask` for many items at once, and yield each item with its result as soon as it is there.
 
         Raises:
-            JudgeUnavailable: if an item got no reply; raised after everything that did get one has been yielded. Items
-                are given up early once several in a row got none.
+            JudgeUnavailable: an item got no reply; raised after the other results. After `DOWN_AFTER` such items in a
+                row the rest is not asked.
         """
         failed: list[JudgeUnavailable] = []
         in_a_row = 0
@@ -190,11 +178,7 @@ class Judge:
             raise failed[0]
 
     def file(self, kind: str) -> Path:
-        """Name the file that keeps this judge's replies, as MM-Vet's official grader does.
-
-        Args:
-            kind: what the replies are.
-        """
+        """The file of this judge's replies of a kind, named as by MM-Vet's official grader."""
         model = re.sub(r"[^\w.-]+", "-", self.model)
         return self.folder / f"{self.label}_{model}-{kind}.json"
 
@@ -236,7 +220,7 @@ class Judge:
             if status in _PASSING:
                 raise _TryAgain(f"HTTP {status}", self._asked_pause(response.headers.get("retry-after", "")))
             if status != 200:
-                # The body of an error may repeat parts of the key, so only its kind is told.
+                # The body of an error may repeat parts of the key, so only the status is shown.
                 raise JudgeUnavailable(f"judge at {self.url}: HTTP {status}.")
             for block in response.iter_bytes():
                 reply += block
@@ -254,16 +238,12 @@ class Judge:
 
 
 def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Read what a judge has said in an earlier run, after checking that it was about the same.
-
-    Args:
-        path: a file of entries by id, each with the hash of what was asked; it need not exist.
-        asked: the question to the judge, by id.
+    """The replies of an earlier run by id, if there are any; `asked` is the question to the judge by id.
 
     Raises:
-        UserError: if it holds replies about other answers.
+        UserError: the file has replies about other answers.
     """
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    entries = read_json(path) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
     if stale:
         raise UserError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
@@ -271,16 +251,12 @@ def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, An
 
 
 def digest(question: str) -> str:
-    """Hash a question, to know it again."""
+    """A hash by which a question is recognised."""
     return hashlib.sha256(question.encode()).hexdigest()
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Read a Retry-After header (RFC 9110): seconds or a date; None where it is neither.
-
-    Args:
-        header: the header's value.
-    """
+    """The seconds of a Retry-After header (RFC 9110), given as seconds or as a date; None where it is neither."""
     try:
         return max(0.0, float(header))
     except ValueError:
@@ -292,11 +268,11 @@ def parse_retry_after(header: str) -> float | None:
 
 
 def _content(reply: bytes) -> str:
-    """Take the text out of a chat completion."""
+    """The text of a chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
+        if content is None or isinstance(content, str):
+            return content or ""
     except (ValueError, LookupError, TypeError):
-        raise _TryAgain("replies that are no chat completions") from None
-    if content is not None and not isinstance(content, str):
-        raise _TryAgain("replies that are no chat completions")
-    return content or ""
+        pass
+    raise _TryAgain("replies that are no chat completions")

@@ -16,7 +16,7 @@ def bars(path: Path, models: Sequence[str], scores: Scores) -> None:
 
     Args:
         path: the PNG file.
-        models: the models' names.
+        models: their names.
         scores: benchmark -> score of each model from 0 to 100, None where there is none.
     """
     width = 0.8 / len(models)
@@ -38,7 +38,7 @@ def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
 
     Args:
         path: the PNG file.
-        models: the models' names.
+        models: their names.
         scores: part -> score of each model from 0 to 100; at least three parts, none of them None.
     """
     if len(scores) < FEWEST_AXES:

@@ -29,7 +29,7 @@ class Answer:
     """One model's answer to a question.
 
     Attributes:
-        model: number of the model on its page.
+        model: number of the model on the page.
         verdict: "right", "wrong", "partly" or "unscored".
         value: the verdict as it is shown, a grade where it is partly right.
         texts: the answer, or one for each row that asks the question.
@@ -46,11 +46,9 @@ class Question:
     """A question as a page shows it.
 
     Attributes:
-        id: its id.
-        prompts: what the models were asked; one for each row that asks it.
+        prompts: what the models were asked, one for each row that asks it.
         golds: the right answers, if the file has them.
-        images: file names below the page.
-        answers: the models' answers.
+        images: file names relative to the page.
     """
 
     id: str
@@ -70,7 +68,7 @@ def write_pages(
     """Write ``index.html``, a page for each benchmark, and the images that they show.
 
     Args:
-        folder: where to.
+        folder: of the pages; the charts are there already.
         benchmarks: the results of each benchmark.
         table: the scores as text, header first.
         facts: where each score comes from.
@@ -94,16 +92,7 @@ def write_pages(
 
 
 def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: Path) -> tuple[list[Question], str]:
-    """Bring the answers of all models together, question by question.
-
-    Args:
-        benchmark: what was asked.
-        results: one for each model.
-        folder: where images go.
-
-    Returns:
-        The questions in the order of the file, and what the page must say about images.
-    """
+    """The questions in the order of the file, with the answers of all models, and a note about missing images."""
     questions: dict[str, Question] = {}
     for number, result in enumerate(results):
         for row in result.answers():

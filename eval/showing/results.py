@@ -1,4 +1,4 @@
-"""Finished evaluations as they lie on disk."""
+"""Finished evaluations on disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ class Result:
     """What a run has left in its folder.
 
     Attributes:
-        folder: where it lies.
         facts: ``results.json``: the score and everything that it was made from.
         values: right or wrong (or a grade from 0 to 1) by the question's id; empty where nothing was scored.
     """
@@ -26,13 +25,10 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """Read a result.
-
-        Args:
-            path: the folder, or its ``results.json``.
+        """Read the result in a folder, which may be given as its ``results.json``.
 
         Raises:
-            UserError: if there is none, or a file is damaged.
+            UserError: there is none, or a file is damaged.
         """
         folder = path.parent if path.name == "results.json" else path
         facts, values = (_read(folder / name) for name in ("results.json", "per_sample.json"))
@@ -52,18 +48,15 @@ class Result:
         return self.facts["model"]["name"]
 
     def answers(self) -> list[Row]:
-        """Read the answers, each with its question, in the order of the benchmark file."""
+        """The answers, each with its question, in the order of the benchmark file."""
         return read_rows(self.folder / "answers.jsonl")
 
 
 def find_results(places: Sequence[Path]) -> list[Result]:
-    """Read all results in some folders and below, sorted by benchmark and model.
-
-    Args:
-        places: folders.
+    """All results in the folders and below, sorted by benchmark and model.
 
     Raises:
-        UserError: if there are none, or two of one benchmark and model.
+        UserError: there are none, or two of one benchmark and model.
     """
     files = sorted({path for place in places for path in place.rglob("results.json")})
     found = sorted((Result.load(path) for path in files), key=lambda result: (result.benchmark, result.model))

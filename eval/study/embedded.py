@@ -1,4 +1,4 @@
-"""Writes docs/embedded.md from what `scripts/compare_embedded.sh` left behind."""
+"""Writes docs/embedded.md from the runs and results of `scripts/compare_embedded.sh`."""
 
 from __future__ import annotations
 
