@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console, run_app
+from llava_skip_base.console import make_app, make_table, output_console, print_next, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
@@ -188,9 +188,7 @@ def run(
         method = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED}
         with writing(json):
             write_json(json, {**asdict(found), "method": method, "results": named})
-    console.print(
-        "next: llava-skip overview shows the questions that only one of the two answers right.", highlight=False
-    )
+    print_next("llava-skip overview shows the questions that only one of the two answers right")
 
 
 app = make_app(run)

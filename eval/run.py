@@ -31,7 +31,7 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error, run_app
+from llava_skip_base.console import make_app, output_console, print_error, print_next, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
@@ -184,10 +184,15 @@ def run(
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
     finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+    folder = output / FOLDER
     if finished:
-        folder = output / FOLDER
         print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
-    raise typer.Exit(conclude(runs, outcomes, console))
+    code = conclude(runs, outcomes, console)
+    if finished:
+        print_next(
+            f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
+        )
+    raise typer.Exit(code)
 
 
 app = make_app(run)

@@ -30,7 +30,7 @@ from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip_base.console import make_app, output_console, run_app
+from llava_skip_base.console import make_app, output_console, print_next, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
 from llava_skip_base.files import read_json, write_json, writing
@@ -160,6 +160,11 @@ def run(
     console = output_console()
     console.print(score_table(f"{chosen.name}: {predictions.name}", score))
     print_outcome("", score, output, console)
+    print_next(
+        "llava-skip eval evaluates a model and shows every question"
+        if score.status == "scored"
+        else "give what the notes ask for, and run it again"
+    )
     raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)
 
 
