@@ -29,7 +29,7 @@ TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", 
 
 
 class RoughServer:
-    """Grades by a hash of the prompt, but meets the first requests for each prompt with trouble, in turn.
+    """Grades by a hash of the prompt, but the first requests for each prompt fail, each in another way.
 
     Attributes:
         troubles: what to do before a prompt is answered well; a prompt starts at a place that its hash says.
@@ -164,7 +164,7 @@ def judge_at(server: RoughServer, folder: Path, **options: Any) -> Judge:
     return Judge(server.url, folder, "tiny", "judge", **settings)
 
 
-def test_trouble_of_every_kind_changes_nothing(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_failures_of_every_kind_change_nothing(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     samples, answers = samples_and_answers(44)
     smooth, bumpy = rough(), rough(*TROUBLES, times=1)
     expected = MMVet().score(samples, answers, judge_at(smooth, tmp_path / "smooth", concurrency=16))
@@ -174,7 +174,7 @@ def test_trouble_of_every_kind_changes_nothing(rough: Callable[..., RoughServer]
     assert score.scores == expected.scores
     name = "tiny_judge-grade-2runs.json"
     assert (tmp_path / "bumpy" / name).read_text() == (tmp_path / "smooth" / name).read_text()
-    # Whoever was told to wait a second did.
+    # Each request that was asked to wait a second did.
     times: dict[str, list[float]] = {}
     for prompt, start in bumpy.starts:
         times.setdefault(prompt, []).append(start)
@@ -191,7 +191,7 @@ def test_requests_run_at_once_up_to_the_limit(rough: Callable[..., RoughServer],
 
 
 @pytest.mark.parametrize("trouble", ["down", "refuse"])
-def test_permanent_outage_stops_soon_and_goes_on_later(
+def test_permanent_outage_stops_soon_and_continues_later(
     rough: Callable[..., RoughServer], tmp_path: Path, trouble: str
 ) -> None:
     samples, answers = samples_and_answers(60)
@@ -199,14 +199,12 @@ def test_permanent_outage_stops_soon_and_goes_on_later(
     score = MMVet().score(samples, answers, judge_at(server, tmp_path, retries=2))
     assert (score.status, score.score, score.scores) == ("incomplete", None, {})
     assert score.counts["grades"] == 0
-    assert len(server.starts) < 60  # most questions were never put
+    assert len(server.starts) < 60  # most questions were never asked
     again = MMVet().score(samples, answers, judge_at(rough(), tmp_path))
     assert again.status == "scored"
 
 
-def test_one_question_that_gets_no_reply_does_not_keep_others_from_theirs(
-    rough: Callable[..., RoughServer], tmp_path: Path
-) -> None:
+def test_a_question_without_a_reply_does_not_stop_the_others(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     samples, answers = samples_and_answers(8)
     server = rough("down", times=10**6)
     server.serve = lambda handler, request: (  # type: ignore[method-assign]
@@ -269,7 +267,7 @@ def test_outage_fails_the_command_and_the_key_is_nowhere(rough: Callable[..., Ro
     assert "secret" not in done.stdout + done.stderr + written + " ".join(words)
 
 
-def test_killed_grading_goes_on_without_asking_twice(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_killed_grading_continues_without_asking_twice(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     server = rough(pause=0.1)
     words, environment = command(tmp_path, server, "--judge-concurrency", "2")
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -302,7 +300,7 @@ def test_retry_after_as_a_date() -> None:
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 -0000") is None
 
 
-def test_a_pause_beyond_reason_is_an_outage(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_too_long_a_pause_is_an_outage(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     server = rough("429", times=10**6)
     server.send = lambda handler, status, body, headers=None: RoughServer.send(  # type: ignore[method-assign]
         server, handler, status, body, {"Retry-After": "86400"}
