@@ -1,6 +1,6 @@
 """Compare two results of one benchmark: ``python -m eval.compare results/mmstar/A results/mmstar/B``.
 
-Says how far apart they are, how sure that is, and whether it could be noise of the choice of questions.
+Says how far apart they are, how sure that is, and whether the choice of questions alone could explain it.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
@@ -26,7 +26,13 @@ DRAWN_AT_ONCE = 10_000_000
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over questions, in percent, and its bootstrap confidence interval from `low` to `high`."""
+    """A mean over questions, in percent.
+
+    Attributes:
+        value: the mean.
+        low: lower end of its bootstrap confidence interval.
+        high: upper end.
+    """
 
     value: float
     low: float
@@ -42,10 +48,12 @@ class Comparison:
 
     Attributes:
         questions: their number.
+        a: the first model's mean.
+        b: the second one's.
         difference: b - a, question by question.
-        only_a: number of questions that the first model answers better.
-        only_b: number of questions that the second one answers better.
-        test: name of the paired test.
+        only_a: questions that the first answers better.
+        only_b: questions that the second answers better.
+        test: the paired test.
         p: probability of a difference this large if the models were equally good.
         within_noise: whether p is above 1 - the confidence level.
     """
@@ -65,7 +73,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
     """Compare the values of two models on the same questions.
 
     Intervals are percentiles of 10,000 seeded bootstrap resamples of the questions. The test is McNemar's exact one
-    where every value is right or wrong, else a paired permutation test on the mean difference.
+    if every value is right or wrong, else a paired permutation test on the mean difference.
 
     Args:
         a: right or wrong (bool), or grades from 0 to 1 (float), of the first model [questions].
@@ -117,10 +125,10 @@ def _permutation(difference: np.ndarray) -> float:
 
 
 def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
-    """The values of two results on the same questions.
+    """Pair the values of two results, after checking that they can be compared.
 
     Raises:
-        UserError: they differ in more than the model.
+        UserError: if they differ in more than the model.
     """
     for result in (a, b):
         if result.facts["status"] != "scored" or not result.values:
@@ -131,11 +139,13 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
             f"{a.folder} and {b.folder} differ in more than the model ({'; '.join(different)}), so their scores cannot "
             "be compared; evaluate both alike."
         )
-    if unpaired := sorted(a.values.keys() ^ b.values.keys()):
+    lonely = sorted(a.values.keys() ^ b.values.keys())
+    if lonely:
         raise UserError(
-            f"{first_few(unpaired)} questions are in one of the results only (a --limit?); evaluate both alike."
+            f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
-    return np.array(list(a.values.values())), np.array([b.values[id_] for id_ in a.values])
+    ids = list(a.values)
+    return np.array([a.values[id_] for id_ in ids]), np.array([b.values[id_] for id_ in ids])
 
 
 _COMPARED = ("benchmark", "data", "protocol", "rule", "max_new_tokens", "judge")
@@ -148,7 +158,7 @@ def _key(result: Result) -> tuple[object, ...]:
 
 
 def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
-    """A comparison for the terminal."""
+    """The comparison for the terminal."""
     headings = ("", "score", f"mean of questions, {CONFIDENCE:.0%} interval")
     models = (("A", a, found.a), ("B", b, found.b))
     rows = [(f"{name}: {result.model}", f"{result.facts['score']:.1f}", mean) for name, result, mean in models]
@@ -188,7 +198,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

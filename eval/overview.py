@@ -4,7 +4,7 @@ A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, an
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
 
@@ -27,7 +27,8 @@ class Overview:
     """Results as a table: a row for each benchmark, a column for each model.
 
     Attributes:
-        models: the models' names, sorted.
+        results: what is shown.
+        models: the models' names.
         benchmarks: the benchmarks' names, in the order of the command line's list.
     """
 
@@ -40,41 +41,50 @@ class Overview:
         self._by = {(result.benchmark, result.model): result for result in results}
 
     def of(self, benchmark: str) -> list[Result]:
-        """The results of a benchmark, in the order of the models."""
+        """Return the results of a benchmark, in the order of the models."""
         return [self._by[benchmark, model] for model in self.models if (benchmark, model) in self._by]
 
     def cells(self) -> list[list[str]]:
-        """The table as text, its header first."""
-        scores = self.values(lambda result: result.facts["score"])
-        rows = [[name, *("-" if v is None else f"{v:.1f}" for v in values)] for name, values in scores.items()]
-        return [["benchmark", *self.models], *rows]
+        """Write the table as text, its header first."""
+        rows = [["benchmark", *self.models]]
+        for benchmark in self.benchmarks:
+            scores = {result.model: result.facts["score"] for result in self.of(benchmark)}
+            shown = [scores.get(model) for model in self.models]
+            rows.append([benchmark, *("-" if score is None else f"{score:.1f}" for score in shown)])
+        return rows
 
-    def values(self, of: Callable[[Result], float | None]) -> dict[str, list[float | None]]:
-        """Benchmark -> a value of each model's result, None where there is no result."""
-        return {
-            name: [of(self._by[name, model]) if (name, model) in self._by else None for model in self.models]
-            for name in self.benchmarks
-        }
+    def percents(self) -> dict[str, list[float | None]]:
+        """Return each benchmark's score of each model as a chart can show it, from 0 to 100."""
+        percents = {}
+        for benchmark in self.benchmarks:
+            found = {result.model: percent(result) for result in self.of(benchmark)}
+            percents[benchmark] = [found.get(model) for model in self.models]
+        return percents
 
     def facts(self) -> list[dict[str, Any]]:
-        """Where the number of each result comes from."""
+        """Say of each result where its number comes from."""
         return [
             {
                 "benchmark": result.benchmark,
                 "model": result.model,
                 "preset": result.facts["model"].get("preset"),
                 "model_sha256": result.facts["model"].get("sha256"),
-                **{name: result.facts[name] for name in ("score", "status")},
+                "score": result.facts["score"],
+                "status": result.facts["status"],
                 "questions": len(result.values),
-                **{name: result.facts[name] for name in ("protocol", "rule", "data")},
-                **{name: result.facts.get(name) for name in ("generation", "judge", "versions")},
+                "protocol": result.facts["protocol"],
+                "rule": result.facts["rule"],
+                "data": result.facts["data"],
+                "generation": result.facts.get("generation"),
+                "judge": result.facts.get("judge"),
+                "versions": result.facts.get("versions"),
             }
             for result in self.results
         ]
 
 
 def percent(result: Result) -> float | None:
-    """A headline score of 0 to 100; where it is a sum of another size (MME), the percentage of right answers."""
+    """Return a headline score of 0 to 100; for a sum with another maximum (MME), the share of right answers."""
     score = result.facts["score"]
     if score is None or result.facts.get("full_score", 100.0) == 100.0:
         return score
@@ -82,9 +92,10 @@ def percent(result: Result) -> float | None:
 
 
 def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
-    """Category of one benchmark's file -> percent of each result.
+    """Average the questions of each category of a benchmark file, for models that answered the same file.
 
-    Empty where the files differ, or where there are no categories, or too many or too few for a radar.
+    Returns:
+        Category -> percent of each result; empty if there are no categories, or too many or too few for a radar chart.
     """
     if any(not result.values for result in results) or len({r.facts["data"]["sha256"] for r in results}) > 1:
         return {}
@@ -101,8 +112,8 @@ def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
 
 
 def write_charts(folder: Path, overview: Overview) -> list[str]:
-    """Draw the charts that the results allow; the names of the files."""
-    scores = overview.values(percent)
+    """Draw the charts that the results allow, and return the names of their files."""
+    scores = overview.percents()
     bars(folder / "bars.png", overview.models, scores)
     names = ["bars.png"]
     complete = {name: values for name, values in scores.items() if None not in values}
@@ -119,7 +130,7 @@ def write_charts(folder: Path, overview: Overview) -> list[str]:
 
 
 def markdown(overview: Overview, charts: Sequence[str]) -> str:
-    """The overview as Markdown: scores, charts, and where each number comes from."""
+    """Write the overview as Markdown: scores, charts, and where each number comes from."""
     lines = ["# Results", "", *_markdown_table(overview.cells()), ""]
     lines += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
     header = ["benchmark", "model", "preset", "status", "questions", "protocol", "rule", "data"]
@@ -135,7 +146,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_overview(results: Sequence[Result], folder: Path) -> Overview:
-    """Write Markdown, JSON, charts and pages."""
+    """Write Markdown, JSON, charts and pages, and return the overview, to be printed."""
     overview = Overview(results)
     charts = write_charts(folder, overview)
     write_text(folder / "overview.md", markdown(overview, charts))
@@ -146,7 +157,7 @@ def write_overview(results: Sequence[Result], folder: Path) -> Overview:
 
 
 def print_overview(overview: Overview, folder: Path, console: Console) -> None:
-    """Print the table of scores and where the pages are."""
+    """Show the table of scores, and the page with the rest."""
     header, *rows = overview.cells()
     console.print(make_table("scores", header, rows, right=len(header) - 1))
     console.print(f"questions, answers and charts in {folder / 'index.html'}", markup=False, soft_wrap=True)
@@ -156,7 +167,7 @@ def run(
     places: Annotated[list[Path] | None, typer.Argument(help="Folders that hold results; results by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to; the first folder's overview/ by default.")] = None,
 ) -> None:
-    """Show all results below some folders side by side."""
+    """Show all results in folders and below them side by side."""
     places = [place.expanduser() for place in places or [Path(shown(results()))]]
     folder = output or places[0] / FOLDER
     found = find_results(places)
@@ -170,7 +181,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,27 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import options
 from eval.answering.answers import AnswerLog
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
+from eval.options import (
+    JudgeBudget,
+    JudgeConcurrency,
+    JudgeDryRun,
+    JudgeModel,
+    JudgeRuns,
+    JudgeTimeout,
+    JudgeUrl,
+    make_judge,
+    print_outcome,
+)
 from eval.overview import FOLDER, print_overview, write_overview
 from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error
+from llava_skip_base.console import make_app, output_console, print_error, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
@@ -38,9 +48,9 @@ def answer_all(
     numerics: "Numerics",
     finished: Callable[[int], None],
 ) -> None:
-    """Answer what the logs lack, all runs from one queue, so that no process waits while there is work.
+    """Answer what the logs do not hold yet, all runs from one queue, so that no process waits while there is work.
 
-    `finished` is called with the number of each run whose answers are all there.
+    `finished` is called with the number of each run whose answers are complete.
     """
     jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
     left = [len(own) for own in jobs]
@@ -61,7 +71,7 @@ def answer_all(
 
 
 def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
-    """Score a run that has all its answers, and write its files."""
+    """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
     write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
@@ -78,9 +88,17 @@ def evaluate(
     numerics: "Numerics",
     console: Console,
 ) -> list[Score | UserError]:
-    """Answer and score; a run that cannot be scored does not stop the others. The outcome of each run.
+    """Answer and score; a run that cannot be scored does not stop the others.
 
-    Without `processes`, there is one for each GPU, or one.
+    Args:
+        runs: the evaluations.
+        judges: of each run.
+        processes: that answer; None for one for each GPU, or one without a GPU.
+        numerics: number format and attention of the models.
+        console: for the tables.
+
+    Returns:
+        The outcome of each run.
     """
     import torch
 
@@ -110,9 +128,10 @@ def evaluate(
 
 
 def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
-    """Print what a reader must know about each number and where it is; the exit code.
+    """Print what a reader must know about each score, and the path of its result.
 
-    Answers without a judge or gold are a finished run: they can be scored elsewhere.
+    Returns:
+        The exit code. Answers without a judge or gold are a finished run: they can be scored elsewhere.
     """
     code = 0
     for run, outcome in zip(runs, outcomes, strict=True):
@@ -121,7 +140,7 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console
             print_error(f"{name}{outcome}")
             code = USER_ERROR
             continue
-        options.print_outcome(name, outcome, run.folder / "results.json", console)
+        print_outcome(name, outcome, run.folder / "results.json", console)
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
@@ -144,15 +163,15 @@ def run(
     blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
-    judge_url: options.JudgeUrl = None,
-    judge_model: options.JudgeModel = DEFAULT_JUDGE,
-    judge_runs: options.JudgeRuns = 1,
-    judge_concurrency: options.JudgeConcurrency = 4,
-    judge_timeout: options.JudgeTimeout = 60.0,
-    judge_budget: options.JudgeBudget = None,
-    judge_dry_run: options.JudgeDryRun = False,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = DEFAULT_JUDGE,
+    judge_runs: JudgeRuns = 1,
+    judge_concurrency: JudgeConcurrency = 4,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_budget: JudgeBudget = None,
+    judge_dry_run: JudgeDryRun = False,
 ) -> None:
-    """Answer benchmarks with saved models and score them; after an interruption the same command continues."""
+    """Answer benchmarks with saved models and score them; the same command again continues an interrupted run."""
     console = output_console()
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     limits["dry_run"] = judge_dry_run
@@ -160,7 +179,7 @@ def run(
     output = (output or Path(shown(results()))).expanduser()
     sizes = output, batch_size, max_new_tokens, limit
     runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
-    judges = [options.make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+    judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
@@ -176,7 +195,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,27 @@ from typing import Annotated, Any
 
 import typer
 
-from eval import options
 from eval.benchmark import Benchmark, match
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.mmstar import MMStar, gain_and_leakage
+from eval.options import (
+    JudgeBudget,
+    JudgeConcurrency,
+    JudgeDryRun,
+    JudgeModel,
+    JudgeRuns,
+    JudgeTimeout,
+    JudgeUrl,
+    make_judge,
+    print_outcome,
+)
 from eval.reading.lmms_logs import answers_by_number, plain_rows
 from eval.reading.tables import Row, sha256
 from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip_base.console import make_app, output_console
+from llava_skip_base.console import make_app, output_console, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
 from llava_skip_base.files import read_json, write_json, writing
@@ -34,13 +44,18 @@ def score_file(
     judge: Judge | None,
     submission: Path | None = None,
 ) -> Score:
-    """Score the predictions of one file, or take MM-Vet's grades.
+    """Score the predictions of one file.
 
-    `data` is not needed where the file repeats the benchmark's columns. `submission` names a file to write in the form
-    that the benchmark's server takes.
+    Args:
+        benchmark: its rules are followed.
+        predictions: the prediction file, or MM-Vet's grade file.
+        data: the benchmark file; not needed if the prediction file repeats its columns.
+        allow_missing: count absent predictions as wrong instead of refusing.
+        judge: of answers that have no grades yet.
+        submission: file to write for the benchmark's server.
 
     Raises:
-        UserError: the files do not fit together.
+        UserError: if the files do not fit together.
     """
     rows = plain_rows(benchmark.read_predictions(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
@@ -63,10 +78,10 @@ def score_file(
 
 
 def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list[Sample]:
-    """The questions of a prediction file that repeats them.
+    """Take the questions from a prediction file that repeats them, after checking what can be checked.
 
     Raises:
-        UserError: columns or rows are missing.
+        UserError: if columns or rows are lacking.
     """
     found = {name for row in rows for name in row}
     if found & {*benchmark.answer_columns} == {"answer"} and not found & {"label", "answers", "references"}:
@@ -82,10 +97,10 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
 
 
 def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missing: bool) -> float:
-    """The score of a result file of this command or of ``eval.run``, or of predictions.
+    """Read a score from a result file of this command or of ``eval.run``, or make it from predictions.
 
     Raises:
-        UserError: the result is of another benchmark or rule, or has no score.
+        UserError: if the result is of another benchmark or rule, or holds no score.
     """
     result = json_object(source)
     if result is None or "rule" not in result:
@@ -96,7 +111,7 @@ def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missin
 
 
 def json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None for any other file."""
+    """Read a JSON file that holds one object; None for any other file."""
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
@@ -120,21 +135,21 @@ def run(
     language_model: Annotated[
         Path | None, typer.Option(help="MMStar: result or predictions of the language model it was built on.")
     ] = None,
-    judge_url: options.JudgeUrl = None,
-    judge_model: options.JudgeModel = DEFAULT_JUDGE,
-    judge_runs: options.JudgeRuns = 1,
-    judge_concurrency: options.JudgeConcurrency = 4,
-    judge_timeout: options.JudgeTimeout = 60.0,
-    judge_budget: options.JudgeBudget = None,
-    judge_dry_run: options.JudgeDryRun = False,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = DEFAULT_JUDGE,
+    judge_runs: JudgeRuns = 1,
+    judge_concurrency: JudgeConcurrency = 4,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_budget: JudgeBudget = None,
+    judge_dry_run: JudgeDryRun = False,
 ) -> None:
-    """Score a saved prediction file alone."""
+    """Score a saved prediction file."""
     if output.is_dir():
         raise UserError(f"{output}: is a folder; give --json the name of a file to write.")
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
-    limits["dry_run"] = judge_dry_run
     chosen = get_benchmark(benchmark, rule)
-    judge = options.make_judge(judge_url, judge_model, judge_runs, output.parent, predictions.stem, **limits)
+    name = output.parent, predictions.stem
+    judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
     score = score_file(chosen, predictions, data, allow_missing, judge, submission)
     if without_image or language_model:
         add_gain(chosen, score, without_image, language_model, data, allow_missing)
@@ -144,7 +159,7 @@ def run(
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
     console = output_console()
     console.print(score_table(f"{chosen.name}: {predictions.name}", score))
-    options.print_outcome("", score, output, console)
+    print_outcome("", score, output, console)
     raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)
 
 
@@ -156,10 +171,10 @@ def add_gain(
     data: Path | None,
     allow_missing: bool,
 ) -> None:
-    """Add MMStar's multi-modal gain and leakage to a score.
+    """Add MMStar's multi-modal gain and leakage to `score`, the score of the model with images.
 
     Raises:
-        UserError: the benchmark is another one, or one of the two files is missing.
+        UserError: for another benchmark, or if one of the two files is missing.
     """
     if not isinstance(benchmark, MMStar) or without_image is None or language_model is None or score.score is None:
         raise UserError("gain and leakage are MMStar's: give --without-image and --language-model together.")
@@ -172,7 +187,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

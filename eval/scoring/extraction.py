@@ -1,8 +1,8 @@
 """Which option a free-text answer chose, by the rules that published numbers were made with.
 
-A rule takes the answer and the options and returns a letter, ``"Z"`` where the answer declines to choose, or None where
-the rule cannot tell (a judge may then be asked; without one the answer is wrong). The rules differ by points on the
-same answers, so every score carries the name and version of its rule.
+A rule takes the answer and the text of each option by its capital letter. It returns a letter, ``"Z"`` if the answer
+chooses no option, or None if the rule cannot tell (a judge may then be asked; without one the answer is wrong). The
+rules differ by points on the same answers, so every score holds the name and version of its rule.
 
 Sources: open-compass/VLMEvalKit ``matching_util.py``, EvolvingLMMs-Lab/lmms-eval ``mmbench_evals.py`` and
 ``mcq_extract.py``.
@@ -16,7 +16,6 @@ NO_CHOICE = "Z"
 """The letter of an answer that chose none of the options."""
 
 Options = Mapping[str, str]
-"""Text of each option by its capital letter."""
 
 _API_FAILURE = "Failed to obtain answer via API"
 _REFUSALS = (
@@ -53,7 +52,7 @@ _LOOKALIKES = str.maketrans("АВСЕНІΑΒΕΗΙ", "ABCEHIABEHI")
 
 
 def vlmevalkit(prediction: str, options: Options) -> str | None:
-    """VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text."""
+    """Follow VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text."""
     if _API_FAILURE in prediction:
         return None
     letter = _letter_of_words(prediction, options, _TAIL)
@@ -66,14 +65,14 @@ def vlmevalkit(prediction: str, options: Options) -> str | None:
 
 
 def vlmevalkit_2024(prediction: str, options: Options) -> str | None:
-    """VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text."""
+    """Follow VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text."""
     if _API_FAILURE in prediction:
         return None
     return _letter_of_words(prediction, options) or _letter_of_text(prediction, options)
 
 
 def lmms_eval(prediction: str, options: Options) -> str | None:
-    """lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or one text of options A to D."""
+    """Follow lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or the text of A to D."""
     if _API_FAILURE in prediction:
         return None
     words = prediction.split()
@@ -89,7 +88,10 @@ def lmms_eval(prediction: str, options: Options) -> str | None:
 
 
 def lmms_eval_static(prediction: str, options: Options) -> str | None:
-    """lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind."""
+    """Follow lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind.
+
+    Only the letters of the options matter, not their texts.
+    """
     text = prediction.strip()
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
@@ -118,9 +120,9 @@ VERSIONS = {
 
 
 def is_lookalike(prediction: str) -> bool:
-    """Whether an answer is a single letter that only looks like an option letter, such as Cyrillic "А".
+    """Tell whether an answer is a single letter that only looks like an option letter, such as Cyrillic "А".
 
-    No published rule accepts one, so it counts as no choice; a note names the number of such answers.
+    No published rule accepts one, so it counts as no choice; a reader should know that there are such answers.
     """
     text = prediction.translate(_SEPARATORS).strip()
     plain = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES).strip("() ")
@@ -144,7 +146,7 @@ def _letter_of_text(prediction: str, options: Options) -> str | None:
 
 
 def _forms(letter: str, text: str, padded: str) -> list[tuple[int, int, str]]:
-    """The forms in which a letter occurs, as (priority, position, letter)."""
+    """List the forms in which a letter occurs as (priority, position, letter)."""
     written = {6: f"({letter})", 5: f"{letter}.", 4: f"{letter}:", 3: f"{letter})", 2: f"{letter} "}
     found = [(priority, padded.rfind(form), letter) for priority, form in written.items() if form in padded]
     for phrase in _PHRASES:

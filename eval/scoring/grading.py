@@ -56,7 +56,7 @@ Grades = dict[str, dict[str, Any]]
 
 
 def grading_prompt(sample: Sample, prediction: str) -> str:
-    """The question to the judge: instruction, table with worked cases, and the open row."""
+    """Word the question to the judge: instruction, table with worked cases, and the row to complete."""
     rows = [HEADER, ("---",) * len(HEADER), *WORKED_CASES]
     table = "\n".join(" | ".join(row) for row in rows)
     truth = sample.fields["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
@@ -64,7 +64,7 @@ def grading_prompt(sample: Sample, prediction: str) -> str:
 
 
 def parse_grade(reply: str) -> float | None:
-    """The text before the first space as a number in [0, 1]; None if it is none."""
+    """Read a grade: the text before the first space as a number in [0, 1], or None."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -73,10 +73,13 @@ def parse_grade(reply: str) -> float | None:
 
 
 def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, str]:
-    """One grade and the reply it was read from; asks again with more temperature, and gives 0.0 in the end.
+    """Ask for one grade, again at higher temperatures while the reply is no grade; 0.0 if none is.
+
+    Returns:
+        The grade and the reply it was read from.
 
     Raises:
-        JudgeUnavailable: the endpoint fails; that is no grade.
+        JudgeUnavailable: if the endpoint fails; that is not a grade of 0.
     """
     prompt, reply = grading_prompt(sample, prediction), ""
     for number, temperature in enumerate(TEMPERATURES):
@@ -88,16 +91,20 @@ def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, st
 
 
 def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, path: Path) -> Grades:
-    """Let the judge grade every answer ``judge.runs`` times, run after run.
+    """Let the judge grade every answer ``judge.runs`` times, run after run, saving each grade as it comes.
 
-    Each grade is saved at once to the grade file ``path``, in the official form; saved grades are not asked for again.
+    Args:
+        samples: the questions.
+        answers: text by id.
+        judge: the model that grades.
+        path: the grade file, in the official form; what it holds is not asked again.
 
     Returns:
-        The contents of the grade file.
+        The content of the grade file.
 
     Raises:
-        UserError: the file has grades of other answers.
-        JudgeUnavailable: the endpoint fails; the grades so far are kept.
+        UserError: if the file holds grades of other answers.
+        JudgeUnavailable: if the endpoint fails; the grades so far are kept.
     """
     asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}
     saved = read_replies(path, asked)

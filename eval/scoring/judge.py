@@ -34,17 +34,21 @@ from llava_skip_base.files import read_json
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
 LONGEST_REPLY = 10_000_000
-# The endpoint counts as down after this number of questions in a row without a reply.
+# The endpoint counts as down after this many questions in a row without a reply.
 DOWN_AFTER = 3
-# HTTP statuses after which a request is repeated: time-outs, too many requests and faults of the server.
-_PASSING = {408, 409, 425, 429, *range(500, 600)}
+# Statuses that may be gone at the next request: time-outs, too many requests and errors of the server.
+_TEMPORARY = {408, 409, 425, 429, *range(500, 600)}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class _TryAgain(Exception):
-    """A request failed in a way that may pass; `pause` is the seconds that the endpoint asked to wait, if it did."""
+    """A request failed for a reason that may be temporary.
+
+    Attributes:
+        pause: seconds that the endpoint asked to wait, if it did.
+    """
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -52,12 +56,12 @@ class _TryAgain(Exception):
 
 
 class _NotSent(Exception):
-    """A dry run has shown the request instead of sending it."""
+    """A dry run printed the request instead of sending it."""
 
 
 @dataclass
 class Judge:
-    """A chat model at an OpenAI-compatible address. The key is read from ``OPENAI_API_KEY`` and kept nowhere else.
+    """A chat model at an OpenAI-compatible address. The key is read from ``OPENAI_API_KEY`` and is not stored.
 
     Attributes:
         url: base URL, such as ``http://localhost:8000/v1``.
@@ -67,11 +71,11 @@ class Judge:
         runs: how often each answer is graded.
         retries: how often a failed request is repeated, with growing pauses or those that the endpoint asks for.
         timeout: seconds for one reply, from the request to its last byte.
-        concurrency: requests under way at once.
+        concurrency: requests at the same time.
         budget: most requests to send, repeated ones included; None for no limit.
-        dry_run: show what would be asked and send nothing.
-        backoff: seconds of the first pause; each further one may be twice as long.
-        sent: requests sent so far, or shown in a dry run.
+        dry_run: print the requests and send nothing.
+        backoff: longest first pause in seconds; doubled with each retry, up to 30 s.
+        sent: requests sent so far, or printed in a dry run.
     """
 
     url: str
@@ -109,14 +113,19 @@ class Judge:
         self._stop = threading.Event()
 
     def describe(self) -> dict[str, Any]:
-        """Who graded, for `results.json`."""
+        """The judge's model, address and number of runs, for the result file."""
         return {"model": self.model, "url": self.url, "runs": self.runs}
 
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
-        """The text of the reply to one user message.
+        """Send one user message and return the reply's text.
+
+        Args:
+            prompt: the message.
+            temperature: of sampling.
+            max_tokens: of the reply.
 
         Raises:
-            JudgeUnavailable: no chat completion came back after all retries, or the budget is used up.
+            JudgeUnavailable: if no chat completion came back after all retries, or the budget is used up.
         """
         body = {
             "model": self.model,
@@ -141,15 +150,19 @@ class Judge:
             raise JudgeUnavailable(f"judge at {self.url}: {reason} after {self.retries} retries.") from None
 
     def map(self, ask: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """Call `ask` for many items at once, and yield each item with its result as soon as it is there.
+        """Ask about many items at once and yield each item with its result as soon as that is there.
+
+        Args:
+            ask: asks the judge about one item, through ``ask``.
+            items: in any order.
 
         Raises:
-            JudgeUnavailable: an item got no reply; raised after the other results. After `DOWN_AFTER` such items in a
-                row the rest is not asked.
+            JudgeUnavailable: if an item got no reply; raised after all items with a reply were yielded. The rest is
+                not asked once `DOWN_AFTER` items in a row got none.
         """
         failed: list[JudgeUnavailable] = []
         in_a_row = 0
-        _ = self._client  # made before threads could make two
+        _ = self._client  # made before the threads start, or each could make one
         with (
             ThreadPoolExecutor(1 if self.dry_run else self.concurrency) as pool,
             tqdm(total=len(items), desc=f"judge {self.model}", unit="answer", disable=self.dry_run or None) as progress,
@@ -166,7 +179,7 @@ class Judge:
                         failed.append(error)
                         in_a_row += 1
                         if in_a_row >= DOWN_AFTER:
-                            self._stop.set()  # wakes those that wait for their next attempt, and makes them give up
+                            self._stop.set()  # ends the pauses between attempts, and the attempts
                         continue
                     in_a_row = 0
                     yield jobs[job], result
@@ -178,7 +191,7 @@ class Judge:
             raise failed[0]
 
     def file(self, kind: str) -> Path:
-        """The file of this judge's replies of a kind, named as by MM-Vet's official grader."""
+        """The file of this judge's replies of a `kind`, named as MM-Vet's official grader does."""
         model = re.sub(r"[^\w.-]+", "-", self.model)
         return self.folder / f"{self.label}_{model}-{kind}.json"
 
@@ -217,10 +230,10 @@ class Judge:
         reply = b""
         with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
             status = response.status_code
-            if status in _PASSING:
+            if status in _TEMPORARY:
                 raise _TryAgain(f"HTTP {status}", self._asked_pause(response.headers.get("retry-after", "")))
             if status != 200:
-                # The body of an error may repeat parts of the key, so only the status is shown.
+                # The body of an error may repeat parts of the key, so only the status is reported.
                 raise JudgeUnavailable(f"judge at {self.url}: HTTP {status}.")
             for block in response.iter_bytes():
                 reply += block
@@ -238,10 +251,14 @@ class Judge:
 
 
 def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The replies of an earlier run by id, if there are any; `asked` is the question to the judge by id.
+    """Read the replies of an earlier run, after checking that they are about the same answers.
+
+    Args:
+        path: a file of entries by id, each with the hash of what was asked; it need not exist.
+        asked: the question to the judge, by id.
 
     Raises:
-        UserError: the file has replies about other answers.
+        UserError: if it holds replies about other answers, or is no JSON.
     """
     entries = read_json(path) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
@@ -251,12 +268,12 @@ def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, An
 
 
 def digest(question: str) -> str:
-    """A hash by which a question is recognised."""
+    """Hash a question, to recognise it in a later run."""
     return hashlib.sha256(question.encode()).hexdigest()
 
 
 def parse_retry_after(header: str) -> float | None:
-    """The seconds of a Retry-After header (RFC 9110), given as seconds or as a date; None where it is neither."""
+    """Read a Retry-After header (RFC 9110): seconds or a date; None if it is neither."""
     try:
         return max(0.0, float(header))
     except ValueError:
@@ -271,8 +288,8 @@ def _content(reply: bytes) -> str:
     """The text of a chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
-        if content is None or isinstance(content, str):
-            return content or ""
     except (ValueError, LookupError, TypeError):
-        pass
-    raise _TryAgain("replies that are no chat completions")
+        raise _TryAgain("replies that are no chat completions") from None
+    if content is not None and not isinstance(content, str):
+        raise _TryAgain("replies that are no chat completions")
+    return content or ""

@@ -15,7 +15,7 @@ _NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Words that get an apostrophe, as "word:with apostrophe"; only what differs from a regular negation is spelt out.
+# Words that get an apostrophe, as "word:with apostrophe"; regular negations follow from the verbs.
 _NEGATIONS = "ai are ca could did does do had has have is might must need ought sha should was were wo would".split()
 _CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
     pair.split(":")
@@ -41,13 +41,13 @@ _CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
 
 
 def normalise_answer(text: str) -> str:
-    """The form in which VQA answers are compared."""
+    """Bring an answer to the form in which VQA answers are compared."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vlmevalkit_form(text)
 
 
 def vlmevalkit_form(text: str) -> str:
-    """The form in which VLMEvalKit compares VQA answers: without the official first steps."""
+    """Bring an answer to the form in which VLMEvalKit compares VQA answers: without the official first steps."""
     text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -63,7 +63,7 @@ def strip_punctuation(text: str) -> str:
 
 
 def yes_or_no(text: str) -> str | None:
-    """Whether an answer has "yes" or "no" as a word, as VLMEvalKit reads it; None if it has both or none."""
+    """Read "yes" or "no" as VLMEvalKit does: one of them as a word and not the other; else None."""
     words = strip_punctuation(text.lower()).split()
     if ("yes" in words) == ("no" in words):
         return None

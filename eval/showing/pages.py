@@ -29,9 +29,9 @@ class Answer:
     """One model's answer to a question.
 
     Attributes:
-        model: number of the model on the page.
+        model: number of the model on its page.
         verdict: "right", "wrong", "partly" or "unscored".
-        value: the verdict as it is shown, a grade where it is partly right.
+        value: the verdict as it is shown, a grade if it is partly right.
         texts: the answer, or one for each row that asks the question.
     """
 
@@ -46,9 +46,11 @@ class Question:
     """A question as a page shows it.
 
     Attributes:
-        prompts: what the models were asked, one for each row that asks it.
+        id: its id.
+        prompts: what the models were asked; one for each row that asks it.
         golds: the right answers, if the file has them.
-        images: file names relative to the page.
+        images: file names below the page.
+        answers: the models' answers.
     """
 
     id: str
@@ -68,10 +70,10 @@ def write_pages(
     """Write ``index.html``, a page for each benchmark, and the images that they show.
 
     Args:
-        folder: of the pages; the charts are there already.
+        folder: of the pages.
         benchmarks: the results of each benchmark.
         table: the scores as text, header first.
-        facts: where each score comes from.
+        facts: the origin of each score.
         charts: names of chart files in the folder.
     """
     environment = Environment(
@@ -92,7 +94,11 @@ def write_pages(
 
 
 def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: Path) -> tuple[list[Question], str]:
-    """The questions in the order of the file, with the answers of all models, and a note about missing images."""
+    """Bring the answers of all models together, question by question; write their images to `folder`.
+
+    Returns:
+        The questions in the order of the file, and a note if there are no images.
+    """
     questions: dict[str, Question] = {}
     for number, result in enumerate(results):
         for row in result.answers():
@@ -109,7 +115,7 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
 
 
 def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
-    """Show the images of a benchmark file that is still the one that was answered; else say why there are none."""
+    """Show the images if the benchmark file is still the one that was answered; else say why there are none."""
     data = result.facts["data"]
     path, images = Path(data["path"]), data.get("images")
     if not path.exists() or sha256([path]) != data["sha256"]:

@@ -1,4 +1,4 @@
-"""Finished evaluations on disk."""
+"""The results of finished evaluations, read from their folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from llava_skip_base.files import read_json
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has left in its folder.
+    """The result of one benchmark and model.
 
     Attributes:
-        facts: ``results.json``: the score and everything that it was made from.
-        values: right or wrong (or a grade from 0 to 1) by the question's id; empty where nothing was scored.
+        folder: of the run.
+        facts: ``results.json``: the score and where it comes from.
+        values: right or wrong (or a grade from 0 to 1) by the question's id; empty if nothing was scored.
     """
 
     folder: Path
@@ -25,10 +26,10 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """Read the result in a folder, which may be given as its ``results.json``.
+        """Read a result from its folder or ``results.json``.
 
         Raises:
-            UserError: there is none, or a file is damaged.
+            UserError: if there is none, or a file is damaged.
         """
         folder = path.parent if path.name == "results.json" else path
         facts, values = (_read(folder / name) for name in ("results.json", "per_sample.json"))
@@ -48,15 +49,15 @@ class Result:
         return self.facts["model"]["name"]
 
     def answers(self) -> list[Row]:
-        """The answers, each with its question, in the order of the benchmark file."""
+        """Read the answers, each with its question, in the order of the benchmark file."""
         return read_rows(self.folder / "answers.jsonl")
 
 
 def find_results(places: Sequence[Path]) -> list[Result]:
-    """All results in the folders and below, sorted by benchmark and model.
+    """Read all results in the folders `places` and below, sorted by benchmark and model.
 
     Raises:
-        UserError: there are none, or two of one benchmark and model.
+        UserError: if there are none, or two of one benchmark and model.
     """
     files = sorted({path for place in places for path in place.rglob("results.json")})
     found = sorted((Result.load(path) for path in files), key=lambda result: (result.benchmark, result.model))

@@ -21,7 +21,7 @@ import pytest
 from eval.benchmarks.mmvet import MMVet
 from eval.errors import JudgeUnavailable
 from eval.scoring.grading import REASK
-from eval.scoring.judge import Judge, parse_retry_after
+from eval.scoring.judge import Judge, parse_retry_after, read_replies
 from llava_skip_base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +29,12 @@ TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", 
 
 
 class RoughServer:
-    """Grades by a hash of the prompt, but the first requests for each prompt fail, each in another way.
+    """Grades by a hash of the prompt, but fails the first requests for each prompt, in different ways in turn.
 
     Attributes:
-        troubles: what to do before a prompt is answered well; a prompt starts at a place that its hash says.
+        troubles: how requests fail before a prompt is answered; the hash of a prompt says where in the list it starts.
         asked: how often each prompt came.
-        most: the most requests under way at once.
+        most: the most requests at the same time.
     """
 
     def __init__(self, troubles: tuple[str, ...], times: int = 1, pause: float = 0.0) -> None:
@@ -164,7 +164,7 @@ def judge_at(server: RoughServer, folder: Path, **options: Any) -> Judge:
     return Judge(server.url, folder, "tiny", "judge", **settings)
 
 
-def test_failures_of_every_kind_change_nothing(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_trouble_of_every_kind_changes_nothing(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     samples, answers = samples_and_answers(44)
     smooth, bumpy = rough(), rough(*TROUBLES, times=1)
     expected = MMVet().score(samples, answers, judge_at(smooth, tmp_path / "smooth", concurrency=16))
@@ -174,7 +174,7 @@ def test_failures_of_every_kind_change_nothing(rough: Callable[..., RoughServer]
     assert score.scores == expected.scores
     name = "tiny_judge-grade-2runs.json"
     assert (tmp_path / "bumpy" / name).read_text() == (tmp_path / "smooth" / name).read_text()
-    # Each request that was asked to wait a second did.
+    # Every request that was answered with "Retry-After: 1" was repeated after a second or more.
     times: dict[str, list[float]] = {}
     for prompt, start in bumpy.starts:
         times.setdefault(prompt, []).append(start)
@@ -191,7 +191,7 @@ def test_requests_run_at_once_up_to_the_limit(rough: Callable[..., RoughServer],
 
 
 @pytest.mark.parametrize("trouble", ["down", "refuse"])
-def test_permanent_outage_stops_soon_and_continues_later(
+def test_permanent_outage_stops_soon_and_goes_on_later(
     rough: Callable[..., RoughServer], tmp_path: Path, trouble: str
 ) -> None:
     samples, answers = samples_and_answers(60)
@@ -204,7 +204,9 @@ def test_permanent_outage_stops_soon_and_continues_later(
     assert again.status == "scored"
 
 
-def test_a_question_without_a_reply_does_not_stop_the_others(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_the_other_questions_are_graded_when_one_gets_no_reply(
+    rough: Callable[..., RoughServer], tmp_path: Path
+) -> None:
     samples, answers = samples_and_answers(8)
     server = rough("down", times=10**6)
     server.serve = lambda handler, request: (  # type: ignore[method-assign]
@@ -267,7 +269,7 @@ def test_outage_fails_the_command_and_the_key_is_nowhere(rough: Callable[..., Ro
     assert "secret" not in done.stdout + done.stderr + written + " ".join(words)
 
 
-def test_killed_grading_continues_without_asking_twice(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_killed_grading_goes_on_without_asking_twice(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     server = rough(pause=0.1)
     words, environment = command(tmp_path, server, "--judge-concurrency", "2")
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -288,6 +290,12 @@ def test_killed_grading_continues_without_asking_twice(rough: Callable[..., Roug
     assert grades[0] == grades[1]
 
 
+def test_a_grade_file_that_is_not_json_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "grades.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_replies(tmp_path / "grades.json", {})
+
+
 @pytest.mark.parametrize(("header", "seconds"), [("2", 2.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("", None)])
 def test_retry_after_in_seconds(header: str, seconds: float | None) -> None:
     assert parse_retry_after(header) == seconds
@@ -300,7 +308,7 @@ def test_retry_after_as_a_date() -> None:
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 -0000") is None
 
 
-def test_too_long_a_pause_is_an_outage(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
+def test_a_pause_beyond_reason_is_an_outage(rough: Callable[..., RoughServer], tmp_path: Path) -> None:
     server = rough("429", times=10**6)
     server.send = lambda handler, status, body, headers=None: RoughServer.send(  # type: ignore[method-assign]
         server, handler, status, body, {"Retry-After": "86400"}

@@ -13,8 +13,8 @@ from llava_skip.checkpoints import load_tokenizer, padded_vocabulary
 from llava_skip.processing import find_image_token
 from playground.data.build import ensure_built
 from tests.support.stand_ins import language_model, vision_tower
+from train.arguments import KINDS
 from train.command_line import with_recipe
-from train.launch import KINDS
 from train.recipe.recipes import FOLDER, recipe_names, zero_file
 from train.run import parse
 from train.train import main

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,31 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_text
 from llava_skip_base.paths import checkpoints, embedded_data, shown
 
+RECIPE = "--recipe"
 FOLDER = Path(__file__).parents[1] / "recipes"
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """The words with `_` in the names of arguments: `--vision-tower=x` becomes `--vision_tower=x`."""
+    named = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [name.replace("-", "_").replace("__", "--", 1) + equals + value for name, equals, value in named]
+
+
+def take_option(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The last value of an option, and the other words.
+
+    Raises:
+        UserError: it is given without a value.
+    """
+    value, others, left = None, [], iter(words)
+    for word in left:
+        name, equals, text = word.partition("=")
+        if name != option:
+            others.append(word)
+        elif (value := text if equals else next(left, None)) is None:
+            raise UserError(f"{option} needs a value. --help lists the arguments.")
+    return value, others
 
 
 def recipe_names() -> list[str]:
@@ -35,24 +58,26 @@ def zero_file(name: str) -> str:
     return str(path) if name.isidentifier() and path.is_file() else name
 
 
-def recipe_words(source: str, given: Iterable[str], known: Iterable[str], processes: int | None = None) -> list[str]:
+def recipe_words(
+    source: str, given: Iterable[str], known: Iterable[str] | None = None, processes: int | None = None
+) -> list[str]:
     """A recipe as command line words, without what is overridden.
 
     Args:
         source: a name or a YAML file.
         given: names of the arguments on the command line.
-        known: names of all arguments.
+        known: names of all arguments; None leaves their check to the run.
         processes: of the run; None reads torchrun's WORLD_SIZE.
 
     Raises:
         UserError: there is no such recipe, or it has an unknown key.
     """
     recipe = read_recipe(source)
-    known, given = set(known), set(given)
-    for key in recipe:
-        if key not in known | {"samples_per_step"}:
-            hint = "".join(f" Did you mean {name}?" for name in get_close_matches(key, known, 1))
-            raise UserError(f"The recipe {source} has the unknown key {key!r}.{hint}")
+    given = set(given)
+    names = {*(recipe if known is None else known), "samples_per_step"}
+    if unknown := [key for key in recipe if key not in names]:
+        hint = "".join(f" Did you mean {name}?" for name in get_close_matches(unknown[0], names, 1))
+        raise UserError(f"The recipe {source} has the unknown key {unknown[0]!r}.{hint}")
     if "data" in given:
         given.add("images")  # the folder belongs to the recipe's data
     recipe = {key: value for key, value in recipe.items() if key not in given}

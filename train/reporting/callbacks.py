@@ -74,7 +74,7 @@ def show_no_bars(arguments: RunArguments) -> None:
 
 
 class LogLine(TrainerCallback):
-    """Prints each log entry as one aligned line: step, loss, rate, tokens/s, skipped share, time elapsed and left."""
+    """Prints each log entry as one aligned line: step, loss, rate, tokens/s, skipped share, elapsed and left."""
 
     def __init__(self) -> None:
         self._began = (0, time.monotonic())
