@@ -14,10 +14,7 @@ INCH_PER_GROUP = 1.2
 def bars(path: Path, models: Sequence[str], scores: Scores) -> None:
     """Draw a group of bars for each benchmark, one bar a model.
 
-    Args:
-        path: the PNG file.
-        models: names.
-        scores: benchmark -> score of each model from 0 to 100, None where there is none.
+    `scores` is benchmark -> score of each model from 0 to 100, None where there is none.
     """
     width = 0.8 / len(models)
     with figure(path, (max(5.0, 2 + INCH_PER_GROUP * len(scores)), 4)) as axes:
