@@ -130,10 +130,9 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
             f"{a.folder} and {b.folder} differ in more than the model ({'; '.join(different)}), so their scores cannot "
             "be compared; evaluate both alike."
         )
-    lonely = sorted(a.values.keys() ^ b.values.keys())
-    if lonely:
+    if unpaired := sorted(a.values.keys() ^ b.values.keys()):
         raise UserError(
-            f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
+            f"{first_few(unpaired)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
     ids = list(a.values)
     return np.array([a.values[id_] for id_ in ids]), np.array([b.values[id_] for id_ in ids])

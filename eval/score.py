@@ -87,23 +87,15 @@ def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missin
     Raises:
         UserError: if the result is of another benchmark or rule, or holds no score.
     """
-    result = json_object(source)
-    if result is None or "rule" not in result:
+    try:
+        result = read_json(source) if source.suffix == ".json" else None
+    except UserError:
+        result = None
+    if not isinstance(result, dict) or "rule" not in result:
         result = asdict(score_file(benchmark, source, data, allow_missing, None))
     if result["rule"] != benchmark.rule or result["score"] is None:
         raise UserError(f"{source}: holds {result['score']} by the rule {result['rule']}; needed {benchmark.rule}.")
     return result["score"]
-
-
-def json_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file that holds one object; None for any other file."""
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    try:
-        value = read_json(path)
-    except UserError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def run(
