@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from llava_skip_base.errors import UserError
 from train.arguments import KINDS
-from train.llava_flags import EPILOG, FLAGS, translate
+from train.llava_flags import EPILOG, FLAGS, plain_name, translate
 from train.recipe.recipes import RECIPE, recipe_names, recipe_words, take_option, with_underscores
 
 _RECIPE_HELP = "A recipe, whose arguments all others override: a YAML file, or one of {}."
@@ -69,7 +69,7 @@ def with_recipe(words: Sequence[str], taken: Sequence[str], processes: int | Non
     source, own = take_option(words, RECIPE)
     if source is None:
         return own
-    plain = {flag.name: getattr(flag, "ours", flag.name) for flag in FLAGS}
+    plain = {flag.name: plain_name(flag) for flag in FLAGS}
     names = [word.partition("=")[0].removeprefix("--") for word in own if word.startswith("--")]
     given = [plain.get(name, name) for name in names]
     known = {entry.name for kind in KINDS for entry in fields(kind)}

@@ -95,6 +95,13 @@ FLAGS: tuple[Renamed | Settled | Part | Rate, ...] = (
 """Flags of LLaVA that are not arguments here. A new one needs a row in this table only."""
 
 
+def plain_name(flag: Renamed | Settled | Part | Rate) -> str:
+    """The argument here that a flag of LLaVA sets."""
+    if isinstance(flag, Renamed):
+        return flag.ours
+    return {Part: "train_parts", Rate: "learning_rates"}.get(type(flag), flag.name)
+
+
 def translate(command_line: list[str]) -> list[str]:
     """A command line in which LLaVA's flags are replaced by the arguments that they mean.
 

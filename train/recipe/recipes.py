@@ -82,13 +82,15 @@ def recipe_words(
         given.add("images")  # the folder belongs to the recipe's data
     recipe = {key: value for key, value in recipe.items() if key not in given}
     samples = recipe.pop("samples_per_step", None)
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise UserError(f"The recipe {source} has samples_per_step {samples!r}; it must be a number above 0.")
     if samples and not given & {_BATCH, _ACCUMULATION}:
         recipe |= _batch(samples, recipe.get(_BATCH), processes or int(os.environ.get("WORLD_SIZE", "1")))
     return [word for key, value in recipe.items() for word in (f"--{key}", *_as_words(value))]
 
 
-def read_recipe(source: str) -> dict[str, Any]:
-    """A recipe with those that it is based on.
+def read_recipe(source: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with those that it is based on; `above` are the files that are based on it.
 
     Raises:
         UserError: there is no such recipe, or its file is no mapping.
@@ -97,6 +99,8 @@ def read_recipe(source: str) -> dict[str, Any]:
     path = named if named.is_file() else Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"There is no recipe {source!r}: give a YAML file, or one of {', '.join(recipe_names())}.")
+    if path.resolve() in above:
+        raise UserError(f"The recipe {source} is based on itself.")
     try:
         recipe = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
@@ -104,17 +108,14 @@ def read_recipe(source: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds no recipe: it must map arguments to values.")
     base = recipe.pop("base", None)
-    if base == source:
-        raise UserError(f"The recipe {source} is based on itself.")
-    return (read_recipe(base) if base else {}) | recipe
+    return (read_recipe(base, (*above, path.resolve())) if base else {}) | recipe
 
 
 def _batch(samples: int, largest: int | None, processes: int) -> dict[str, int]:
-    """Samples of a process, at most `largest`, and accumulated batches that make `samples` a step."""
+    """Samples of a process, at most `largest`, and accumulated batches that make about `samples` a step, never more."""
     share = max(1, samples // processes)
-    batch = min(share, largest or share)
-    accumulated = share // batch
-    return {_BATCH: batch} | ({_ACCUMULATION: accumulated} if accumulated > 1 else {})
+    accumulated = -(-share // (largest or share))
+    return {_BATCH: share // accumulated} | ({_ACCUMULATION: accumulated} if accumulated > 1 else {})
 
 
 def _as_words(value: Any) -> list[str]:
