@@ -1,6 +1,6 @@
 """Compare two results of one benchmark: ``python -m eval.compare results/mmstar/A results/mmstar/B``.
 
-Says how far apart they are, how sure that is, and whether it could be noise of the choice of questions.
+Says how far apart they are, how sure that is, and whether the choice of questions alone could explain it.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,14 +13,14 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
-# At most so many drawn values at once, so that a benchmark of any size fits into memory.
+# Most values drawn at once, so that a benchmark of any size fits into memory.
 DRAWN_AT_ONCE = 10_000_000
 
 
@@ -47,7 +47,7 @@ class Comparison:
     """Two models on the same questions.
 
     Attributes:
-        questions: how many.
+        questions: their number.
         a: the first model's mean.
         b: the second one's.
         difference: b - a, question by question.
@@ -73,7 +73,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
     """Compare the values of two models on the same questions.
 
     Intervals are percentiles of 10,000 seeded bootstrap resamples of the questions. The test is McNemar's exact one
-    where every value is right or wrong, else a paired permutation test on the mean difference.
+    if every value is right or wrong, else a paired permutation test on the mean difference.
 
     Args:
         a: right or wrong (bool), or grades from 0 to 1 (float), of the first model [questions].
@@ -125,11 +125,7 @@ def _permutation(difference: np.ndarray) -> float:
 
 
 def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Pair the values of two results, after checking that they can be compared at all.
-
-    Args:
-        a: one result.
-        b: the other.
+    """Pair the values of two results, after checking that they can be compared.
 
     Raises:
         UserError: if they differ in more than the model.
@@ -162,13 +158,7 @@ def _key(result: Result) -> tuple[object, ...]:
 
 
 def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
-    """Lay out a comparison for the terminal.
-
-    Args:
-        a: the first result.
-        b: the second.
-        found: how they compare.
-    """
+    """The comparison for the terminal."""
     headings = ("", "score", f"mean of questions, {CONFIDENCE:.0%} interval")
     models = (("A", a, found.a), ("B", b, found.b))
     rows = [(f"{name}: {result.model}", f"{result.facts['score']:.1f}", mean) for name, result, mean in models]
@@ -208,7 +198,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.console import make_app, make_table, output_console, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
 
@@ -84,11 +84,7 @@ class Overview:
 
 
 def percent(result: Result) -> float | None:
-    """Return a headline score of 0 to 100; where it is a sum of another size (MME), the share of right answers.
-
-    Args:
-        result: what was scored.
-    """
+    """Return a headline score of 0 to 100; for a sum with another maximum (MME), the share of right answers."""
     score = result.facts["score"]
     if score is None or result.facts.get("full_score", 100.0) == 100.0:
         return score
@@ -98,11 +94,8 @@ def percent(result: Result) -> float | None:
 def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
     """Average the questions of each category of a benchmark file, for models that answered the same file.
 
-    Args:
-        results: results of one benchmark.
-
     Returns:
-        Category -> percent of each result; empty where there are no categories, or too many or too few for a radar.
+        Category -> percent of each result; empty if there are no categories, or too many or too few for a radar chart.
     """
     if any(not result.values for result in results) or len({r.facts["data"]["sha256"] for r in results}) > 1:
         return {}
@@ -119,15 +112,7 @@ def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
 
 
 def write_charts(folder: Path, overview: Overview) -> list[str]:
-    """Draw the charts that the results allow.
-
-    Args:
-        folder: where to.
-        overview: the results.
-
-    Returns:
-        The names of the files.
-    """
+    """Draw the charts that the results allow, and return the names of their files."""
     scores = overview.percents()
     bars(folder / "bars.png", overview.models, scores)
     names = ["bars.png"]
@@ -145,12 +130,7 @@ def write_charts(folder: Path, overview: Overview) -> list[str]:
 
 
 def markdown(overview: Overview, charts: Sequence[str]) -> str:
-    """Write the overview as Markdown: scores, charts, and where each number comes from.
-
-    Args:
-        overview: the results.
-        charts: the chart files beside it.
-    """
+    """Write the overview as Markdown: scores, charts, and where each number comes from."""
     lines = ["# Results", "", *_markdown_table(overview.cells()), ""]
     lines += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
     header = ["benchmark", "model", "preset", "status", "questions", "protocol", "rule", "data"]
@@ -166,15 +146,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_overview(results: Sequence[Result], folder: Path) -> Overview:
-    """Write Markdown, JSON, charts and pages.
-
-    Args:
-        results: what to show.
-        folder: where to.
-
-    Returns:
-        The overview, to be printed.
-    """
+    """Write Markdown, JSON, charts and pages, and return the overview, to be printed."""
     overview = Overview(results)
     charts = write_charts(folder, overview)
     write_text(folder / "overview.md", markdown(overview, charts))
@@ -185,13 +157,7 @@ def write_overview(results: Sequence[Result], folder: Path) -> Overview:
 
 
 def print_overview(overview: Overview, folder: Path, console: Console) -> None:
-    """Show the table of scores and where the rest lies.
-
-    Args:
-        overview: the results.
-        folder: where they were written.
-        console: where to print.
-    """
+    """Show the table of scores, and the page with the rest."""
     header, *rows = overview.cells()
     console.print(make_table("scores", header, rows, right=len(header) - 1))
     console.print(f"questions, answers and charts in {folder / 'index.html'}", markup=False, soft_wrap=True)
@@ -201,7 +167,7 @@ def run(
     places: Annotated[list[Path] | None, typer.Argument(help="Folders that hold results; results by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to; the first folder's overview/ by default.")] = None,
 ) -> None:
-    """Show all results below some folders side by side."""
+    """Show all results in folders and below them side by side."""
     places = [place.expanduser() for place in places or [Path(shown(results()))]]
     folder = output or places[0] / FOLDER
     found = find_results(places)
@@ -215,7 +181,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

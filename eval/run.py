@@ -31,7 +31,7 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error
+from llava_skip_base.console import make_app, output_console, print_error, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
@@ -50,12 +50,7 @@ def answer_all(
 ) -> None:
     """Answer what the logs do not hold yet, all runs from one queue, so that no process waits while there is work.
 
-    Args:
-        runs: the evaluations.
-        logs: where the answers of each go.
-        processes: how many processes answer.
-        numerics: how the models compute.
-        finished: called with the number of each run whose answers are all there.
+    `finished` is called with the number of each run whose answers are complete.
     """
     jobs = [run.jobs(number, log) for number, (run, log) in enumerate(zip(runs, logs, strict=True))]
     left = [len(own) for own in jobs]
@@ -76,14 +71,7 @@ def answer_all(
 
 
 def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
-    """Score a run whose answers are all there, and write its files.
-
-    Args:
-        run: the evaluation.
-        log: its answers.
-        judge: who grades, if the benchmark needs it.
-        numerics: how the model computed.
-    """
+    """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
     write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
@@ -100,14 +88,14 @@ def evaluate(
     numerics: "Numerics",
     console: Console,
 ) -> list[Score | UserError]:
-    """Answer and score; a run that cannot be scored does not keep the others from it.
+    """Answer and score; a run that cannot be scored does not stop the others.
 
     Args:
         runs: the evaluations.
-        judges: who grades each.
-        processes: how many processes answer; one for each GPU, or one, if None.
-        numerics: how the models compute.
-        console: where tables go.
+        judges: of each run.
+        processes: that answer; None for one for each GPU, or one without a GPU.
+        numerics: number format and attention of the models.
+        console: for the tables.
 
     Returns:
         The outcome of each run.
@@ -140,12 +128,7 @@ def evaluate(
 
 
 def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
-    """Print what a reader must know about each number and where it lies.
-
-    Args:
-        runs: the evaluations.
-        outcomes: what became of each.
-        console: where to print.
+    """Print what a reader must know about each score, and the path of its result.
 
     Returns:
         The exit code. Answers without a judge or gold are a finished run: they can be scored elsewhere.
@@ -188,7 +171,7 @@ def run(
     judge_budget: JudgeBudget = None,
     judge_dry_run: JudgeDryRun = False,
 ) -> None:
-    """Answer benchmarks with saved models and score them; the same command again goes on after a break."""
+    """Answer benchmarks with saved models and score them; the same command again continues an interrupted run."""
     console = output_console()
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     limits["dry_run"] = judge_dry_run
@@ -212,7 +195,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip_base.console import make_app, output_console
+from llava_skip_base.console import make_app, output_console, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
 from llava_skip_base.files import read_json, write_json, writing
@@ -47,12 +47,12 @@ def score_file(
     """Score the predictions of one file.
 
     Args:
-        benchmark: whose rules to follow.
+        benchmark: its rules are followed.
         predictions: the prediction file, or MM-Vet's grade file.
-        data: the benchmark file; not needed where the prediction file repeats its columns.
+        data: the benchmark file; not needed if the prediction file repeats its columns.
         allow_missing: count absent predictions as wrong instead of refusing.
-        judge: who grades answers that have no grades yet.
-        submission: where to write the answers in the form that the benchmark's server takes.
+        judge: of answers that have no grades yet.
+        submission: file to write for the benchmark's server.
 
     Raises:
         UserError: if the files do not fit together.
@@ -78,12 +78,7 @@ def score_file(
 
 
 def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list[Sample]:
-    """Take the questions from a prediction file that repeats them, as far as it shows to be whole.
-
-    Args:
-        benchmark: whose columns to look for.
-        rows: rows of the prediction file.
-        source: the file, for messages.
+    """Take the questions from a prediction file that repeats them, after checking what can be checked.
 
     Raises:
         UserError: if columns or rows are lacking.
@@ -103,12 +98,6 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
 
 def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missing: bool) -> float:
     """Read a score from a result file of this command or of ``eval.run``, or make it from predictions.
-
-    Args:
-        benchmark: whose rules to follow.
-        source: the result or prediction file.
-        data: the benchmark file.
-        allow_missing: as for ``score_file``.
 
     Raises:
         UserError: if the result is of another benchmark or rule, or holds no score.
@@ -154,7 +143,7 @@ def run(
     judge_budget: JudgeBudget = None,
     judge_dry_run: JudgeDryRun = False,
 ) -> None:
-    """Score a saved prediction file alone."""
+    """Score a saved prediction file."""
     if output.is_dir():
         raise UserError(f"{output}: is a folder; give --json the name of a file to write.")
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
@@ -182,18 +171,10 @@ def add_gain(
     data: Path | None,
     allow_missing: bool,
 ) -> None:
-    """Add MMStar's multi-modal gain and leakage to a score.
-
-    Args:
-        benchmark: must be MMStar.
-        score: that of the model with images; extended.
-        without_image: result or predictions without images.
-        language_model: result or predictions of the bare language model.
-        data: the benchmark file.
-        allow_missing: as for ``score_file``.
+    """Add MMStar's multi-modal gain and leakage to `score`, the score of the model with images.
 
     Raises:
-        UserError: for another benchmark, or if one of the two files is lacking.
+        UserError: for another benchmark, or if one of the two files is missing.
     """
     if not isinstance(benchmark, MMStar) or without_image is None or language_model is None or score.score is None:
         raise UserError("gain and leakage are MMStar's: give --without-image and --language-model together.")
@@ -206,7 +187,7 @@ app = make_app(run)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,18 +72,39 @@ def one_message() -> Iterator[None]:
 
 
 def make_app(function: Callable[..., Any]) -> typer.Typer:
-    """A typer function as a command line: one message for a user's mistake, `--long-option` and `--long_option`."""
+    """A typer function as a command line.
+
+    A user's mistake is one message, `--long-option` and `--long_option` are the same, and `~` in paths is expanded.
+    """
+
+    @wraps(function)
+    def run(**arguments: Any) -> Any:
+        with one_message():
+            return function(**{name: _expanded(value) for name, value in arguments.items()})
+
     options = {"token_normalize_func": lambda name: name.replace("_", "-")}
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=options
     )
-    app.command()(one_message()(function))
+    app.command()(run)
     return app
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_expanded, value))
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def program(function: Callable[..., Any]) -> None:
     """Run a typer function as the program of this process."""
-    make_app(function)()
+    run_app(make_app(function))
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line as the program of this process; `llava-skip NAME` is its name where that started it."""
+    name = sys.argv[0]
+    app(prog_name=name if name.startswith("llava-skip ") else None)
 
 
 @contextmanager

@@ -234,6 +234,8 @@ class RunArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay off: records are encoded as they are read.")
+        if self.enable_jit_checkpoint:
+            raise UserError("--enable_jit_checkpoint must stay off: a run saves a checkpoint at SIGTERM without it.")
 
     @property
     def part_rates(self) -> dict[str, float]:
@@ -257,6 +259,9 @@ def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
         raise UserError(f"--learning_rates has {wrong}; rates must be above 0. A part is frozen by --train_parts.")
     return rates
 
+
+KINDS = (ModelArguments, DataArguments, RunArguments)
+"""The dataclasses of a run's arguments."""
 
 # What may change between a run and its continuation without making it another run.
 _NOT_IDENTITY = (

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_skip_base.console import make_table, one_message, output_console
 from llava_skip_base.files import write_json
+from llava_skip_base.machine import usable_cores
 from train.arguments import ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, RecordSet, load_records
-from train.data.parallel import usable_cores
 from train.recipe.model import prepare
 
 WORDS = "the picture shows a small red house beside the road and two people who walk past it in the rain".split()

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from llava_skip_base.errors import UserError
-from train.llava_flags import EPILOG, FLAGS, translate
-from train.recipe.recipes import recipe_names, recipe_words
+from train.arguments import KINDS
+from train.llava_flags import EPILOG, FLAGS, plain_name, translate
+from train.recipe.recipes import RECIPE, recipe_names, recipe_words, take_option, with_underscores
 
-RECIPE = "--recipe"
 _RECIPE_HELP = "A recipe, whose arguments all others override: a YAML file, or one of {}."
 
 
@@ -55,18 +55,12 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
     return tuple(read)
 
 
-def with_underscores(words: Sequence[str]) -> list[str]:
-    """The words with `_` in the names of arguments: `--vision-tower=x` becomes `--vision_tower=x`."""
-    named = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
-    return [name.replace("-", "_").replace("__", "--", 1) + equals + value for name, equals, value in named]
-
-
-def with_recipe(words: Sequence[str], known: Sequence[str], processes: int | None = None) -> list[str]:
+def with_recipe(words: Sequence[str], taken: Sequence[str], processes: int | None = None) -> list[str]:
     """The words with `--recipe` replaced by the recipe's arguments, which come first.
 
     Args:
         words: of the command line.
-        known: names of all arguments.
+        taken: names of the arguments that the program takes; those of a run that it does not take are left out.
         processes: of the run; None if torchrun has started them.
 
     Raises:
@@ -75,25 +69,11 @@ def with_recipe(words: Sequence[str], known: Sequence[str], processes: int | Non
     source, own = take_option(words, RECIPE)
     if source is None:
         return own
-    plain = {flag.name: getattr(flag, "ours", flag.name) for flag in FLAGS}
+    plain = {flag.name: plain_name(flag) for flag in FLAGS}
     names = [word.partition("=")[0].removeprefix("--") for word in own if word.startswith("--")]
-    return [*recipe_words(source, [plain.get(name, name) for name in names], known, processes), *own]
-
-
-def take_option(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The last value of an option, and the other words.
-
-    Raises:
-        UserError: it is given without a value.
-    """
-    value, others, left = None, [], iter(words)
-    for word in left:
-        name, equals, text = word.partition("=")
-        if name != option:
-            others.append(word)
-        elif (value := text if equals else next(left, None)) is None:
-            raise UserError(f"{option} needs a value. --help lists the arguments.")
-    return value, others
+    given = [plain.get(name, name) for name in names]
+    known = {entry.name for kind in KINDS for entry in fields(kind)}
+    return [*recipe_words(source, [*given, *known.difference(taken)], known.union(taken), processes), *own]
 
 
 def show_help(kinds: Sequence[type], words: Sequence[str]) -> None:

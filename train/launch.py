@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from llava_skip_base.console import one_message
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import EXPLAINED, PREEMPTED
+from llava_skip_base.machine import usable_cores
 from llava_skip_base.paths import checkout
-from train.arguments import DataArguments, ModelArguments, RunArguments
-from train.command_line import RECIPE, show_help, with_recipe, with_underscores
-from train.data.parallel import usable_cores
+from train.recipe.recipes import RECIPE, recipe_words, take_option, with_underscores
 from train.resilience.exits import STOP_SIGNALS
 
 TAIL = 25
 """Lines of a failed process's log that are shown."""
 TOGETHER = 2
 """Seconds between the end of a process and that of another one that failed because of it; torchrun kills after 30."""
-KINDS = (ModelArguments, DataArguments, RunArguments)
 WORKER = ("train.train",) if sys.version_info >= (3, 11) else ("llava_skip", "train")  # 3.10 has no PYTHONSAFEPATH
 
 
@@ -62,12 +59,16 @@ def torchrun_words(words: list[str]) -> list[str]:
     Raises:
         UserError: NPROC is no number, or there is no such recipe.
     """
-    show_help(KINDS, with_underscores(words))
+    if {"-h", "--help", "--help-all", "--help_all"} & set(words):
+        from train.run import parse  # prints the help; takes seconds to import
+
+        parse(words)
     options = shlex.split(os.environ.get("TORCHRUN") or "--standalone")
     processes = processes_here()
-    names = {word.partition("=")[0] for word in with_underscores(words) if word.startswith("--")}
-    if RECIPE in names:  # a mistake in it is one message, and the embedded data set is built before processes start
-        with_recipe(with_underscores(words), [entry.name for kind in KINDS for entry in fields(kind)], processes)
+    recipe, others = take_option(with_underscores(words), RECIPE)
+    names = {word.partition("=")[0] for word in others if word.startswith("--")}
+    if recipe is not None:  # a mistake in it is one message, and the embedded data set is built before processes start
+        recipe_words(recipe, {name.removeprefix("--") for name in names}, processes=processes)
     device = [word for name, value in device_arguments().items() if name not in names for word in (name, value)]
     return [*options, "--nproc_per_node", str(processes), "-m", *WORKER, *words, *device]
 

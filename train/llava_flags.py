@@ -1,4 +1,4 @@
-"""LLaVA's own flag names, as a table: which argument they mean here, or what to use in their place.
+"""LLaVA's own flag names, as a table: which argument they mean here, or what to use instead.
 
 Sources: haotian-liu/LLaVA (llava/train/train.py, scripts/v1_5) and the paper's fork of it. Names that mean the same in
 both, such as `--bf16` or `--lora_r`, need no row.
@@ -18,7 +18,7 @@ EPILOG = "LLaVA's own flag names (--model_name_or_path, --data_path, --version, 
 
 
 class Renamed(NamedTuple):
-    """A flag that another name has here; the value stays, unless it has another name, too."""
+    """A flag with another name here; `values` are the values that also have another name."""
 
     name: str
     ours: str
@@ -26,7 +26,7 @@ class Renamed(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A flag whose value is settled here: these values are right, for any other one there is something else."""
+    """A flag that is accepted with these values only; the message for another one says what to use `instead`."""
 
     name: str
     values: tuple[str, ...]
@@ -34,14 +34,14 @@ class Settled(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A switch that says which parts learn: the parts when it is on, given those that learn without it."""
+    """A switch of the trainable parts: from the parts that are trainable without it to those with it."""
 
     name: str
     parts: Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
 class Rate(NamedTuple):
-    """A learning rate of a part."""
+    """The learning rate of a part."""
 
     name: str
     part: str
@@ -76,14 +76,14 @@ FLAGS: tuple[Renamed | Settled | Part | Rate, ...] = (
     Settled("lazy_preprocess", _ANY_SWITCH, "either: records are always encoded when they are read"),
     Settled("save_safetensors", ("true",), "true: weights are safetensors"),
     Settled("group_by_length", _OFF, "--group_by_modality_length true"),
-    Settled("lora_weight_path", ("",), "--model with the merged adapter (python -m train.merge_lora)"),
+    Settled("lora_weight_path", ("",), "--model with the merged adapter (llava-skip merge-lora)"),
     Settled("cache_dir", (), "the environment variable HF_HOME"),
     Settled("mpt_attn_impl", (), "another language model: MPT is not built"),
     Settled("use_hd", _OFF, "--preset llava-hd or sv-llava-hd"),
     Settled("use_zip", _OFF, "--preset sv-llava-100, or another that skips"),
     Settled("cos_config_version", (), "--preset cos, cos-336, cos-80 or sv-cos"),
-    Settled("cos_highres_extension_version", ("none",), "python -m llava_skip.extend"),
-    Settled("backbone_resolution", (), "--preset; it sets the image's size"),
+    Settled("cos_highres_extension_version", ("none",), "llava-skip extend"),
+    Settled("backbone_resolution", (), "--preset; it sets the image size"),
     Settled("load_vision_tower_weight", (), "--projector; a tower in that file is read"),
     Settled("hd_data_type", (), "--preset llava-hd; records without images need nothing"),
     Settled("is_pretrain", (), "--images with the folder"),
@@ -92,11 +92,18 @@ FLAGS: tuple[Renamed | Settled | Part | Rate, ...] = (
     Settled("layerwise_decay", ("0", "0.0"), "--learning_rates with one rate for the tower"),
     Settled("lr_scale", (), "--learning_rates with one rate for the tower"),
 )
-"""Flags of LLaVA that this command line has not. A row is all that a new one needs."""
+"""Flags of LLaVA that are not arguments here. A new one needs a row in this table only."""
+
+
+def plain_name(flag: Renamed | Settled | Part | Rate) -> str:
+    """The argument here that a flag of LLaVA sets."""
+    if isinstance(flag, Renamed):
+        return flag.ours
+    return {Part: "train_parts", Rate: "learning_rates"}.get(type(flag), flag.name)
 
 
 def translate(command_line: list[str]) -> list[str]:
-    """A command line in which LLaVA's flags are replaced by the arguments that they stand for.
+    """A command line in which LLaVA's flags are replaced by the arguments that they mean.
 
     Raises:
         UserError: a flag with a value that cannot be honoured (with what to use), or given twice under two names.

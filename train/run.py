@@ -16,7 +16,7 @@ from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from llava_skip_base.paths import checkpoints, shown
-from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
+from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
@@ -62,7 +62,7 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     Raises:
         UserError: unknown flags or values out of range.
     """
-    model, data, run = read_command_line((ModelArguments, DataArguments, RunArguments), command_line)
+    model, data, run = read_command_line(KINDS, command_line)
     if not run.output_dir:
         run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
     return model, data, run

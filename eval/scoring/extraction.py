@@ -1,8 +1,8 @@
 """Which option a free-text answer chose, by the rules that published numbers were made with.
 
-A rule takes the answer and the options and returns a letter, ``"Z"`` where the answer declines to choose, or None where
-the rule cannot tell (a judge may then be asked; without one the answer is wrong). The rules differ by points on the
-same answers, so every score carries the name and version of its rule.
+A rule takes the answer and the text of each option by its capital letter. It returns a letter, ``"Z"`` if the answer
+chooses no option, or None if the rule cannot tell (a judge may then be asked; without one the answer is wrong). The
+rules differ by points on the same answers, so every score holds the name and version of its rule.
 
 Sources: open-compass/VLMEvalKit ``matching_util.py``, EvolvingLMMs-Lab/lmms-eval ``mmbench_evals.py`` and
 ``mcq_extract.py``.
@@ -52,12 +52,7 @@ _LOOKALIKES = str.maketrans("АВСЕНІΑΒΕΗΙ", "ABCEHIABEHI")
 
 
 def vlmevalkit(prediction: str, options: Options) -> str | None:
-    """Follow VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text.
-
-    Args:
-        prediction: the answer as the model wrote it.
-        options: text of each option by its capital letter.
-    """
+    """Follow VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text."""
     if _API_FAILURE in prediction:
         return None
     letter = _letter_of_words(prediction, options, _TAIL)
@@ -70,19 +65,14 @@ def vlmevalkit(prediction: str, options: Options) -> str | None:
 
 
 def vlmevalkit_2024(prediction: str, options: Options) -> str | None:
-    """Follow VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text. Arguments as above."""
+    """Follow VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text."""
     if _API_FAILURE in prediction:
         return None
     return _letter_of_words(prediction, options) or _letter_of_text(prediction, options)
 
 
 def lmms_eval(prediction: str, options: Options) -> str | None:
-    """Follow lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or one option's text.
-
-    Args:
-        prediction: the answer as the model wrote it.
-        options: text of each option by its capital letter; only A to D are compared as text.
-    """
+    """Follow lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or the text of A to D."""
     if _API_FAILURE in prediction:
         return None
     words = prediction.split()
@@ -100,9 +90,7 @@ def lmms_eval(prediction: str, options: Options) -> str | None:
 def lmms_eval_static(prediction: str, options: Options) -> str | None:
     """Follow lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind.
 
-    Args:
-        prediction: the answer as the model wrote it.
-        options: the options; only their letters matter.
+    Only the letters of the options matter, not their texts.
     """
     text = prediction.strip()
     for mark in ",.!?;:'\"":
@@ -135,9 +123,6 @@ def is_lookalike(prediction: str) -> bool:
     """Tell whether an answer is a single letter that only looks like an option letter, such as Cyrillic "А".
 
     No published rule accepts one, so it counts as no choice; a reader should know that there are such answers.
-
-    Args:
-        prediction: the answer as the model wrote it.
     """
     text = prediction.translate(_SEPARATORS).strip()
     plain = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES).strip("() ")
@@ -161,14 +146,14 @@ def _letter_of_text(prediction: str, options: Options) -> str | None:
 
 
 def _forms(letter: str, text: str, padded: str) -> list[tuple[int, int, str]]:
-    """List the forms in which a letter occurs as (priority, place, letter)."""
+    """List the forms in which a letter occurs as (priority, position, letter)."""
     written = {6: f"({letter})", 5: f"{letter}.", 4: f"{letter}:", 3: f"{letter})", 2: f"{letter} "}
     found = [(priority, padded.rfind(form), letter) for priority, form in written.items() if form in padded]
     for phrase in _PHRASES:
         start = padded.lower().find(phrase)
-        place = padded.find(letter, start + len(phrase)) if start >= 0 else -1
-        if place >= 0:
-            found.append((7, place, letter))
+        position = padded.find(letter, start + len(phrase)) if start >= 0 else -1
+        if position >= 0:
+            found.append((7, position, letter))
     if text.startswith(letter) and not text[1:2].isalpha():
         found.append((10, 0, letter))
     if text.endswith(letter) and not text[-2:-1].isalpha():

@@ -56,12 +56,7 @@ Grades = dict[str, dict[str, Any]]
 
 
 def grading_prompt(sample: Sample, prediction: str) -> str:
-    """Word the question to the judge: instruction, table with worked cases, and the open row.
-
-    Args:
-        sample: the question with its ground truth.
-        prediction: the answer to grade, put in as it is.
-    """
+    """Word the question to the judge: instruction, table with worked cases, and the row to complete."""
     rows = [HEADER, ("---",) * len(HEADER), *WORKED_CASES]
     table = "\n".join(" | ".join(row) for row in rows)
     truth = sample.fields["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
@@ -78,18 +73,13 @@ def parse_grade(reply: str) -> float | None:
 
 
 def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, str]:
-    """Ask for one grade, again with more temperature while the reply is none, and give 0.0 in the end.
-
-    Args:
-        sample: the question.
-        prediction: the answer.
-        judge: whom to ask.
+    """Ask for one grade, again at higher temperatures while the reply is no grade; 0.0 if none is.
 
     Returns:
         The grade and the reply it was read from.
 
     Raises:
-        JudgeUnavailable: if the endpoint fails; that is no grade.
+        JudgeUnavailable: if the endpoint fails; that is not a grade of 0.
     """
     prompt, reply = grading_prompt(sample, prediction), ""
     for number, temperature in enumerate(TEMPERATURES):
@@ -106,11 +96,11 @@ def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, pa
     Args:
         samples: the questions.
         answers: text by id.
-        judge: whom to ask.
+        judge: the model that grades.
         path: the grade file, in the official form; what it holds is not asked again.
 
     Returns:
-        What the grade file holds.
+        The content of the grade file.
 
     Raises:
         UserError: if the file holds grades of other answers.

@@ -29,21 +29,22 @@ from tqdm import tqdm
 
 from eval.errors import JudgeUnavailable
 from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import read_json
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
 LONGEST_REPLY = 10_000_000
-# After so many questions in a row without a reply the endpoint counts as down.
+# The endpoint counts as down after this many questions in a row without a reply.
 DOWN_AFTER = 3
-# Statuses that a later request may not meet: time-outs, too many requests and faults of the server.
-_PASSING = {408, 409, 425, 429, *range(500, 600)}
+# Statuses that may be gone at the next request: time-outs, too many requests and errors of the server.
+_TEMPORARY = {408, 409, 425, 429, *range(500, 600)}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class _TryAgain(Exception):
-    """A request failed in a way that may pass.
+    """A request failed for a reason that may be temporary.
 
     Attributes:
         pause: seconds that the endpoint asked to wait, if it did.
@@ -55,26 +56,26 @@ class _TryAgain(Exception):
 
 
 class _NotSent(Exception):
-    """A dry run has shown the request instead of sending it."""
+    """A dry run printed the request instead of sending it."""
 
 
 @dataclass
 class Judge:
-    """A chat model at an OpenAI-compatible address. The key is read from ``OPENAI_API_KEY`` and kept nowhere else.
+    """A chat model at an OpenAI-compatible address. The key is read from ``OPENAI_API_KEY`` and is not stored.
 
     Attributes:
         url: base URL, such as ``http://localhost:8000/v1``.
-        folder: where grades are kept, so that grading can go on after a break.
+        folder: where grades are kept, so that an interrupted grading can continue.
         label: name of what is graded, for the names of files there.
         model: the model's name at that address.
         runs: how often each answer is graded.
         retries: how often a failed request is repeated, with growing pauses or those that the endpoint asks for.
         timeout: seconds for one reply, from the request to its last byte.
-        concurrency: requests under way at once.
+        concurrency: requests at the same time.
         budget: most requests to send, repeated ones included; None for no limit.
-        dry_run: show what would be asked and send nothing.
-        backoff: seconds of the first pause, doubled from time to time.
-        sent: requests sent so far, or shown in a dry run.
+        dry_run: print the requests and send nothing.
+        backoff: longest first pause in seconds; doubled with each retry, up to 30 s.
+        sent: requests sent so far, or printed in a dry run.
     """
 
     url: str
@@ -112,16 +113,16 @@ class Judge:
         self._stop = threading.Event()
 
     def describe(self) -> dict[str, Any]:
-        """Say who graded."""
+        """The judge's model, address and number of runs, for the result file."""
         return {"model": self.model, "url": self.url, "runs": self.runs}
 
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
-        """Put one user message and return the reply's text.
+        """Send one user message and return the reply's text.
 
         Args:
             prompt: the message.
-            temperature: sampling temperature.
-            max_tokens: length limit of the reply.
+            temperature: of sampling.
+            max_tokens: of the reply.
 
         Raises:
             JudgeUnavailable: if no chat completion came back after all retries, or the budget is used up.
@@ -149,19 +150,19 @@ class Judge:
             raise JudgeUnavailable(f"judge at {self.url}: {reason} after {self.retries} retries.") from None
 
     def map(self, ask: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """Ask about many things at once and yield what is known as soon as it is.
+        """Ask about many items at once and yield each item with its result as soon as that is there.
 
         Args:
             ask: asks the judge about one item, through ``ask``.
-            items: what to ask about.
+            items: in any order.
 
         Raises:
-            JudgeUnavailable: if an item got no reply; raised after everything that did get one has been yielded. Items
-                are given up early once several in a row got none.
+            JudgeUnavailable: if an item got no reply; raised after all items with a reply were yielded. The rest is
+                not asked once `DOWN_AFTER` items in a row got none.
         """
         failed: list[JudgeUnavailable] = []
         in_a_row = 0
-        _ = self._client  # made before threads could make two
+        _ = self._client  # made before the threads start, or each could make one
         with (
             ThreadPoolExecutor(1 if self.dry_run else self.concurrency) as pool,
             tqdm(total=len(items), desc=f"judge {self.model}", unit="answer", disable=self.dry_run or None) as progress,
@@ -178,7 +179,7 @@ class Judge:
                         failed.append(error)
                         in_a_row += 1
                         if in_a_row >= DOWN_AFTER:
-                            self._stop.set()  # wakes those that wait for their next attempt, and makes them give up
+                            self._stop.set()  # ends the pauses between attempts, and the attempts
                         continue
                     in_a_row = 0
                     yield jobs[job], result
@@ -190,11 +191,7 @@ class Judge:
             raise failed[0]
 
     def file(self, kind: str) -> Path:
-        """Name the file that keeps this judge's replies, as MM-Vet's official grader does.
-
-        Args:
-            kind: what the replies are.
-        """
+        """The file of this judge's replies of a `kind`, named as MM-Vet's official grader does."""
         model = re.sub(r"[^\w.-]+", "-", self.model)
         return self.folder / f"{self.label}_{model}-{kind}.json"
 
@@ -233,10 +230,10 @@ class Judge:
         reply = b""
         with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
             status = response.status_code
-            if status in _PASSING:
+            if status in _TEMPORARY:
                 raise _TryAgain(f"HTTP {status}", self._asked_pause(response.headers.get("retry-after", "")))
             if status != 200:
-                # The body of an error may repeat parts of the key, so only its kind is told.
+                # The body of an error may repeat parts of the key, so only the status is reported.
                 raise JudgeUnavailable(f"judge at {self.url}: HTTP {status}.")
             for block in response.iter_bytes():
                 reply += block
@@ -254,16 +251,16 @@ class Judge:
 
 
 def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Read what a judge has said in an earlier run, after checking that it was about the same.
+    """Read the replies of an earlier run, after checking that they are about the same answers.
 
     Args:
         path: a file of entries by id, each with the hash of what was asked; it need not exist.
         asked: the question to the judge, by id.
 
     Raises:
-        UserError: if it holds replies about other answers.
+        UserError: if it holds replies about other answers, or is no JSON.
     """
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    entries = read_json(path) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
     if stale:
         raise UserError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
@@ -271,16 +268,12 @@ def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, An
 
 
 def digest(question: str) -> str:
-    """Hash a question, to know it again."""
+    """Hash a question, to recognise it in a later run."""
     return hashlib.sha256(question.encode()).hexdigest()
 
 
 def parse_retry_after(header: str) -> float | None:
-    """Read a Retry-After header (RFC 9110): seconds or a date; None where it is neither.
-
-    Args:
-        header: the header's value.
-    """
+    """Read a Retry-After header (RFC 9110): seconds or a date; None if it is neither."""
     try:
         return max(0.0, float(header))
     except ValueError:
@@ -292,7 +285,7 @@ def parse_retry_after(header: str) -> float | None:
 
 
 def _content(reply: bytes) -> str:
-    """Take the text out of a chat completion."""
+    """The text of a chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):

@@ -1,7 +1,7 @@
 """A judge that says which option an answer means, for answers from which no rule could take a letter.
 
-Structure, number of attempts and fallback follow VLMEvalKit's choice matcher; the wording is our own. What the judge
-does not settle is drawn at random, as there, but from a seed and counted apart.
+Structure, number of attempts and fallback follow VLMEvalKit's choice matcher; the wording is our own. If the
+judge names no option, a letter is drawn at random, as there, but with a seed, and counted separately.
 """
 
 import re
@@ -48,11 +48,11 @@ _CHINESE = {
 
 @dataclass
 class Matches:
-    """What the judge made of answers that no rule could read.
+    """The letters of answers that no rule could read.
 
     Attributes:
         letters: letter by sample id.
-        drawn: ids whose letter was drawn at random because the judge settled nothing.
+        drawn: ids whose letter was drawn at random because the judge named none.
     """
 
     letters: dict[Id, str] = field(default_factory=dict)
@@ -60,13 +60,7 @@ class Matches:
 
 
 def matching_prompt(question: str, choices: Options, prediction: str) -> str:
-    """Word the question to the judge: instruction, two examples, and the open case, in the question's language.
-
-    Args:
-        question: the question.
-        choices: text of each option by its letter.
-        prediction: the answer to match.
-    """
+    """Word the question to the judge: instruction, two examples, and the open case, in the question's language."""
     words: dict[str, Any] = _CHINESE if CHINESE.search(question) else _ENGLISH
     example = _listed(words, dict(zip("ABCD", words["words"], strict=True)))
     cases = [(words["question"], example, answer, letter) for answer, letter in words["answers"]]
@@ -84,16 +78,16 @@ def match_choices(
     judge: Judge,
     extract: Callable[[str, Options], str | None],
 ) -> Matches:
-    """Let the judge match answers to options, keeping what it said in a file beside the result.
+    """Let the judge match answers to options, and keep its replies in a file next to the result.
 
     Args:
         samples: the questions whose answers no rule could read.
         answers: text by sample id.
-        judge: whom to ask.
+        judge: the model that is asked.
         extract: the rule that reads the judge's reply.
 
     Raises:
-        JudgeUnavailable: if the endpoint fails; what it said is kept.
+        JudgeUnavailable: if the endpoint fails; the replies so far are kept.
     """
     prompts = {s.id: matching_prompt(s.fields["question"], options(s.fields), answers[s.id]) for s in samples}
     path = judge.file("choices")
@@ -118,7 +112,7 @@ def match_choices(
         letter = replies[str(sample.id)]["letter"]
         if letter is None:
             found.drawn.add(sample.id)
-            # Seeded by the question, so that neither order nor concurrency decides.
+            # Seeded by the question, so that the letter does not depend on order or concurrency.
             letter = Random(f"{SEED}/{sample.id}").choice([*options(sample.fields), NO_CHOICE])
         found.letters[sample.id] = letter
     return found

@@ -9,13 +9,13 @@ import re
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
 _COMMA = re.compile(r"(?<=\d),+(?=\d)")
 _PERIOD = re.compile(r"\.(?!\d)")
-# The original passes a flag where the number of replacements belongs, so it stops after so many periods.
+# The original passes a flag where the number of replacements belongs, so it stops after that many periods.
 _PERIODS = int(re.UNICODE)
 _NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Words that get an apostrophe, as "word:with apostrophe"; only what differs from a regular negation is spelt out.
+# Words that get an apostrophe, as "word:with apostrophe"; regular negations follow from the verbs.
 _NEGATIONS = "ai are ca could did does do had has have is might must need ought sha should was were wo would".split()
 _CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
     pair.split(":")
@@ -41,45 +41,29 @@ _CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
 
 
 def normalise_answer(text: str) -> str:
-    """Bring an answer to the form in which VQA answers are compared.
-
-    Args:
-        text: what a model or an annotator wrote.
-    """
+    """Bring an answer to the form in which VQA answers are compared."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vlmevalkit_form(text)
 
 
 def vlmevalkit_form(text: str) -> str:
-    """Bring an answer to the form in which VLMEvalKit compares VQA answers, which lacks the official first steps.
-
-    Args:
-        text: what a model or an annotator wrote.
-    """
+    """Bring an answer to the form in which VLMEvalKit compares VQA answers: without the official first steps."""
     text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def strip_punctuation(text: str) -> str:
-    """Remove punctuation beside a space, replace other punctuation by a space, and remove most periods.
-
-    Args:
-        text: any text.
-    """
+    """Remove punctuation next to a space, replace other punctuation by a space, and remove most periods."""
     stripped = text
     for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        stripped = stripped.replace(mark, "" if beside_space or _COMMA.search(text) else " ")
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if next_to_space or _COMMA.search(text) else " ")
     return _PERIOD.sub("", stripped, count=_PERIODS)
 
 
 def yes_or_no(text: str) -> str | None:
-    """Read "yes" or "no" as VLMEvalKit does: one of them as a word and not the other; else None.
-
-    Args:
-        text: the answer.
-    """
+    """Read "yes" or "no" as VLMEvalKit does: one of them as a word and not the other; else None."""
     words = strip_punctuation(text.lower()).split()
     if ("yes" in words) == ("no" in words):
         return None

@@ -1,4 +1,4 @@
-"""Scores as charts: bars of all benchmarks, and radars."""
+"""Scores as charts: bars of all benchmarks, and radar charts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def bars(path: Path, models: Sequence[str], scores: Scores) -> None:
 
     Args:
         path: the PNG file.
-        models: the models' names.
+        models: names.
         scores: benchmark -> score of each model from 0 to 100, None where there is none.
     """
     width = 0.8 / len(models)
@@ -34,11 +34,11 @@ def bars(path: Path, models: Sequence[str], scores: Scores) -> None:
 
 
 def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
-    """Draw a radar with an axis for each part, one line a model.
+    """Draw a radar chart with an axis for each part, one line a model.
 
     Args:
         path: the PNG file.
-        models: the models' names.
+        models: names.
         scores: part -> score of each model from 0 to 100; at least three parts, none of them None.
     """
     if len(scores) < FEWEST_AXES:

@@ -31,7 +31,7 @@ class Answer:
     Attributes:
         model: number of the model on its page.
         verdict: "right", "wrong", "partly" or "unscored".
-        value: the verdict as it is shown, a grade where it is partly right.
+        value: the verdict as it is shown, a grade if it is partly right.
         texts: the answer, or one for each row that asks the question.
     """
 
@@ -70,10 +70,10 @@ def write_pages(
     """Write ``index.html``, a page for each benchmark, and the images that they show.
 
     Args:
-        folder: where to.
+        folder: of the pages.
         benchmarks: the results of each benchmark.
         table: the scores as text, header first.
-        facts: where each score comes from.
+        facts: the origin of each score.
         charts: names of chart files in the folder.
     """
     environment = Environment(
@@ -94,15 +94,10 @@ def write_pages(
 
 
 def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: Path) -> tuple[list[Question], str]:
-    """Bring the answers of all models together, question by question.
-
-    Args:
-        benchmark: what was asked.
-        results: one for each model.
-        folder: where images go.
+    """Bring the answers of all models together, question by question; write their images to `folder`.
 
     Returns:
-        The questions in the order of the file, and what the page must say about images.
+        The questions in the order of the file, and a note if there are no images.
     """
     questions: dict[str, Question] = {}
     for number, result in enumerate(results):
@@ -120,7 +115,7 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
 
 
 def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
-    """Show the images of a benchmark file that is still the one that was answered; else say why there are none."""
+    """Show the images if the benchmark file is still the one that was answered; else say why there are none."""
     data = result.facts["data"]
     path, images = Path(data["path"]), data.get("images")
     if not path.exists() or sha256([path]) != data["sha256"]:

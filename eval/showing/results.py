@@ -1,4 +1,4 @@
-"""Finished evaluations as they lie on disk."""
+"""The results of finished evaluations, read from their folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from llava_skip_base.files import read_json
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has left in its folder.
+    """The result of one benchmark and model.
 
     Attributes:
-        folder: where it lies.
-        facts: ``results.json``: the score and everything that it was made from.
-        values: right or wrong (or a grade from 0 to 1) by the question's id; empty where nothing was scored.
+        folder: of the run.
+        facts: ``results.json``: the score and where it comes from.
+        values: right or wrong (or a grade from 0 to 1) by the question's id; empty if nothing was scored.
     """
 
     folder: Path
@@ -26,10 +26,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """Read a result.
-
-        Args:
-            path: the folder, or its ``results.json``.
+        """Read a result from its folder or ``results.json``.
 
         Raises:
             UserError: if there is none, or a file is damaged.
@@ -57,10 +54,7 @@ class Result:
 
 
 def find_results(places: Sequence[Path]) -> list[Result]:
-    """Read all results in some folders and below, sorted by benchmark and model.
-
-    Args:
-        places: folders.
+    """Read all results in the folders `places` and below, sorted by benchmark and model.
 
     Raises:
         UserError: if there are none, or two of one benchmark and model.

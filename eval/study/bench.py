@@ -1,6 +1,6 @@
 """Dense against skipping on random weights, in one run: `python -m eval.study.bench`.
 
-Timed is everything behind the projector: merging, summaries, routing, decoder, head. The ideal is the same ratio
+It times everything after the projector: merging, summaries, routing, decoder, head. The ideal is the same ratio
 counted in FLOPs.
 """
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
@@ -33,17 +33,10 @@ SMALL = "width-1024"
 
 
 def bench_config(preset: str, size: str) -> LlavaSkipConfig:
-    """A preset's model with 576 tokens an image; its vision tower is not timed and kept as small as can be."""
+    """A preset's model with 576 tokens an image; its vision tower is not timed and as small as possible."""
     if size == SMALL:
-        text = LlamaConfig(
-            vocab_size=2048,
-            hidden_size=1024,
-            intermediate_size=3584,
-            num_hidden_layers=6,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            max_position_embeddings=8192,
-        )
+        widths = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 3584, "max_position_embeddings": 8192}
+        text = LlamaConfig(num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=4, **widths)
         image_token = 2047
     else:
         whole = preset_config("llava", size)
@@ -52,12 +45,8 @@ def bench_config(preset: str, size: str) -> LlavaSkipConfig:
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=24, patch_size=1
     )
     skip = preset_skip(preset)
-    return LlavaSkipConfig(
-        vision_config=tower,
-        text_config=text,
-        image_token_index=image_token,
-        skip=None if skip is None else skip.to_dict(),
-    )
+    fields = {"image_token_index": image_token, "skip": skip and skip.to_dict()}
+    return LlavaSkipConfig(vision_config=tower, text_config=text, **fields)
 
 
 class Candidate:
@@ -78,7 +67,8 @@ class Candidate:
         text = torch.randint(0, 1000, (batch, text_tokens), device=device)
         image = torch.full((batch, length), self.config.image_token_id, device=device)
         self.input_ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
-        self.labels = torch.cat([torch.full_like(self.input_ids[:, : length + 1], -100), text[:, 1:]], dim=1)
+        unsupervised = torch.full_like(self.input_ids[:, : length + 1], IGNORE_INDEX)
+        self.labels = torch.cat([unsupervised, text[:, 1:]], dim=1)
 
     def _features(self) -> dict[str, Any]:
         return {"image": BaseModelOutputWithPooling(pooler_output=self.model.model.block(self.tokens))}
@@ -112,12 +102,11 @@ class Candidate:
 
 def seconds(step: Callable[[], Any], device: str) -> float:
     """Time of one call; a GPU is synchronised before each reading of the clock."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronize = torch.cpu.synchronize if device == "cpu" else torch.cuda.synchronize
+    synchronize()
     start = time.perf_counter()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -137,13 +126,12 @@ def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list
     rows = []
     for kind in ("train_step", "prefill"):
         times = measure(candidates, kind, repeats, device)
+        flops = {
+            name: c.flops(int((c.labels[:, 1:] != IGNORE_INDEX).sum()) if kind == "train_step" else len(c.input_ids))
+            for name, c in candidates.items()
+        }
         for name, candidate in candidates.items():
-            head_tokens = {
-                n: int((c.labels[:, 1:] != -100).sum()) if kind == "train_step" else c.input_ids.shape[0]
-                for n, c in candidates.items()
-            }
-            ideal = candidate.flops(head_tokens[name]) / candidates["llava"].flops(head_tokens["llava"])
-            ratio = times[name] / times["llava"]
+            ratio, ideal = times[name] / times["llava"], flops[name] / flops["llava"]
             rows.append(
                 {
                     "measurement": kind,
@@ -191,7 +179,7 @@ def run(
     """Time a training step and a prefill of the dense and the skipping decoder, as ratios next to the FLOP ideal."""
     output = output or Path(shown(results() / "bench"))
     names = ["llava", *presets.split(",")]
-    # The front end does not take part in the bench; the numbers of the others belong to other dense models.
+    # Front ends are not timed; presets with another one have another dense model.
     known = [name for name in PRESETS if front_end_of(name) is front_end_of("llava")]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"unknown presets {unknown}; known: {', '.join(known)}")

@@ -88,7 +88,7 @@ def run(
 
 
 def main() -> None:
-    """Write the table, as a program."""
+    """Run the command line."""
     program(run)
 
 

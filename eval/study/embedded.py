@@ -1,4 +1,4 @@
-"""Writes docs/embedded.md from what `scripts/compare_embedded.sh` left behind."""
+"""Writes docs/embedded.md from the results of `scripts/compare_embedded.sh`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import llava_skip  # noqa: F401  registers the configuration
 from llava_skip.flops import image_cost
 from llava_skip_base.console import figure, program
 from llava_skip_base.files import read_json, write_text
+from llava_skip_base.paths import home, shown
 
 HEADER = """# The embedded run, dense against skipping
 
@@ -31,7 +32,7 @@ are text and most of the time is not the FFN of visual tokens, so the times say 
 """
 
 TITLES = {"mmstar": "MMStar", "mmbench": "MMBench (circular)"}
-TEXT_ROWS = 30
+TEXT_TOKENS = 30
 """Text tokens in the FLOP column: about one question of the embedded set."""
 
 
@@ -39,9 +40,10 @@ def run(
     checkpoints: Annotated[Path, typer.Option(help="Folder with a trained model for each preset.")],
     results: Annotated[Path, typer.Option(help="Folder with results of each benchmark and preset.")],
     presets: Annotated[str, typer.Option(help="Presets, separated by blanks, the dense one of an architecture first.")],
-    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/embedded.md"),
+    output: Annotated[Path | None, typer.Option(help="The page to write; docs/embedded.md by default.")] = None,
 ) -> None:
     """Write the table."""
+    output = output or home() / "docs" / "embedded.md"
     lines: list[str] = []
     dense: dict[str, int] = {}
     names = presets.split()
@@ -52,7 +54,7 @@ def run(
         scores = {b: read_json(results / b / name / "results.json") for b in TITLES}
         scored[name] = {b: result["score"] for b, result in scores.items()}
         config = AutoConfig.from_pretrained(checkpoints / name)
-        cost = image_cost(config, text_tokens=TEXT_ROWS)
+        cost = image_cost(config, text_tokens=TEXT_TOKENS)
         flops = cost.prefill_flops / dense.setdefault(config.front_end, cost.prefill_flops)
         lines.append(
             f"| `{name}` | {scores['mmstar']['score']:.1f}% | {scores['mmbench']['score']:.1f}% | {run['steps']} "
@@ -66,9 +68,9 @@ def run(
         mmstar=scores["mmstar"]["counts"]["questions"],
         mmbench=scores["mmbench"]["counts"]["questions"],
     )
-    write_text(output, header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_ROWS))
+    write_text(output, header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_TOKENS))
     draw([trained[name] for name in names], [scored[name] for name in names], output.with_suffix(".png"))
-    print(f"written to {output} and {output.with_suffix('.png')}")
+    print(f"Open {shown(output)}; the chart is {shown(output.with_suffix('.png'))}.")
 
 
 def draw(runs: list[dict[str, Any]], scores: list[dict[str, float]], path: Path) -> None:

@@ -38,10 +38,10 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize(("prediction", "row"), MEASURED)
+@pytest.mark.parametrize(("prediction", "letters"), MEASURED)
 @pytest.mark.parametrize("rule", RULES)
-def test_measured_behaviour(prediction: str, row: str, rule: str) -> None:
-    expected = row.split()[RULES.index(rule)]
+def test_measured_behaviour(prediction: str, letters: str, rule: str) -> None:
+    expected = letters.split()[RULES.index(rule)]
     if rule == "mmstar-official":
         assert [letter for letter in "ABCD" if is_right(prediction, letter)] == [expected] * (expected != "-")
     else:

@@ -21,7 +21,7 @@ import pytest
 from eval.benchmarks.mmvet import MMVet
 from eval.errors import JudgeUnavailable
 from eval.scoring.grading import REASK
-from eval.scoring.judge import Judge, parse_retry_after
+from eval.scoring.judge import Judge, parse_retry_after, read_replies
 from llava_skip_base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +29,12 @@ TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", 
 
 
 class RoughServer:
-    """Grades by a hash of the prompt, but meets the first requests for each prompt with trouble, in turn.
+    """Grades by a hash of the prompt, but fails the first requests for each prompt, in different ways in turn.
 
     Attributes:
-        troubles: what to do before a prompt is answered well; a prompt starts at a place that its hash says.
+        troubles: how requests fail before a prompt is answered; the hash of a prompt says where in the list it starts.
         asked: how often each prompt came.
-        most: the most requests under way at once.
+        most: the most requests at the same time.
     """
 
     def __init__(self, troubles: tuple[str, ...], times: int = 1, pause: float = 0.0) -> None:
@@ -174,7 +174,7 @@ def test_trouble_of_every_kind_changes_nothing(rough: Callable[..., RoughServer]
     assert score.scores == expected.scores
     name = "tiny_judge-grade-2runs.json"
     assert (tmp_path / "bumpy" / name).read_text() == (tmp_path / "smooth" / name).read_text()
-    # Whoever was told to wait a second did.
+    # Every request that was answered with "Retry-After: 1" was repeated after a second or more.
     times: dict[str, list[float]] = {}
     for prompt, start in bumpy.starts:
         times.setdefault(prompt, []).append(start)
@@ -199,12 +199,12 @@ def test_permanent_outage_stops_soon_and_goes_on_later(
     score = MMVet().score(samples, answers, judge_at(server, tmp_path, retries=2))
     assert (score.status, score.score, score.scores) == ("incomplete", None, {})
     assert score.counts["grades"] == 0
-    assert len(server.starts) < 60  # most questions were never put
+    assert len(server.starts) < 60  # most questions were never asked
     again = MMVet().score(samples, answers, judge_at(rough(), tmp_path))
     assert again.status == "scored"
 
 
-def test_one_question_that_gets_no_reply_does_not_keep_others_from_theirs(
+def test_the_other_questions_are_graded_when_one_gets_no_reply(
     rough: Callable[..., RoughServer], tmp_path: Path
 ) -> None:
     samples, answers = samples_and_answers(8)
@@ -288,6 +288,12 @@ def test_killed_grading_goes_on_without_asking_twice(rough: Callable[..., RoughS
     MMVet().score(samples, answers, judge_at(expected, tmp_path / "whole", runs=1))
     grades = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("*-grade-1runs.json"))]
     assert grades[0] == grades[1]
+
+
+def test_a_grade_file_that_is_not_json_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "grades.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_replies(tmp_path / "grades.json", {})
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("2", 2.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("", None)])

@@ -53,6 +53,17 @@ def write(path: Path, rows: Rows) -> Path:
     return path
 
 
+def test_a_programming_error_keeps_its_traceback_and_another_exit_code(tmp_path: Path, mmstar_rows: Rows) -> None:
+    predictions = write(tmp_path / "answers.tsv", [{**row, "prediction": "A"} for row in mmstar_rows])
+    planted = "from eval import score; score.match = lambda *_: (1,); score.main()"
+    options = ["mmstar", "--predictions", str(predictions), "--json", str(tmp_path / "score.json")]
+    command = [sys.executable, "-c", planted, *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ValueError: not enough values to unpack" in done.stderr
+
+
 @pytest.mark.parametrize("suffix", ["xlsx", "tsv", "json", "jsonl"])
 def test_mmstar_alone(score: Callable[..., Any], tmp_path: Path, mmstar_rows: Rows, suffix: str) -> None:
     rows = [{**row, "prediction": "A"} for row in mmstar_rows]

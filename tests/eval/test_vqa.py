@@ -29,7 +29,7 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
         ("the dog's", "dog 's"),
         ("3.50", "3.50"),
         ("end. of 5.", "end of 5"),
-        ("a-b", "b"),  # the hyphen becomes a space, and "a" an article
+        ("a-b", "b"),  # the hyphen becomes a space, which leaves "a" as an article
         ("x - y", "x y"),
         ("coca\ncola\tzero", "coca cola 0"),
         (". " * 33 + "x", ". x"),  # the original removes 32 periods and no more

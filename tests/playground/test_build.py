@@ -385,7 +385,7 @@ def test_the_program_builds_where_training_and_evaluation_look(tmp_path, install
     """From any folder; also without a checkout around the packages."""
     root = Path(build.__file__).parents[2]
     if installed:
-        for package in ("llava_skip", "playground"):
+        for package in ("llava_skip_base", "llava_skip", "playground"):
             shutil.copytree(root / package, tmp_path / "site" / package, ignore=shutil.ignore_patterns("digits"))
         root = tmp_path / "site"
     elsewhere = tmp_path / "elsewhere"

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("llava_skip", "train", "eval", "playground")
+PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "playground")
 DOCUMENTED = {"_abc_impl", "_asdict", "_exit", "_current_frames", "_fields", "_make", "_replace"}
 """Names of the standard library that it documents, or makes itself for each class."""
 
@@ -92,20 +92,32 @@ def overridden(owner: type) -> list[str]:
     own, bases = [owner], []
     for base in owner.__mro__[1:]:
         (bases if _is_third_party(base.__module__.split(".")[0]) else own).append(base)
-    names = {*vars(owner), *(name for part in own for name in _assigned(part))}
+    # Not vars(owner): transformers keeps values of its own on classes.
+    names = {*_written(owner), *(name for part in own for name in _assigned(part))}
     return sorted(name for name in names if is_private(name) and any(name in vars(base) for base in bases))
 
 
-@cache
 def _assigned(owner: type) -> frozenset[str]:
     """Attributes that the methods of a class of the project assign to `self`."""
     if owner.__module__.split(".")[0] not in PACKAGES:
         return frozenset()
+    nodes = ast.walk(_tree(owner))
+    return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute) and _stores_self(node))
+
+
+def _written(owner: type) -> frozenset[str]:
+    """Names of the functions and variables in the body of a class."""
+    return frozenset(
+        name for part in _tree(owner).body for body in getattr(part, "body", []) for name in _defined(body)
+    )
+
+
+@cache
+def _tree(owner: type) -> ast.Module:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        return ast.parse(textwrap.dedent(inspect.getsource(owner)))
     except OSError:  # made by a decorator, as a NamedTuple
-        return frozenset()
-    return frozenset(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _stores_self(node))
+        return ast.Module([], [])
 
 
 def _is_third_party(package: str) -> bool:

@@ -77,8 +77,8 @@ class Sample:
 
     def __init__(self, model, num_images: int, text: tuple[int, ...], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        hd = model.config.front_end == "hd"
-        crops = [(3, 5, 2)[(seed + index) % 3] if hd else 1 for index in range(num_images)]
+        several = model.model.front_end.cuts_tiles
+        crops = [(3, 5, 2)[(seed + index) % 3] if several else 1 for index in range(num_images)]
         parts = []
         for index, words in enumerate(text):
             parts.append(torch.randint(2, 80, (words,), generator=generator))
@@ -86,7 +86,7 @@ class Sample:
                 parts.append(torch.full((model.config.image_length(crops[index]),), IMAGE_TOKEN_ID))
         self.input_ids = torch.cat(parts)
         self.pixel_values = torch.randn(sum(crops), 3, 16, 16, generator=generator) if num_images else None
-        self.crop_counts = torch.tensor(crops) if hd and num_images else None
+        self.crop_counts = torch.tensor(crops) if several and num_images else None
 
     def alone(self) -> dict:
         """The inputs of the sample by itself."""

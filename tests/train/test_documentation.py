@@ -27,7 +27,7 @@ def stand_ins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand_ins")
     digits = ensure_built(folder / "digits", train_images=8)
     language_model(folder / "llm", digits / "tokenizer")
-    vision_tower(folder / "clip")
+    vision_tower(folder / "clip", layers=24)  # the resampler reads late layers
     sizes = {"0.weight": (32, 16), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
     torch.save({f"model.mm_projector.{n}": torch.randn(s) for n, s in sizes.items()}, folder / "mm_projector.bin")
     sources = ["--model", str(folder / "llm"), "--vision_tower", str(folder / "clip"), "--template", "v1"]

@@ -13,8 +13,8 @@ from llava_skip.checkpoints import load_tokenizer, padded_vocabulary
 from llava_skip.processing import find_image_token
 from playground.data.build import ensure_built
 from tests.support.stand_ins import language_model, vision_tower
-from train.command_line import with_recipe
-from train.launch import KINDS
+from train.arguments import KINDS, DataArguments, ModelArguments
+from train.command_line import read_command_line, with_recipe
 from train.recipe.recipes import FOLDER, recipe_names, zero_file
 from train.run import parse
 from train.train import main
@@ -98,6 +98,7 @@ def test_every_recipe_resolves(name, elsewhere, stand_ins, monkeypatch, capsys):
         ("pretrain-558k", 1, 32, 8, 1e-3, "zero2"),
         ("finetune-665k", 8, 16, 1, 2e-5, "zero3"),
         ("finetune-665k", 32, 4, 1, 2e-5, "zero3"),
+        ("finetune-665k", 3, 14, 3, 2e-5, "zero3"),  # 126 samples a step
         ("finetune-665k-hd", 8, 4, 4, 2e-5, "zero3"),
         ("finetune-665k-cos", 8, 8, 2, 2e-5, "zero3"),
         ("lora", 1, 4, 32, 2e-4, "zero2"),
@@ -145,6 +146,7 @@ def test_flags_override_a_recipe(elsewhere, tmp_path):
         ("zzz: 1", "has the unknown key 'zzz'."),
         ("- a\n- b", "holds no recipe: it must map arguments to values."),
         ("a: [", "is not valid YAML"),
+        ("samples_per_step: many", "samples_per_step 'many'; it must be a number above 0."),
         ("base: nowhere", "There is no recipe 'nowhere': give a YAML file, or one of embedded, "),
     ],
 )
@@ -159,3 +161,23 @@ def test_a_recipe_needs_a_name_that_exists():
         parse(["--recipe", "embeded"])
     with pytest.raises(ValueError, match="--recipe needs a value"):
         parse(["--recipe"])
+
+
+def test_recipes_based_on_each_other_are_refused(tmp_path):
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path / base}.yaml\n")
+    with pytest.raises(ValueError, match=r"The recipe .*a.yaml is based on itself"):
+        parse(["--recipe", str(tmp_path / "a.yaml")])
+
+
+def test_flags_of_llava_override_a_recipe(elsewhere):
+    run = parse(["--recipe", "lora", "--mm_projector_lr", "1e-5", *CPU])[2]
+    assert run.part_rates == {"multi_modal_projector": 1e-5}
+    model = parse(["--recipe", "pretrain-558k", "--freeze_mm_mlp_adapter", "true", *CPU])[0]
+    assert model.train_parts == ["summary", "language_model"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_other_programs_take_what_they_know_of_a_recipe(elsewhere, name):
+    model, data = read_command_line((ModelArguments, DataArguments), ["--recipe", name, "--data", "own.json"])
+    assert data.data == "own.json" and model.lora_enable == (name in ("lora", "qlora"))

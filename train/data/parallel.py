@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava_skip_base.machine import usable_cores
+
 Result = TypeVar("Result")
 
 CHUNK = 64
@@ -49,11 +51,6 @@ def map_rows(function: Callable[[int], Result], rows: np.ndarray, processes: int
         for results in loader:
             yield from results
             bar.update(len(results))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; all of the machine where the system does not say (macOS)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_processes() -> int:

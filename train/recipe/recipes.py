@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,31 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_text
 from llava_skip_base.paths import checkpoints, embedded_data, shown
 
+RECIPE = "--recipe"
 FOLDER = Path(__file__).parents[1] / "recipes"
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """The words with `_` in the names of arguments: `--vision-tower=x` becomes `--vision_tower=x`."""
+    named = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [name.replace("-", "_").replace("__", "--", 1) + equals + value for name, equals, value in named]
+
+
+def take_option(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The last value of an option, and the other words.
+
+    Raises:
+        UserError: it is given without a value.
+    """
+    value, others, left = None, [], iter(words)
+    for word in left:
+        name, equals, text = word.partition("=")
+        if name != option:
+            others.append(word)
+        elif (value := text if equals else next(left, None)) is None:
+            raise UserError(f"{option} needs a value. --help lists the arguments.")
+    return value, others
 
 
 def recipe_names() -> list[str]:
@@ -35,35 +58,39 @@ def zero_file(name: str) -> str:
     return str(path) if name.isidentifier() and path.is_file() else name
 
 
-def recipe_words(source: str, given: Iterable[str], known: Iterable[str], processes: int | None = None) -> list[str]:
+def recipe_words(
+    source: str, given: Iterable[str], known: Iterable[str] | None = None, processes: int | None = None
+) -> list[str]:
     """A recipe as command line words, without what is overridden.
 
     Args:
         source: a name or a YAML file.
         given: names of the arguments on the command line.
-        known: names of all arguments.
+        known: names of all arguments; None leaves their check to the run.
         processes: of the run; None reads torchrun's WORLD_SIZE.
 
     Raises:
         UserError: there is no such recipe, or it has an unknown key.
     """
     recipe = read_recipe(source)
-    known, given = set(known), set(given)
-    for key in recipe:
-        if key not in known | {"samples_per_step"}:
-            hint = "".join(f" Did you mean {name}?" for name in get_close_matches(key, known, 1))
-            raise UserError(f"The recipe {source} has the unknown key {key!r}.{hint}")
+    given = set(given)
+    names = {*(recipe if known is None else known), "samples_per_step"}
+    if unknown := [key for key in recipe if key not in names]:
+        hint = "".join(f" Did you mean {name}?" for name in get_close_matches(unknown[0], names, 1))
+        raise UserError(f"The recipe {source} has the unknown key {unknown[0]!r}.{hint}")
     if "data" in given:
         given.add("images")  # the folder belongs to the recipe's data
     recipe = {key: value for key, value in recipe.items() if key not in given}
     samples = recipe.pop("samples_per_step", None)
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise UserError(f"The recipe {source} has samples_per_step {samples!r}; it must be a number above 0.")
     if samples and not given & {_BATCH, _ACCUMULATION}:
         recipe |= _batch(samples, recipe.get(_BATCH), processes or int(os.environ.get("WORLD_SIZE", "1")))
     return [word for key, value in recipe.items() for word in (f"--{key}", *_as_words(value))]
 
 
-def read_recipe(source: str) -> dict[str, Any]:
-    """A recipe with those that it is based on.
+def read_recipe(source: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with those that it is based on; `above` are the files that are based on it.
 
     Raises:
         UserError: there is no such recipe, or its file is no mapping.
@@ -72,6 +99,8 @@ def read_recipe(source: str) -> dict[str, Any]:
     path = named if named.is_file() else Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"There is no recipe {source!r}: give a YAML file, or one of {', '.join(recipe_names())}.")
+    if path.resolve() in above:
+        raise UserError(f"The recipe {source} is based on itself.")
     try:
         recipe = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
@@ -79,17 +108,14 @@ def read_recipe(source: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds no recipe: it must map arguments to values.")
     base = recipe.pop("base", None)
-    if base == source:
-        raise UserError(f"The recipe {source} is based on itself.")
-    return (read_recipe(base) if base else {}) | recipe
+    return (read_recipe(base, (*above, path.resolve())) if base else {}) | recipe
 
 
 def _batch(samples: int, largest: int | None, processes: int) -> dict[str, int]:
-    """Samples of a process, at most `largest`, and accumulated batches that make `samples` a step."""
+    """Samples of a process, at most `largest`, and accumulated batches that make about `samples` a step, never more."""
     share = max(1, samples // processes)
-    batch = min(share, largest or share)
-    accumulated = share // batch
-    return {_BATCH: batch} | ({_ACCUMULATION: accumulated} if accumulated > 1 else {})
+    accumulated = -(-share // (largest or share))
+    return {_BATCH: share // accumulated} | ({_ACCUMULATION: accumulated} if accumulated > 1 else {})
 
 
 def _as_words(value: Any) -> list[str]:

@@ -31,18 +31,18 @@ _CONSOLE = {
     "mfu": "MFU {:5.1%}",
 }
 """Metrics of a log line, and how they are shown."""
-_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+_PACKAGES = ("wandb", "tensorboard")
 
 
 def check_reporters(arguments: RunArguments) -> None:
-    """What --report_to names must be installed, and wandb must be able to work, before any weight is loaded.
+    """Check before any weight is loaded that the packages of --report_to are installed and wandb has an account.
 
     Raises:
-        UserError: says what to install or to set.
+        UserError: one of them is not; the message says what to install or to set.
     """
     for name in arguments.report_to:
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--report_to {name} needs a package: pip install {_PACKAGES[name]}.")
+        if name in _PACKAGES and importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs a package: pip install {name}.")
     online = os.environ.get("WANDB_MODE", "online") == "online"
     if "wandb" in arguments.report_to and online and os.environ.get("RANK", "0") == "0":
         _check_account()
@@ -74,13 +74,13 @@ def show_no_bars(arguments: RunArguments) -> None:
 
 
 class LogLine(TrainerCallback):
-    """Prints each log entry as one aligned line: step, loss, rate, tokens/s, skipped share, time gone and left."""
+    """Prints each log entry as one aligned line: step, loss, rate, tokens/s, skipped share, elapsed and left."""
 
     def __init__(self) -> None:
         self._began = (0, time.monotonic())
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the time."""
+        """Note the step and the time."""
         self._began = (state.global_step, time.monotonic())
 
     def on_log(
@@ -94,9 +94,7 @@ class LogLine(TrainerCallback):
         left = elapsed / max(1, state.global_step - first) * (state.max_steps - state.global_step)
         width = len(str(state.max_steps))
         parts = [f"step {state.global_step:{width}}/{state.max_steps}"]
-        for name, form in _CONSOLE.items():
-            if name in logs:
-                parts.append(form.format(logs[name]))
+        parts += [form.format(logs[name]) for name, form in _CONSOLE.items() if name in logs]
         parts.append(f"{_clock(elapsed)} elapsed, {_clock(left)} left")
         tqdm.write(" | ".join(parts))
 
@@ -116,7 +114,7 @@ class JsonLines(TrainerCallback):
     """Appends every log entry to `train_log.jsonl` as one line, in one write."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what an interrupted run wrote after the checkpoint that is continued: these steps are repeated."""
+        """Delete the lines after the checkpoint that the run resumes from: these steps are repeated."""
         path = Path(args.output_dir) / LOG
         if state.is_world_process_zero and path.is_file():
             lines = [line for line in read_text(path).splitlines() if _step(line) <= state.global_step]

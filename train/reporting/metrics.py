@@ -46,7 +46,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device, given: float | None = None) -> float | None:
-    """The bfloat16 peak of a device: the given one, else that of the table; None if it is in neither."""
+    """The bfloat16 peak of a device in TFLOPs a second: `given`, else from the table; None if it is unknown."""
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)
@@ -70,7 +70,7 @@ class Meter:
         trainable: whether the language model's own weights are, which decides what a backward pass costs.
         device: of this rank.
         peak: bfloat16 peak of one device in TFLOPs a second, if known.
-        gather: a vector of this rank [n] -> those of all ranks [ranks, n].
+        gather: a vector of this rank [n] -> the vectors of all ranks [ranks, n].
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Meter:
         return counts, ranks[:, -2].max().item(), ranks[:, -1].max().item()
 
     def close_window(self) -> dict[str, float]:
-        """Metrics of the window, over all ranks; the next one begins. Every rank must call it."""
+        """Metrics of the window over all ranks; starts the next window. Every rank must call it."""
         counts, waited, memory = self._sums()
         self.totals = _added(self.totals, counts)
         self._started = time.perf_counter()
@@ -156,7 +156,7 @@ def _sizes(inputs: dict[str, Tensor]) -> tuple[Any, Any, Any]:
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(dim=1, dtype=torch.float64)
         return lengths.sum(), lengths.square().sum(), lengths.shape[0]
-    positions = inputs["position_ids"]  # samples one after the other; the sum of the first n odd numbers is n squared
+    positions = inputs["position_ids"]  # samples one after the other; the first n odd numbers add up to n squared
     return positions.numel(), (2 * positions.double() + 1).sum(), (positions == 0).sum()
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves: the closing table and a figure of the loss."""
+"""What a run leaves: a table of its numbers and a figure of the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_loss(history: list[dict[str, float]], path: Path, title: str) -> None:
 
 
 def show_result(result: dict[str, Any], output: Path) -> None:
-    """The closing table, and what to do next."""
+    """Print the table, and what to do next."""
     rows = (
         ("steps", f"{result['steps']}"),
         ("final loss", f"{result['final_loss']:.4f}"),

@@ -248,8 +248,9 @@ class ResumableTrainer(Trainer):
             self._logged_loss, self._logged_step = self._logged_loss + loss, step
         elif "train_loss" in logs:  # the last entry
             logs["train_loss"] = (self._logged_loss + self._new_loss.item()) / max(step, 0.001)
-            samples = step * self.get_total_train_batch_size(self.args)
-            logs |= speed_metrics("train", time.time() - self.seconds, num_samples=samples, num_steps=step)
+            if self.before:
+                samples = step * self.get_total_train_batch_size(self.args)
+                logs |= speed_metrics("train", time.time() - self.seconds, num_samples=samples, num_steps=step)
         super().log(logs, start_time)
 
     # --- writing
