@@ -11,7 +11,7 @@ import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip_base.console import print_next, program
+from llava_skip_base.console import hide_bars_in_files, print_next, program
 from llava_skip_base.errors import UserError
 
 
@@ -61,6 +61,7 @@ def convert(
 ) -> None:
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
     output = new_folder(output)
+    hide_bars_in_files()
     model = load_checkpoint(
         source, preset, dtype.torch_dtype, vision_tower=vision_tower, projector=projector, lora=lora, log=False
     )

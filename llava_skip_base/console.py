@@ -59,6 +59,14 @@ def fail(message: Any) -> NoReturn:
     raise SystemExit(USER_ERROR)
 
 
+def hide_bars_in_files() -> None:
+    """Turn the progress bars of transformers off unless standard error is a terminal: they would fill a log file."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging  # slow to import, and most programs need none of it
+
+        logging.disable_progress_bar()
+
+
 @contextmanager
 def one_message() -> Iterator[None]:
     """Around a program: a `UserError` is printed as one message, with exit code 2. Nothing else is caught."""

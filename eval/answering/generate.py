@@ -24,6 +24,7 @@ import llava_skip  # noqa: F401  registers the library's models with the Auto cl
 from eval.answering.models import SavedModel
 from eval.reading.images import PLACEHOLDER, ImageSource
 from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,6 +84,7 @@ class Generator:
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         self.processor: Any = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        hide_bars_in_files()
         with _readable(model.folder):
             if self.takes_images:
                 self.processor = AutoProcessor.from_pretrained(model.folder)

@@ -89,9 +89,9 @@ class Candidate:
     def flops(self, head_tokens: int) -> int:
         """FLOPs of a forward of the language model."""
         samples, tokens = self.input_ids.shape
-        skip = self.config.skip_config
-        ffn_tokens = samples * (tokens - (skip.num_skipping if skip else 0))
-        return decoder_flops(self.config.text_config, tokens, ffn_tokens, head_tokens, samples).total
+        skip, text = self.config.skip_config, self.config.text_config
+        ffn_tokens = samples * (tokens - (skip.mean_num_skipping(text.num_hidden_layers) if skip else 0))
+        return decoder_flops(text, tokens, ffn_tokens, head_tokens, samples).total
 
     @property
     def cache_tokens(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -60,6 +61,7 @@ def ensure_built(
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
         if force or read_manifest(output).get("request") != request:
+            sys.stderr.write(f"building the embedded data set of {train_images} images in {shown(output)}, once\n")
             _build(output, request)
     return output
 

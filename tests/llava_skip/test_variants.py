@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip import SkipConfig, preset_config
+from llava_skip.flops import decoder_flops
 from llava_skip.presets import skip_for_model
 from tests.support.small_models import batch_of, mixed_samples, real_tokens, small_config, small_model
 
@@ -92,6 +94,21 @@ def test_a_variant_in_a_mixed_batch_equals_itself_alone(fields, attention):
         alone = model(**sample.alone()).logits[0]
         torch.testing.assert_close(real_tokens(together, batch, index), alone, atol=1e-5, rtol=1e-5)
         assert generated[index].tolist() == model.generate(**sample.alone(), **options)[0, len(alone) :].tolist()
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_flops_counted_in_a_variant_equal_the_formula(fields):
+    skip = SkipConfig(**SIZES, **fields)
+    model = small_model(skip)
+    model.set_attn_implementation("eager")  # torch does not count its fused kernel for CPUs
+    inputs = mixed_samples(model)[3].alone()  # two images
+    encoded = model.get_image_features(inputs.pop("pixel_values"))
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, mm_encoder_outputs={"image": encoded}, use_cache=False)
+    text, tokens = model.config.text_config, inputs["input_ids"].shape[1]
+    ffn_tokens = tokens - 2 * skip.mean_num_skipping(text.num_hidden_layers)
+    assert counter.get_total_flops() == decoder_flops(text, tokens, ffn_tokens, head_tokens=tokens).total
 
 
 @torch.no_grad()

@@ -32,4 +32,4 @@ def show_result(result: dict[str, Any], output: Path) -> None:
         ("seconds", f"{result['seconds']:.1f}"),
     )
     output_console().print(make_table(f"{result['preset']} -> {output}", ("", ""), rows))
-    print_next(f"llava-skip eval --model {shown(output)} (or make eval-all); the loss curve: {output / 'loss.png'}")
+    print_next(f"llava-skip eval --model {shown(output)}; the loss curve: {output / 'loss.png'}")
