@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console, run_app
+from llava_skip_base.console import make_app, make_table, output_console, print_next, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
@@ -26,13 +26,7 @@ DRAWN_AT_ONCE = 10_000_000
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over questions, in percent.
-
-    Attributes:
-        value: the mean.
-        low: lower end of its bootstrap confidence interval.
-        high: upper end.
-    """
+    """A mean over questions, in percent, and its bootstrap confidence interval from `low` to `high`."""
 
     value: float
     low: float
@@ -47,13 +41,10 @@ class Comparison:
     """Two models on the same questions.
 
     Attributes:
-        questions: their number.
-        a: the first model's mean.
-        b: the second one's.
         difference: b - a, question by question.
-        only_a: questions that the first answers better.
-        only_b: questions that the second answers better.
-        test: the paired test.
+        only_a: number of questions that the first model answers better.
+        only_b: number of questions that the second one answers better.
+        test: name of the paired test.
         p: probability of a difference this large if the models were equally good.
         within_noise: whether p is above 1 - the confidence level.
     """
@@ -139,10 +130,9 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
             f"{a.folder} and {b.folder} differ in more than the model ({'; '.join(different)}), so their scores cannot "
             "be compared; evaluate both alike."
         )
-    lonely = sorted(a.values.keys() ^ b.values.keys())
-    if lonely:
+    if unpaired := sorted(a.values.keys() ^ b.values.keys()):
         raise UserError(
-            f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
+            f"{first_few(unpaired)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
     ids = list(a.values)
     return np.array([a.values[id_] for id_ in ids]), np.array([b.values[id_] for id_ in ids])
@@ -188,9 +178,7 @@ def run(
         method = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED}
         with writing(json):
             write_json(json, {**asdict(found), "method": method, "results": named})
-    console.print(
-        "next: llava-skip overview shows the questions that only one of the two answers right.", highlight=False
-    )
+    print_next("llava-skip overview shows the questions that only one of the two answers right")
 
 
 app = make_app(run)

@@ -4,7 +4,7 @@ A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, an
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,7 @@ class Overview:
     """Results as a table: a row for each benchmark, a column for each model.
 
     Attributes:
-        results: what is shown.
-        models: the models' names.
+        models: the models' names, sorted.
         benchmarks: the benchmarks' names, in the order of the command line's list.
     """
 
@@ -41,50 +40,39 @@ class Overview:
         self._by = {(result.benchmark, result.model): result for result in results}
 
     def of(self, benchmark: str) -> list[Result]:
-        """Return the results of a benchmark, in the order of the models."""
+        """The results of a benchmark, in the order of the models."""
         return [self._by[benchmark, model] for model in self.models if (benchmark, model) in self._by]
 
     def cells(self) -> list[list[str]]:
-        """Write the table as text, its header first."""
-        rows = [["benchmark", *self.models]]
-        for benchmark in self.benchmarks:
-            scores = {result.model: result.facts["score"] for result in self.of(benchmark)}
-            shown = [scores.get(model) for model in self.models]
-            rows.append([benchmark, *("-" if score is None else f"{score:.1f}" for score in shown)])
-        return rows
+        """The table as text, its header first."""
+        scores = self.values(lambda result: result.facts["score"])
+        rows = [[name, *("-" if v is None else f"{v:.1f}" for v in values)] for name, values in scores.items()]
+        return [["benchmark", *self.models], *rows]
 
-    def percents(self) -> dict[str, list[float | None]]:
-        """Return each benchmark's score of each model as a chart can show it, from 0 to 100."""
-        percents = {}
-        for benchmark in self.benchmarks:
-            found = {result.model: percent(result) for result in self.of(benchmark)}
-            percents[benchmark] = [found.get(model) for model in self.models]
-        return percents
+    def values(self, of: Callable[[Result], float | None]) -> dict[str, list[float | None]]:
+        """Benchmark -> a value of each model's result, None where there is no result."""
+        found = {key: of(result) for key, result in self._by.items()}
+        return {name: [found.get((name, model)) for model in self.models] for name in self.benchmarks}
 
     def facts(self) -> list[dict[str, Any]]:
-        """Say of each result where its number comes from."""
+        """Where the number of each result comes from."""
         return [
             {
                 "benchmark": result.benchmark,
                 "model": result.model,
                 "preset": result.facts["model"].get("preset"),
                 "model_sha256": result.facts["model"].get("sha256"),
-                "score": result.facts["score"],
-                "status": result.facts["status"],
+                **{name: result.facts[name] for name in ("score", "status")},
                 "questions": len(result.values),
-                "protocol": result.facts["protocol"],
-                "rule": result.facts["rule"],
-                "data": result.facts["data"],
-                "generation": result.facts.get("generation"),
-                "judge": result.facts.get("judge"),
-                "versions": result.facts.get("versions"),
+                **{name: result.facts[name] for name in ("protocol", "rule", "data")},
+                **{name: result.facts.get(name) for name in ("generation", "judge", "versions")},
             }
             for result in self.results
         ]
 
 
 def percent(result: Result) -> float | None:
-    """Return a headline score of 0 to 100; for a sum with another maximum (MME), the share of right answers."""
+    """A headline score of 0 to 100; for a sum with another maximum (MME), the share of right answers."""
     score = result.facts["score"]
     if score is None or result.facts.get("full_score", 100.0) == 100.0:
         return score
@@ -113,7 +101,7 @@ def by_category(results: Sequence[Result]) -> dict[str, list[float | None]]:
 
 def write_charts(folder: Path, overview: Overview) -> list[str]:
     """Draw the charts that the results allow, and return the names of their files."""
-    scores = overview.percents()
+    scores = overview.values(percent)
     bars(folder / "bars.png", overview.models, scores)
     names = ["bars.png"]
     complete = {name: values for name, values in scores.items() if None not in values}

@@ -11,27 +11,17 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
+from eval import options
 from eval.answering.answers import AnswerLog
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
-from eval.options import (
-    JudgeBudget,
-    JudgeConcurrency,
-    JudgeDryRun,
-    JudgeModel,
-    JudgeRuns,
-    JudgeTimeout,
-    JudgeUrl,
-    make_judge,
-    print_outcome,
-)
 from eval.overview import FOLDER, print_overview, write_overview
 from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error, run_app
+from llava_skip_base.console import make_app, output_console, print_error, print_next, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
@@ -88,17 +78,9 @@ def evaluate(
     numerics: "Numerics",
     console: Console,
 ) -> list[Score | UserError]:
-    """Answer and score; a run that cannot be scored does not stop the others.
+    """Answer and score; a run that cannot be scored does not stop the others. The outcome of each run.
 
-    Args:
-        runs: the evaluations.
-        judges: of each run.
-        processes: that answer; None for one for each GPU, or one without a GPU.
-        numerics: number format and attention of the models.
-        console: for the tables.
-
-    Returns:
-        The outcome of each run.
+    `processes` is None for one for each GPU, or one without a GPU.
     """
     import torch
 
@@ -140,7 +122,7 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console
             print_error(f"{name}{outcome}")
             code = USER_ERROR
             continue
-        print_outcome(name, outcome, run.folder / "results.json", console)
+        options.print_outcome(name, outcome, run.folder / "results.json", console)
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
@@ -163,13 +145,13 @@ def run(
     blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = DEFAULT_JUDGE,
-    judge_runs: JudgeRuns = 1,
-    judge_concurrency: JudgeConcurrency = 4,
-    judge_timeout: JudgeTimeout = 60.0,
-    judge_budget: JudgeBudget = None,
-    judge_dry_run: JudgeDryRun = False,
+    judge_url: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = DEFAULT_JUDGE,
+    judge_runs: options.JudgeRuns = 1,
+    judge_concurrency: options.JudgeConcurrency = 4,
+    judge_timeout: options.JudgeTimeout = 60.0,
+    judge_budget: options.JudgeBudget = None,
+    judge_dry_run: options.JudgeDryRun = False,
 ) -> None:
     """Answer benchmarks with saved models and score them; the same command again continues an interrupted run."""
     console = output_console()
@@ -179,15 +161,20 @@ def run(
     output = (output or Path(shown(results()))).expanduser()
     sizes = output, batch_size, max_new_tokens, limit
     runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
-    judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+    judges = [options.make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
     finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+    folder = output / FOLDER
     if finished:
-        folder = output / FOLDER
         print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
-    raise typer.Exit(conclude(runs, outcomes, console))
+    code = conclude(runs, outcomes, console)
+    if finished:
+        print_next(
+            f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
+        )
+    raise typer.Exit(code)
 
 
 app = make_app(run)

@@ -10,27 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
+from eval import options
 from eval.benchmark import Benchmark, match
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.mmstar import MMStar, gain_and_leakage
-from eval.options import (
-    JudgeBudget,
-    JudgeConcurrency,
-    JudgeDryRun,
-    JudgeModel,
-    JudgeRuns,
-    JudgeTimeout,
-    JudgeUrl,
-    make_judge,
-    print_outcome,
-)
 from eval.reading.lmms_logs import answers_by_number, plain_rows
 from eval.reading.tables import Row, sha256
 from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.score_table import score_table
 from eval.versions import versions
-from llava_skip_base.console import make_app, output_console, run_app
+from llava_skip_base.console import make_app, output_console, print_next, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
 from llava_skip_base.files import read_json, write_json, writing
@@ -44,15 +34,10 @@ def score_file(
     judge: Judge | None,
     submission: Path | None = None,
 ) -> Score:
-    """Score the predictions of one file.
+    """Score the predictions in a file, or the grades in MM-Vet's grade file.
 
-    Args:
-        benchmark: its rules are followed.
-        predictions: the prediction file, or MM-Vet's grade file.
-        data: the benchmark file; not needed if the prediction file repeats its columns.
-        allow_missing: count absent predictions as wrong instead of refusing.
-        judge: of answers that have no grades yet.
-        submission: file to write for the benchmark's server.
+    The benchmark file `data` is not needed if `predictions` repeats its columns. `submission` is written for the
+    benchmark's server.
 
     Raises:
         UserError: if the files do not fit together.
@@ -102,23 +87,15 @@ def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missin
     Raises:
         UserError: if the result is of another benchmark or rule, or holds no score.
     """
-    result = json_object(source)
-    if result is None or "rule" not in result:
+    try:
+        result = read_json(source) if source.suffix == ".json" else None
+    except UserError:
+        result = None
+    if not isinstance(result, dict) or "rule" not in result:
         result = asdict(score_file(benchmark, source, data, allow_missing, None))
     if result["rule"] != benchmark.rule or result["score"] is None:
         raise UserError(f"{source}: holds {result['score']} by the rule {result['rule']}; needed {benchmark.rule}.")
     return result["score"]
-
-
-def json_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file that holds one object; None for any other file."""
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    try:
-        value = read_json(path)
-    except UserError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def run(
@@ -135,21 +112,21 @@ def run(
     language_model: Annotated[
         Path | None, typer.Option(help="MMStar: result or predictions of the language model it was built on.")
     ] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = DEFAULT_JUDGE,
-    judge_runs: JudgeRuns = 1,
-    judge_concurrency: JudgeConcurrency = 4,
-    judge_timeout: JudgeTimeout = 60.0,
-    judge_budget: JudgeBudget = None,
-    judge_dry_run: JudgeDryRun = False,
+    judge_url: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = DEFAULT_JUDGE,
+    judge_runs: options.JudgeRuns = 1,
+    judge_concurrency: options.JudgeConcurrency = 4,
+    judge_timeout: options.JudgeTimeout = 60.0,
+    judge_budget: options.JudgeBudget = None,
+    judge_dry_run: options.JudgeDryRun = False,
 ) -> None:
     """Score a saved prediction file."""
     if output.is_dir():
         raise UserError(f"{output}: is a folder; give --json the name of a file to write.")
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     chosen = get_benchmark(benchmark, rule)
-    name = output.parent, predictions.stem
-    judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
+    limits["dry_run"] = judge_dry_run
+    judge = options.make_judge(judge_url, judge_model, judge_runs, output.parent, predictions.stem, **limits)
     score = score_file(chosen, predictions, data, allow_missing, judge, submission)
     if without_image or language_model:
         add_gain(chosen, score, without_image, language_model, data, allow_missing)
@@ -159,7 +136,9 @@ def run(
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
     console = output_console()
     console.print(score_table(f"{chosen.name}: {predictions.name}", score))
-    print_outcome("", score, output, console)
+    options.print_outcome("", score, output, console)
+    again = "give what the notes ask for, and run it again"
+    print_next("llava-skip eval shows every question of a model" if score.status == "scored" else again)
     raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip_base.console import program
+from llava_skip_base.console import print_next, program
 from llava_skip_base.errors import UserError
 
 
@@ -78,6 +78,7 @@ def convert(
     if processor is None:
         print(f"{source} has no tokenizer: no processor is written.")
     print(f"written to {output}")
+    print_next(f"llava-skip eval --model {output}, or llava-skip train --recipe finetune --model {output}")
 
 
 def main() -> None:

@@ -42,6 +42,11 @@ def make_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequen
     return table
 
 
+def print_next(text: str) -> None:
+    """The last line of a program: what a user would do next."""
+    print(f"next: {text}")
+
+
 def print_error(message: Any) -> None:
     """Print `error: message` to standard error."""
     sys.stderr.write(f"error: {message}\n")

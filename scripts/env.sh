@@ -1,5 +1,5 @@
 # Sourced by the scripts and the Makefile's recipes: sets PYTHON to the environment that runs the project.
-# An activated environment (conda's base apart) is used, otherwise .venv; what is missing in it is installed first.
+# It is the activated environment (except conda's base), otherwise .venv; missing packages are installed first.
 
 if [ -n "${VIRTUAL_ENV:-}" ]; then
     ENVIRONMENT=$VIRTUAL_ENV
@@ -11,7 +11,7 @@ fi
 PYTHON=$ENVIRONMENT/bin/python
 export PATH="$ENVIRONMENT/bin:$PATH" # DeepSpeed calls ninja by its name
 
-# The stamp is newer than what was asked for, and written last: a broken installation is repeated.
+# The stamp is written last, and is newer than the requirements: an interrupted installation is repeated.
 STAMP=$ENVIRONMENT/.llava-skip-ready
 if [ ! -f "$STAMP" ] || [ setup.py -nt "$STAMP" ] || [ constraints.txt -nt "$STAMP" ] || [ "$(cat "$STAMP")" != "$PWD" ]; then
     bash scripts/setup.sh >&2

@@ -17,7 +17,7 @@
 #   ZERO         DeepSpeed stage: 2, 3, 2_offload or 3_offload                  (2, or RECIPE's)
 #   EPOCHS BATCH LR   epochs, samples a process and step, learning rate
 #   TORCHRUN     options of torchrun that join several machines                 (--standalone; scripts/slurm sets them)
-#   DRY_RUN      not empty: print the command, and do not run it
+#   DRY_RUN      if not empty: print the command instead of running it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project with everything it needs: into the activated environment (conda's base apart), or into .venv.
+# Installs the project with everything it needs: into the activated environment (except conda's base), or into .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ if sys.version_info < (3, 10):
 CHECK
 echo "installing llava-skip and what it needs into $environment"
 pip="$python -m pip --disable-pip-version-check"
-# torch first and alone: packages that only ask for "torch" are then content with the pinned build.
+# torch first and alone: packages that need just "torch" then accept the pinned build.
 $pip install --quiet "$(grep '^torch==' constraints.txt)"
 PYTHONWARNINGS=ignore $pip install --quiet --constraint constraints.txt --editable '.[all]'
 echo "$PWD" >"$environment/.llava-skip-ready"

@@ -135,11 +135,10 @@ def _parts(switches: dict[Part, str]) -> dict[str, list[str]]:
     for switch, value in switches.items():
         if value.lower() not in _ANY_SWITCH:
             raise UserError(f"--{switch.name} is {value!r}; it must be true or false.")
-        if value.lower() == "true":
-            parts = switch.parts(parts)
-    if not any(value.lower() == "true" for value in switches.values()):
-        return {}
-    return {"--train_parts": list(dict.fromkeys(parts))}
+    on = [switch for switch, value in switches.items() if value.lower() == "true"]
+    for switch in on:
+        parts = switch.parts(parts)
+    return {"--train_parts": list(dict.fromkeys(parts))} if on else {}
 
 
 def _rates(given: dict[Rate, str]) -> dict[str, float]:

@@ -91,19 +91,15 @@ def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, st
 
 
 def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, path: Path) -> Grades:
-    """Let the judge grade every answer ``judge.runs`` times, run after run, saving each grade as it comes.
+    """Let the judge grade every answer ``judge.runs`` times, run after run.
 
-    Args:
-        samples: the questions.
-        answers: text by id.
-        judge: the model that grades.
-        path: the grade file, in the official form; what it holds is not asked again.
+    Each grade is saved at once to the grade file ``path``, in the official form; saved grades are not asked for again.
 
     Returns:
         The content of the grade file.
 
     Raises:
-        UserError: if the file holds grades of other answers.
+        UserError: if the file has grades of other answers.
         JudgeUnavailable: if the endpoint fails; the grades so far are kept.
     """
     asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}

@@ -44,11 +44,7 @@ Result = TypeVar("Result")
 
 
 class _TryAgain(Exception):
-    """A request failed for a reason that may be temporary.
-
-    Attributes:
-        pause: seconds that the endpoint asked to wait, if it did.
-    """
+    """A request failed for a reason that may be temporary; `pause` is the seconds that the endpoint asked to wait."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -117,12 +113,7 @@ class Judge:
         return {"model": self.model, "url": self.url, "runs": self.runs}
 
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
-        """Send one user message and return the reply's text.
-
-        Args:
-            prompt: the message.
-            temperature: of sampling.
-            max_tokens: of the reply.
+        """The text of the reply to one user message.
 
         Raises:
             JudgeUnavailable: if no chat completion came back after all retries, or the budget is used up.
@@ -150,11 +141,7 @@ class Judge:
             raise JudgeUnavailable(f"judge at {self.url}: {reason} after {self.retries} retries.") from None
 
     def map(self, ask: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """Ask about many items at once and yield each item with its result as soon as that is there.
-
-        Args:
-            ask: asks the judge about one item, through ``ask``.
-            items: in any order.
+        """Call `ask` for many items at once, and yield each item with its result as soon as that is there.
 
         Raises:
             JudgeUnavailable: if an item got no reply; raised after all items with a reply were yielded. The rest is
@@ -251,14 +238,10 @@ class Judge:
 
 
 def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Read the replies of an earlier run, after checking that they are about the same answers.
-
-    Args:
-        path: a file of entries by id, each with the hash of what was asked; it need not exist.
-        asked: the question to the judge, by id.
+    """The replies of an earlier run by id, if there are any; `asked` is the question to the judge by id.
 
     Raises:
-        UserError: if it holds replies about other answers, or is no JSON.
+        UserError: if the file has replies about other answers, or is no JSON.
     """
     entries = read_json(path) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
@@ -288,8 +271,8 @@ def _content(reply: bytes) -> str:
     """The text of a chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
+        if content is None or isinstance(content, str):
+            return content or ""
     except (ValueError, LookupError, TypeError):
-        raise _TryAgain("replies that are no chat completions") from None
-    if content is not None and not isinstance(content, str):
-        raise _TryAgain("replies that are no chat completions")
-    return content or ""
+        pass
+    raise _TryAgain("replies that are no chat completions")

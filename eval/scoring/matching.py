@@ -78,13 +78,7 @@ def match_choices(
     judge: Judge,
     extract: Callable[[str, Options], str | None],
 ) -> Matches:
-    """Let the judge match answers to options, and keep its replies in a file next to the result.
-
-    Args:
-        samples: the questions whose answers no rule could read.
-        answers: text by sample id.
-        judge: the model that is asked.
-        extract: the rule that reads the judge's reply.
+    """Let the judge match answers to options; `extract` reads its replies, which a file next to the result keeps.
 
     Raises:
         JudgeUnavailable: if the endpoint fails; the replies so far are kept.

@@ -46,11 +46,9 @@ class Question:
     """A question as a page shows it.
 
     Attributes:
-        id: its id.
         prompts: what the models were asked; one for each row that asks it.
         golds: the right answers, if the file has them.
-        images: file names below the page.
-        answers: the models' answers.
+        images: file names relative to the page.
     """
 
     id: str
@@ -69,12 +67,7 @@ def write_pages(
 ) -> None:
     """Write ``index.html``, a page for each benchmark, and the images that they show.
 
-    Args:
-        folder: of the pages.
-        benchmarks: the results of each benchmark.
-        table: the scores as text, header first.
-        facts: the origin of each score.
-        charts: names of chart files in the folder.
+    `table` is the scores as text, header first, `facts` the origin of each, `charts` names of files in the folder.
     """
     environment = Environment(
         loader=PackageLoader("eval.showing"),

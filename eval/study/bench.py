@@ -23,7 +23,7 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
-from llava_skip_base.console import figure, make_table, output_console, program
+from llava_skip_base.console import figure, make_table, output_console, print_next, program
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from llava_skip_base.paths import results, shown
@@ -203,7 +203,7 @@ def run(
     result |= {"torch": torch.__version__, "repeats": repeats, "rows": rows}
     write_json(output / f"{size}.json", result)
     draw(rows, output / f"{size}.png", f"{size}, {device_name(device)}")
-    print(f"the figures: {output / size}.json, {output / size}.png")
+    print_next(f"open {output / size}.png; the figures are in {output / size}.json")
 
 
 def main() -> None:

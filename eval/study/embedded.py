@@ -10,6 +10,7 @@ import typer
 from transformers import AutoConfig
 
 import llava_skip  # noqa: F401  registers the configuration
+from eval.showing.charts import draw_bars
 from llava_skip.flops import image_cost
 from llava_skip_base.console import figure, program
 from llava_skip_base.files import read_json, write_text
@@ -76,16 +77,13 @@ def run(
 def draw(runs: list[dict[str, Any]], scores: list[dict[str, float]], path: Path) -> None:
     """The losses, and next to them the scores of each benchmark."""
     with figure(path, (10, 3.6), ncols=2) as (left, right):
-        width = 0.8 / len(runs)
-        for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
+        for run in runs:
             steps = [entry["step"] for entry in run["history"]]
             left.plot(steps, [entry["loss"] for entry in run["history"]], label=run["preset"], linewidth=1.2)
-            centres = [group + (number - (len(runs) - 1) / 2) * width for group in range(len(own))]
-            bars = right.bar(centres, list(own.values()), width, label=run["preset"])
-            right.bar_label(bars, [f"{value:.1f}" for value in own.values()], fontsize=7)
+        groups = {title: [own[name] for own in scores] for name, title in TITLES.items()}
+        draw_bars(right, [run["preset"] for run in runs], groups)
         left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="training on the embedded images")
         left.grid(alpha=0.3)
-        right.set_xticks(range(len(scores[0])), [TITLES[name] for name in scores[0]])
         right.set(ylim=(0, 110), ylabel="% right", title="held-out handwriting")
         right.legend(loc="lower right")
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from filelock import FileLock
 
-from llava_skip_base.console import make_table, output_console, program
+from llava_skip_base.console import make_table, output_console, print_next, program
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
 from llava_skip_base.paths import embedded_data, shown
@@ -131,7 +131,7 @@ def build(
     folder = ensure_built(output and output.expanduser(), train_images, seed, force)
     counts = read_manifest(folder)["counts"]
     output_console().print(make_table(shown(folder), ("part", "count"), counts.items(), right=1))
-    print("llava-skip train --recipe embedded trains on it, llava-skip eval evaluates on it.")
+    print_next("llava-skip train --recipe embedded, then llava-skip eval")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-# Sourced by the job scripts: what they share.
+# Sourced by the job scripts: their common part.
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 [ -f scripts/env.sh ] || { echo "error: submit the job from the project's folder, not from $PWD" >&2; exit 2; }
@@ -13,8 +13,8 @@ fi
 export DRY_RUN
 . scripts/env.sh
 
-# Runs a job step. When SLURM wants the nodes back (USR1 some minutes before the time limit, TERM when it preempts), the
-# step is told, and left the time to save; a job that is then neither finished nor cancelled goes back into the queue.
+# Runs a job step. SLURM sends USR1 some minutes before the time limit, and TERM when it preempts; the step gets USR1 and
+# time to save. A job that is then neither finished nor cancelled goes back into the queue.
 run_step() {
     local step code signals=0 seen=-1
     [ -z "$DRY_RUN" ] || printf '%q ' "$@"
@@ -22,7 +22,7 @@ run_step() {
     trap 'signals=$((signals + 1)); scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
     "$@" &
     step=$!
-    while [ "$signals" -ne "$seen" ]; do # a signal ends the waiting, not the step
+    while [ "$signals" -ne "$seen" ]; do # a signal ends `wait`, not the step
         seen=$signals code=0
         wait "$step" || code=$?
     done

@@ -34,7 +34,7 @@ def _describe(row: dict) -> tuple[str, str, str]:
     if "unknown" in row or "failed" in row:
         result = "unknown" if "unknown" in row else "failed"
         return result, "", row[result]
-    # The worst comparison is the one that fills most of its tolerance; a choice that differs overflows it.
+    # The worst comparison uses most of its tolerance; choices have none, so any that differs comes first.
     worst = max(row["comparisons"], key=lambda c: (not c["passed"], c["error"] / (c["tolerance"] or 1)))
     text = f"{len(row['comparisons'])} comparisons, worst: {worst['what']}"
     return "ok" if row["passed"] else "FAILED", f"{worst['error']:.1e} of {worst['tolerance']:.0e}", text
@@ -46,7 +46,7 @@ def run(
     ] = GOLDENS,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write every comparison here.")] = None,
 ) -> None:
-    """Compare the library with golden tensors; exit 1 if one is off or of a kind that is not known."""
+    """Compare the library with golden tensors; exit 1 if one differs or is of an unknown kind."""
     torch.set_num_threads(1)
     folder = GoldenFolder(directory)
     rows = [_row(golden.name, partial(check_golden, golden)) for golden in folder.files.values()]

@@ -1,4 +1,4 @@
-"""A folder of goldens: index.json with the sizes of each file, and safetensors files beside it."""
+"""A folder of goldens: index.json with the sizes of each file, and the safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGITS = 1e-4
 GRADIENTS = 1e-5
 """Tolerance of gradients, relative to the largest entry of the tensor."""
 _SMALLEST_SCALE = 1e-3
-"""Gradients that are zero up to rounding are measured against this instead of against themselves."""
+"""Gradients that are zero up to rounding are measured against this instead of their own size."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Golden:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors; what is stored as bfloat16 is exact in it and computed in float32."""
+        """All tensors; bfloat16 is converted to float32, which is exact."""
         path = self.folder.path / f"{self.name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in index.json, but is not there.")
@@ -106,21 +106,21 @@ class GoldenFolder:
 
     @cached_property
     def tables(self) -> dict[str, Any]:
-        """The JSON files beside the index, by file name."""
+        """The JSON files of the folder except the index, by file name."""
         files = sorted(self.path.glob("*.json"))
         return {f.name: read_json(f) for f in files if f.name != "index.json"}
 
     def unindexed(self) -> list[str]:
-        """Files of the folder that the index does not name and that nothing here can read."""
+        """Files of the folder that are not in the index and that no check reads."""
         known = {"index.json", "README.md", *self.tables} | {f"{name}.safetensors" for name in self.files}
         return sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
 
     def weights_for(self, golden: Golden, marker: str, field: str) -> dict[str, Tensor]:
-        """The weights that a file runs with: of the files that hold `marker` and share its `field`, the nearest name.
+        """The weights that a file runs with: of the files with `marker` and an equal `field`, the most similar name.
 
         Args:
             golden: the file.
-            marker: a tensor name that tells the kind of weights.
+            marker: a tensor name that identifies the kind of weights.
             field: an entry of the index that must be equal (`config` or `clip`).
 
         Raises:
@@ -137,7 +137,7 @@ class GoldenFolder:
         return max(fitting, key=lambda file: (file.name in note, _common_prefix(file.name, golden.name))).tensors
 
     def resampler_for(self, golden: Golden) -> Golden:
-        """The file with the resampler whose features are of the same width as a file's.
+        """The file of the resampler for features of the same width as in `golden`.
 
         Raises:
             ValueError: no file fits.
@@ -156,7 +156,7 @@ def _common_prefix(a: str, b: str) -> int:
 
 
 def gradient_names(tensors: dict[str, Tensor]) -> list[str]:
-    """The parameters whose gradients a file holds, without the `grad.` in front."""
+    """The parameters whose gradients a file holds, without the prefix `grad.`."""
     return [
         name.removeprefix("grad.") for name in tensors if name.startswith("grad.") and name != "grad.image_features"
     ]

@@ -1,4 +1,4 @@
-"""What kind of golden a file is, told from its entry in the index and the names of its tensors."""
+"""What kind of golden a file is, from its entry in the index and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.conformance.variants import family_of, is_known_family
 
 
 class UnknownKind(ValueError):
-    """A file that no check here can read."""
+    """A file that no check reads."""
 
 
 def check_golden(golden: Golden) -> list[Comparison]:
     """Compare the library with one file.
 
     Raises:
-        UnknownKind: nothing here knows what to do with the file.
+        UnknownKind: no check reads this kind of file.
     """
     return _find_check(golden)(golden)
 
@@ -27,7 +27,7 @@ def check_table(table: Any) -> list[Comparison]:
     """Compare the library with one JSON file.
 
     Raises:
-        UnknownKind: nothing here knows what to do with the file.
+        UnknownKind: no check reads this kind of file.
     """
     if isinstance(table, dict) and {"tile", "cases"} <= set(table):
         return tables.check_grids(table)

@@ -46,14 +46,14 @@ def check_vision_weights(golden: Golden) -> list[Comparison]:
     return [Comparison(f"{len(weights)} tensors fit", 0.0, 0.0)]
 
 
-# The features come from an inner layer, so files may leave out what lies behind it.
+# The features come from an inner layer, so files may leave out what follows it.
 _UNUSED_BY_THE_TOWER = ("model.vision_tower.post_layernorm.",)
 
 
 def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGeneration:
-    """A float32 model of a file's `config`, with the front end that it has and the weights that belong to it.
+    """A float32 model of a file's `config`, with its front end and its weights.
 
-    Goldens use every id for text, so the embedding alone gets one more row, for the placeholder.
+    Goldens use every id for text, so the embedding table gets one more row, for the image token.
     """
     config, tensors = golden.entry["config"], golden.tensors
     language = tensors if "lm_head.weight" in tensors else golden.folder.weights_for(golden, "lm_head.weight", "config")
@@ -77,7 +77,7 @@ def build_model(golden: Golden, skip: SkipConfig) -> LlavaSkipForConditionalGene
 
 
 class _FrontEnd(NamedTuple):
-    """What a model's picture path needs: fields of its configuration, weights, and prefixes that none are given for."""
+    """What a model's front end needs: fields of its configuration, weights, and prefixes of weights without values."""
 
     fields: dict[str, Any]
     weights: dict[str, Tensor]
@@ -137,7 +137,7 @@ def check_language_model(golden: Golden) -> list[Comparison]:
 
 
 def check_text_only(golden: Golden) -> list[Comparison]:
-    """A batch without pictures: a plain language model, and gradients of zero for what belongs to pictures."""
+    """A batch without images: a plain language model, and gradients of zero for the weights of the image path."""
     t = golden.tensors
     model = build_model(golden, SkipConfig(retained=1, skipped=1))
     inputs = {"input_ids": t["input_ids"], "attention_mask": t["attention_mask"]}
@@ -147,7 +147,7 @@ def check_text_only(golden: Golden) -> list[Comparison]:
 
 
 def check_end_to_end(golden: Golden) -> list[Comparison]:
-    """Pixels or features, and ids with one sentinel a picture -> tokens, logits, loss, gradients, greedy decode."""
+    """Pixels or features, and ids with one sentinel an image -> tokens, logits, loss, gradients, greedy decode."""
     entry, t = golden.entry, golden.tensors
     model = build_model(golden, skip_of(_with_coarse(golden), t))
     skip = model.config.skip_config
@@ -159,15 +159,15 @@ def check_end_to_end(golden: Golden) -> list[Comparison]:
         *_check_tower(golden, model),
     ]
     with torch.no_grad():
-        outputs = model(**inputs, **_pictures(golden, model))
+        outputs = model(**inputs, **_images(golden, model))
     block = torch.as_tensor(outputs.image_hidden_states).unflatten(0, (-1, skip.length))
-    tokens = block[:, [row for row in range(skip.length) if row not in skip.summary_positions]]
+    tokens = block[:, [index for index in range(skip.length) if index not in skip.summary_positions]]
     expected = t["skip_argument_features"]
     results.append(close("visual tokens", tokens[:, -expected.shape[1] :], expected))
     order = output_order(entry | {"length": input_ids.shape[1]}, skip)
     results.append(_close_logits(golden, _reorder(outputs.logits, order), attention_mask))
-    results += _check_loss(golden, model, inputs | _pictures(golden, model), labels)
-    return results + _check_generation(golden, model, inputs | _pictures(golden, model))
+    results += _check_loss(golden, model, inputs | _images(golden, model), labels)
+    return results + _check_generation(golden, model, inputs | _images(golden, model))
 
 
 def _with_coarse(golden: Golden) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _with_coarse(golden: Golden) -> dict[str, Any]:
     return golden.entry | {"coarse": golden.folder.resampler_for(golden).entry["n_query"][0]}
 
 
-def _pictures(golden: Golden, model: LlavaSkipForConditionalGeneration) -> dict[str, Any]:
+def _images(golden: Golden, model: LlavaSkipForConditionalGeneration) -> dict[str, Any]:
     t = golden.tensors
     if "pixel_values" not in t:
         features = [drop_class_token(t[f"feat.block_{level}"]) for level in model.config.resampler_config.levels]
@@ -220,8 +220,8 @@ def _check_states(golden: Golden, model: Any, inputs: dict[str, Any], order: Ten
     for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
         for stream in ("main", "skip"):
             if (name := f"layer{index}.{stream}") in t:
-                rows = [attention_order.index(row) for row in entry["orders"][f"{stream}_order"]]
-                results.append(close(name, state[:, rows], t[name]))
+                positions = [attention_order.index(token) for token in entry["orders"][f"{stream}_order"]]
+                results.append(close(name, state[:, positions], t[name]))
         for name, stored in ((f"kv.layer{index}.key", layer.keys), (f"kv.layer{index}.value", layer.values)):
             if name in t:
                 results.append(close(name, stored, t[name]))
@@ -262,12 +262,11 @@ def _check_generation(golden: Golden, model: Any, inputs: dict[str, Any]) -> lis
 
 
 def _expand(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels [B, T] with the placeholders of a picture in the place of each sentinel."""
-    rows = model.config.image_seq_length
-    repeats = torch.where(ids == ORIGINAL_IMAGE_TOKEN, rows, 1)
+    """Ids, mask and labels [B, T] with the image tokens of an image instead of each sentinel."""
+    repeats = torch.where(ids == ORIGINAL_IMAGE_TOKEN, model.config.image_seq_length, 1)
 
     def expand(tensor: Tensor) -> Tensor:
-        return torch.stack([row.repeat_interleave(times) for row, times in zip(tensor, repeats, strict=True)])
+        return torch.stack([sample.repeat_interleave(times) for sample, times in zip(tensor, repeats, strict=True)])
 
     expanded = expand(ids)
     is_image = expanded == ORIGINAL_IMAGE_TOKEN
@@ -283,12 +282,12 @@ def _encoded(block: Tensor) -> dict[str, BaseModelOutputWithPooling]:
 
 
 def _reorder(logits: Tensor, order: Tensor) -> Tensor:
-    """Rows [B, L, V] in another order; -1 gives a row of zeros."""
+    """Logits [B, T, V] in another order; -1 gives zeros."""
     return logits[:, order.clamp(min=0)].masked_fill((order < 0)[None, :, None], 0.0)
 
 
 def _close_logits(golden: Golden, logits: Tensor, mask: Tensor | None) -> Comparison:
-    """Logits of the rows that are not padding."""
+    """Logits of the tokens that are not padding."""
     expected = golden.tensors["logits"]
     if mask is None:
         return close("logits", logits, expected)

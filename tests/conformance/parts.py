@@ -31,14 +31,14 @@ def check_selection(golden: Golden) -> list[Comparison]:
 
 
 def check_merge(golden: Golden) -> list[Comparison]:
-    """Tokens -> centrality, order, targets, merged tokens and their gradient; with ties only the set of rows."""
+    """Tokens -> centrality, order, targets, merged tokens and their gradient; with ties only the set of tokens."""
     results = []
     for case, (entry, t) in golden.cases().items():
         x = t["x"].requires_grad_()
         out = merge_tokens(x, entry["keep"])
         expected = t["out"].reshape(out.shape)
         if entry["ties"]:
-            results.append(close(f"{case} set of rows", _sorted_rows(out), _sorted_rows(expected)))
+            results.append(close(f"{case} set of tokens", _sorted_tokens(out), _sorted_tokens(expected)))
             continue
         centrality, order, target = merge_choices(x, entry["keep"])
         results += [
@@ -108,29 +108,29 @@ def resampler_weights(golden: Golden) -> dict[str, Tensor]:
 
 
 def resampler_name(original: str) -> str:
-    """The name in `ChainOfSightResampler` of a weight of the paper's."""
+    """The name in `ChainOfSightResampler` of a weight of the paper's code."""
     return native_name(f"model.mm_projector.{original}").removeprefix("model.multi_modal_projector.")
 
 
 def drop_class_token(features: Tensor) -> Tensor:
-    """[N, P or 1 + P, C] -> [N, P, C]: a square number of rows holds no class token (method, section 1 C)."""
-    rows = features.shape[1]
-    return features if isqrt(rows) ** 2 == rows else features[:, 1:]
+    """[N, P or 1 + P, C] -> [N, P, C]: a square number of tokens has no class token (method, section 1 C)."""
+    tokens = features.shape[1]
+    return features if isqrt(tokens) ** 2 == tokens else features[:, 1:]
 
 
 def check_tiles(golden: Golden) -> list[Comparison]:
-    """A picture -> its padded square, its crops (exactly), and the normalised crops."""
+    """An image -> its padded square, its crops (exactly), and the normalised crops."""
     results = []
     for case, (entry, t) in golden.cases().items():
-        picture = Image.fromarray(t["image"].to(torch.uint8).numpy())
+        image = Image.fromarray(t["image"].to(torch.uint8).numpy())
         side, most = entry["patch"], entry["hd_num"]
-        grid = choose_grid(*picture.size, most, side)
-        crops = np.stack([np.asarray(crop) for crop in cut_tiles(picture, most, side)])
+        grid = choose_grid(*image.size, most, side)
+        crops = np.stack([np.asarray(crop) for crop in cut_tiles(image, most, side)])
         processor = TilingImageProcessorPil(most, crop_size={"height": side, "width": side}, do_pad=False)
-        values = processor(picture, return_tensors="pt")["pixel_values"]
+        values = processor(image, return_tensors="pt")["pixel_values"]
         results += [
             same(f"{case} grid", torch.tensor(grid), torch.tensor([entry["columns"], entry["rows"]])),
-            same(f"{case} square", torch.from_numpy(np.array(pad_to_square(picture))), t["padded_square"]),
+            same(f"{case} square", torch.from_numpy(np.array(pad_to_square(image))), t["padded_square"]),
             same(f"{case} crops", torch.from_numpy(crops), t["crops"]),
             close(f"{case} pixel values", values, t["pixel_values"]),
         ]
@@ -141,7 +141,6 @@ def _summary_name(original: str) -> str:
     return original.replace("ada.0.", "norm.").replace("ada.1.", "score.")
 
 
-def _sorted_rows(tokens: Tensor) -> Tensor:
-    """Rows of [B, N, C] in lexicographic order within each sample, rounded first so that noise does not reorder."""
-    rows = [sorted(sample.detach().round(decimals=5).tolist()) for sample in tokens]
-    return torch.tensor(rows)
+def _sorted_tokens(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] of each sample in lexicographic order, rounded first so that noise does not reorder them."""
+    return torch.tensor([sorted(sample.detach().round(decimals=5).tolist()) for sample in tokens])

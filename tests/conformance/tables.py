@@ -14,7 +14,7 @@ from tests.conformance.goldens import Comparison, same
 
 
 def check_grids(table: dict[str, Any]) -> list[Comparison]:
-    """Width, height and most tiles -> columns, rows and crops, the thumbnail among them."""
+    """Width, height and most tiles -> columns, rows and crops, with the thumbnail."""
     chosen, expected = [], []
     for case in table["cases"]:
         columns, rows = choose_grid(case["width"], case["height"], case["hd_num"], table["tile"])
@@ -24,7 +24,7 @@ def check_grids(table: dict[str, Any]) -> list[Comparison]:
 
 
 def check_extensions(table: dict[str, Any]) -> list[Comparison]:
-    """The rule of an extension -> names, the old query behind each new one, and the window each weight came from."""
+    """The rule of an extension -> names, the source query of each new one, and the source window of each weight."""
     return [comparison for name, entry in table.items() for comparison in _check_extension(name, entry)]
 
 
@@ -44,7 +44,7 @@ def _check_extension(name: str, entry: dict[str, Any]) -> list[Comparison]:
     missing = set(new) ^ set(entry["new_keys"])
     results = [Comparison(f"{name}: names", float(len(missing)), 0.0)]
     for key, rows in entry["query_source_rows"].items():
-        results.append(same(f"{name}: rows of {key}", new[key][0, :, 0], torch.tensor(rows)))
+        results.append(same(f"{name}: queries of {key}", new[key][0, :, 0], torch.tensor(rows)))
     for key, window in entry["copied_from"].items():
         results.append(same(f"{name}: source of {key}", new[key], torch.tensor([int(window.removeprefix("w"))])))
     return results
@@ -56,7 +56,7 @@ def _common_prefix_of_names(names: list[str]) -> str:
 
 
 def _numbered_weights(entry: dict[str, Any], prefix: str, windows: list[int], queries: list[int]) -> dict[str, Tensor]:
-    """A small source: queries that hold their own number, other weights the window they belong to."""
+    """Small weights to extend: a query is its own number, another weight is the number of its window."""
     levels = {
         part for name in entry["new_keys"] for part in name.split("_") if part.startswith("l") and part[1:].isdigit()
     }

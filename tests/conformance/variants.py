@@ -1,4 +1,4 @@
-"""Which `SkipConfig` a golden was made with, and in which order the paper's code puts its output rows."""
+"""Which `SkipConfig` a golden was made with, and in which order the paper's code puts its output tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llava_skip.configuration import SkipConfig
 
-# What the index does not say of a family: fields of its SkipConfig. Exceptions from skipping are read from the row
-# orders where a file has them; these stand in for files without.
+# Fields of a family's SkipConfig that are not in the index. Which skipped tokens keep their FFN is read from the token
+# orders of a file; the fields here are for files without orders.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "A": {},
     "B": {},
@@ -27,7 +27,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Csdpa": {"ffn_tail": 1, "text_sees_skipped": False},
 }
 _KEPT_BEFORE_FIRST_SUMMARY = {"C", "Ctest", "C2last", "Cformerlast", "C1q", "Csdpa"}
-"""Families whose output has the skipped tokens that keep their FFN in front of the first summary."""
+"""Families whose output has the skipped tokens that keep their FFN before the first summary."""
 
 
 _KINDS = {"A": "A", "B": "B", "C": "Ctest"}
@@ -40,7 +40,7 @@ def family_of(entry: dict[str, Any]) -> str | None:
 
 
 def is_known_family(family: str | None) -> bool:
-    """Whether `skip_of` can tell the configuration of a family."""
+    """Whether `skip_of` knows the configuration of a family."""
     return family in _FAMILIES
 
 
@@ -55,7 +55,7 @@ def skip_of(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SkipConfig:
     orders = entry.get("orders", {})
     if "main_order" in orders:
         first = entry["image_start"] + retained
-        kept = [row - first for row in orders["main_order"] if first <= row < first + skipped]
+        kept = [token - first for token in orders["main_order"] if first <= token < first + skipped]
         fields |= _exceptions(sorted(kept), skipped)
     if "kv_dropped_attn_positions" in orders:
         fields["forget_cache"] = bool(orders["kv_dropped_attn_positions"])
@@ -69,12 +69,12 @@ def skip_of(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SkipConfig:
 
 
 def _exceptions(kept: list[int], skipped: int) -> dict[str, int | None]:
-    """The rule behind the places, among the skipped tokens, of those that keep their FFN.
+    """The rule that gives the positions, among the skipped tokens, of the tokens that keep their FFN.
 
     Raises:
-        ValueError: no rule of `SkipConfig` gives these places.
+        ValueError: no rule of `SkipConfig` gives these positions.
     """
-    others = [place for place in range(skipped) if place not in kept]
+    others = [position for position in range(skipped) if position not in kept]
     head, tail = others[0], skipped - 1 - others[-1]
     if head + tail == len(kept):
         return {"ffn_head": head, "ffn_tail": tail, "ffn_every": None}
@@ -85,20 +85,20 @@ def _exceptions(kept: list[int], skipped: int) -> dict[str, int | None]:
 
 
 def output_order(entry: dict[str, Any], skip: SkipConfig) -> Tensor:
-    """Attention position of each output row of the paper's code, -1 for its zero rows [L].
+    """Attention position of each output token of the paper's code, -1 for zeros [T].
 
-    It gives zeros for the rows that skip, in front of the retained ones, and moves the skipped tokens that keep their
-    FFN (method, section 6); here every row stays where attention sees it.
+    It gives zeros for the tokens that skip, before the retained ones, and moves the skipped tokens that keep their
+    FFN (method, section 6); here every token stays at its position in attention.
     """
     orders = entry.get("orders", {})
     if "out_order" in orders:
-        position = {row: place for place, row in enumerate(orders["attn_order"])} | {-1: -1}
-        return torch.tensor([position[row] for row in orders["out_order"]])
+        positions = {token: position for position, token in enumerate(orders["attn_order"])} | {-1: -1}
+        return torch.tensor([positions[token] for token in orders["out_order"]])
     start, family = entry["image_start"], family_of(entry)
-    places = range(start, start + skip.length)
-    kept = [place for place, skipping in zip(places, skip.skipping, strict=True) if not skipping]
+    block = range(start, start + skip.length)
+    kept = [position for position, skipping in zip(block, skip.skipping, strict=True) if not skipping]
     if family in _KEPT_BEFORE_FIRST_SUMMARY:
-        summaries = [start + row for row in skip.summary_positions]
-        kept = [place for place in kept if place not in summaries] + summaries
+        summaries = [start + position for position in skip.summary_positions]
+        kept = [position for position in kept if position not in summaries] + summaries
     zeros = [-1] * skip.num_skipping
     return torch.tensor([*range(start), *zeros, *kept, *range(start + skip.length, entry["length"])])

@@ -92,7 +92,7 @@ def test_table_markdown_and_json_say_where_numbers_come_from(place: Path) -> Non
     assert {"preset", "protocol", "rule", "versions", "model_sha256"} < facts[0].keys() and facts[0]["data"]["sha256"]
 
 
-def test_charts_are_pictures_and_a_radar_needs_three_axes(place: Path, mmstar_rows: list[dict[str, Any]]) -> None:
+def test_charts_are_image_files_and_a_radar_needs_three_axes(place: Path, mmstar_rows: list[dict[str, Any]]) -> None:
     overview(place)
     folder = place / "overview"
     assert sorted(path.name for path in folder.glob("*.png")) == ["bars.png"]  # two categories, one benchmark
@@ -113,8 +113,8 @@ def test_pages_escape_what_models_and_files_say(place: Path) -> None:
     read = Texts(page)
     assert page.count("<script>") == 2 and "<img src=x" not in page
     assert read.text.count(HOSTILE) == 10
-    pictures = [a["src"] for tag, a in read.elements if tag == "img"]
-    assert len(set(pictures)) == 5 and all((place / "overview" / name).is_file() for name in pictures)
+    images = [a["src"] for tag, a in read.elements if tag == "img"]
+    assert len(set(images)) == 5 and all((place / "overview" / name).is_file() for name in images)
     verdicts = [a["data-verdict"] for tag, a in read.elements if "data-verdict" in a]
     assert verdicts == ["right", "wrong", "right", "right", "wrong", "right", "wrong", "wrong", "wrong", "wrong"]
 
@@ -133,7 +133,7 @@ def test_circular_copies_are_one_question(
     assert len([1 for tag, a in read.elements if tag == "img"]) == 2
 
 
-def test_pictures_of_a_changed_file_are_left_out_and_said_so(place: Path) -> None:
+def test_images_of_a_changed_file_are_left_out_with_a_note(place: Path) -> None:
     data = place.parent / "data.tsv"
     data.write_text(data.read_text() + "\n")
     overview(place)
@@ -192,13 +192,13 @@ def test_filters_in_a_browser(place: Path, browse: Callable[..., str], query: st
     assert "owned" not in re.findall(r"<title>.*</title>", dom)[0]
 
 
-def test_browser_shows_two_models_and_all_pictures(place: Path, browse: Callable[..., str]) -> None:
+def test_browser_shows_two_models_and_all_images(place: Path, browse: Callable[..., str]) -> None:
     overview(place)
     page = place / "overview/mmstar.html"
     both, one = browse(page), browse(page, "?modelB=0")
     hidden = [("hidden" in a) for tag, a in Texts(both).elements if "data-model" in a]
     assert hidden == [False] * 10
     assert [("hidden" in a) for tag, a in Texts(one).elements if "data-model" in a] == [False, True] * 5
-    for picture in (place / "overview/pictures").iterdir():
-        picture.unlink()
+    for image in (place / "overview/pictures").iterdir():
+        image.unlink()
     assert browse(page).count(">image missing<") == 5 and ">image missing<" not in both

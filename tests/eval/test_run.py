@@ -22,7 +22,7 @@ Rows = list[dict[str, Any]]
 
 
 class Echo:
-    """Stands in for a model: always answers A, and records what it was asked."""
+    """A fake model that always answers A, and records what it was asked."""
 
     batches: list[list[str]] = []
 
@@ -32,7 +32,7 @@ class Echo:
         Echo.loaded.append(model.name)
 
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
-        assert all(picture.open().mode == "RGB" for pictures in images for picture in pictures)
+        assert all(image.open().mode == "RGB" for own in images for image in own)
         Echo.batches.append(list(prompts))
         return ["A"] * len(prompts)
 
@@ -104,7 +104,7 @@ def test_many_benchmarks_and_models_load_each_model_once(
     assert "mmbench: other" in done.output and "index.html" in done.output
 
 
-def test_results_do_not_tell_when_or_where(
+def test_results_do_not_depend_on_when_or_where(
     evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows
 ) -> None:
     data = write_tsv(mmstar_rows)
@@ -117,7 +117,7 @@ def test_results_do_not_tell_when_or_where(
     assert load("one/mmstar/tiny/per_sample.json") == {"0": True, "1": False, "2": False, "3": False, "4": True}
 
 
-def test_blind_questions_have_no_picture_and_a_folder_of_their_own(
+def test_blind_questions_have_no_image_and_a_folder_of_their_own(
     evaluate: Callable[..., Result],
     write_tsv: Callable[..., Path],
     mmstar_rows: Rows,
@@ -132,7 +132,7 @@ def test_blind_questions_have_no_picture_and_a_folder_of_their_own(
     result = load("results/mmstar/tiny-blind/results.json")
     assert (result["model"]["name"], result["generation"]["blind"]) == ("tiny-blind", True)
     evaluate("mmstar", "--data", data)
-    assert [len(pictures) for pictures in shown[5:]] == [1] * 5
+    assert [len(images) for images in shown[5:]] == [1] * 5
 
 
 def test_run_that_cannot_be_scored_does_not_stop_the_others(
@@ -171,7 +171,7 @@ def test_finished_run_loads_no_model(
     assert Echo.batches == []
 
 
-def test_broken_off_run_repeats_whole_batches_but_no_answers(
+def test_interrupted_run_repeats_whole_batches_but_no_answers(
     evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows
 ) -> None:
     data = write_tsv(mmstar_rows)

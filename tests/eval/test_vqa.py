@@ -89,7 +89,7 @@ def textvqa(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("whole_folder", [True, False])
-def test_llava_rows_that_share_an_image_id(textvqa: Path, tmp_path: Path, whole_folder: bool) -> None:
+def test_llava_answers_that_share_an_image_id(textvqa: Path, tmp_path: Path, whole_folder: bool) -> None:
     rows = [
         {
             "question_id": "003a8ae2ef43b901",
@@ -162,7 +162,7 @@ def test_gqa_by_hand(gqa: Path, tmp_path: Path) -> None:
         **{"structural/verify": 0.0, "semantic/obj": 0.0},
     }
     assert score.counts["not_balanced"] == 1
-    # What was sent to GQA's evaluator reads back to the same score.
+    # The file for GQA's evaluator gives the same score.
     assert json.loads((tmp_path / "sent.json").read_text())[0] == {"questionId": "00", "prediction": "red"}
     assert score_file(GQA(), tmp_path / "sent.json", gqa, False, None).score == 50.0
 

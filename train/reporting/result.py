@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_skip_base.console import figure, make_table, output_console
+from llava_skip_base.console import figure, make_table, output_console, print_next
 from llava_skip_base.paths import shown
 
 
@@ -32,4 +32,4 @@ def show_result(result: dict[str, Any], output: Path) -> None:
         ("seconds", f"{result['seconds']:.1f}"),
     )
     output_console().print(make_table(f"{result['preset']} -> {output}", ("", ""), rows))
-    print(f"next: llava-skip eval --model {shown(output)} (or make eval-all); the loss curve: {output / 'loss.png'}")
+    print_next(f"llava-skip eval --model {shown(output)} (or make eval-all); the loss curve: {output / 'loss.png'}")
