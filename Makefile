@@ -18,7 +18,7 @@ test-slow: ## the tests that take minutes
 check: ## lint, format and types
 	@$(ENV) $$PYTHON -m ruff check . && $$PYTHON -m ruff format --check . && $$PYTHON -m mypy
 
-format: ## mend what lint and format can mend
+format: ## fix what lint and format can fix
 	@$(ENV) $$PYTHON -m ruff check --fix . && $$PYTHON -m ruff format .
 
 eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DATA= (default: newest model, embedded set)

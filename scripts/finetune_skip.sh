@@ -14,7 +14,7 @@
 #   TEMPLATE     v1, llama3, plain, ...; docs/data.md has all of them           (the tokenizer's own)
 #   OUTPUT       folder of the run                                              (checkpoints/<preset>)
 #   NPROC        processes on this machine                                      (GPUs found, else 2)
-#   ZERO         DeepSpeed stage: 2, 3, 2_offload or 3_offload                  (2)
+#   ZERO         DeepSpeed stage: 2, 3, 2_offload or 3_offload                  (2, or RECIPE's)
 #   EPOCHS BATCH LR   epochs, samples a process and step, learning rate
 #   TORCHRUN     options of torchrun that join several machines                 (--standalone; scripts/slurm sets them)
 #   DRY_RUN      if not empty: print the command instead of running it
@@ -22,9 +22,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 
-ZERO=${ZERO:-2}
-[ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2, 3, 2_offload or 3_offload." >&2; exit 2; }
-arguments=(--deepspeed "scripts/zero$ZERO.json" --recipe "${RECIPE:-$([ -n "${MODEL:-}" ] && echo finetune || echo embedded)}")
+[ -n "${RECIPE:-}" ] || ZERO=${ZERO:-2}
+[ -z "${ZERO:-}" ] || [ -f "scripts/zero$ZERO.json" ] || { echo "error: ZERO is '$ZERO'; it must be 2, 3, 2_offload or 3_offload." >&2; exit 2; }
+arguments=(${ZERO:+--deepspeed "scripts/zero$ZERO.json"} --recipe "${RECIPE:-$([ -n "${MODEL:-}" ] && echo finetune || echo embedded)}")
 [ -z "${DATA:-}" ] || arguments+=(--data "$DATA" --images "${IMAGES:-}")
 while read -r flag value; do
     [ -z "$value" ] || arguments+=("--$flag" "$value")

@@ -8,5 +8,6 @@
 # Variables and arguments are the same as in finetune_skip.sh; with MODEL the defaults are LLaVA's: 32 samples a
 # process, learning rate 1e-3. The result is a whole model: MODEL=checkpoints/pretrain of finetune_skip.sh.
 set -euo pipefail
+[ -n "${RECIPE:-}" ] || export ZERO=${ZERO:-2}
 export OUTPUT=${OUTPUT:-checkpoints/pretrain} RECIPE=${RECIPE:-$([ -n "${MODEL:-}" ] && echo pretrain || echo embedded-pretrain)}
 exec bash "$(dirname "$0")/finetune_skip.sh" "$@"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 BLIND = "-blind"
-BUILD = "build it with 'python -m playground.data.build'"
+BUILD = "build it with 'llava-skip data'"
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Result:
         facts, values = (_read(folder / name) for name in ("results.json", "per_sample.json"))
         lacking = [name for name in ("benchmark", "status", "rule", "protocol", "model", "data") if name not in facts]
         if lacking:
-            raise UserError(f"{folder / 'results.json'}: lacks {', '.join(lacking)}; give a result of eval.run.")
+            raise UserError(f"{folder / 'results.json'}: lacks {', '.join(lacking)}; give a result of llava-skip eval.")
         return cls(folder, facts, values)
 
     @property
@@ -62,7 +62,7 @@ def find_results(places: Sequence[Path]) -> list[Result]:
     files = sorted({path for place in places for path in place.rglob("results.json")})
     found = sorted((Result.load(path) for path in files), key=lambda result: (result.benchmark, result.model))
     if not found:
-        raise UserError(f"no results.json in {', '.join(map(str, places))} or below; evaluate first with eval.run.")
+        raise UserError(f"no results.json in {', '.join(map(str, places))} or below; run llava-skip eval first.")
     for one, other in zip(found, found[1:], strict=False):
         if (one.benchmark, one.model) == (other.benchmark, other.model):
             raise UserError(
@@ -73,7 +73,7 @@ def find_results(places: Sequence[Path]) -> list[Result]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the folder that eval.run wrote.")
+        raise UserError(f"{path}: no such file; give the folder that llava-skip eval wrote.")
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, saw {type(value).__name__}.")

@@ -17,7 +17,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.reading.tables import CELL_LIMIT, StoredText, read_rows
 from eval.score import score_file
 from llava_skip_base.errors import UserError
-from tests.eval.test_score import write as write_rows
+from tests.support.predictions import write_predictions as write_rows
 
 Rows = list[dict[str, Any]]
 Write = Callable[..., Path]

@@ -108,7 +108,7 @@ def test_results_that_cannot_be_compared_are_refused(
 
 def test_missing_or_damaged_results_are_named(tmp_path: Path) -> None:
     a = save(tmp_path / "a", right(5))
-    assert "no such file; give the folder that eval.run wrote" in run(a, tmp_path / "gone").stderr
+    assert "no such file; give the folder that llava-skip eval wrote" in run(a, tmp_path / "gone").stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b/results.json").write_text("{")
     assert "results.json is not valid JSON" in run(a, tmp_path / "b").stderr

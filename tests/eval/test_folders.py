@@ -39,7 +39,7 @@ def test_defaults_are_found_from_another_folder(
 ) -> None:
     home = tmp_path / "home"
     done = evaluate(LLAVA_SKIP_HOME=home)
-    assert done.returncode == 2 and "build it with 'python -m playground.data.build'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "build it with 'llava-skip data'" in done.stderr, done.stderr
     write_tsv(mmstar_rows, "home/playground/data/digits/eval/mmstar.tsv")
     done = evaluate(LLAVA_SKIP_HOME=home)
     assert done.returncode == 2 and "checkpoints/ holds none; train one" in done.stderr, done.stderr

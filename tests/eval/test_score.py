@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import subprocess
@@ -7,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import openpyxl
 import pytest
 from typer.testing import CliRunner, Result
 
 from eval.score import app
+from tests.support.predictions import Rows, write_predictions
 
 ROOT = Path(__file__).parents[2]
-Rows = list[dict[str, Any]]
+
 PERFECT = {7: "A", 9: "C.", 1000007: "(B)", 1000009: "A", 2000009: "B"}
 
 
@@ -33,28 +32,8 @@ def score(tmp_path: Path) -> Callable[..., tuple[Result, dict[str, Any]]]:
     return run
 
 
-def write(path: Path, rows: Rows) -> Path:
-    """Write rows as a tool would that saves predictions, in the format of the suffix."""
-    if path.suffix == ".xlsx":
-        book = openpyxl.Workbook()
-        book.active.append(list(rows[0]))
-        for row in rows:
-            book.active.append([value if value != "" else None for value in row.values()])
-        book.save(path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
 def test_a_programming_error_keeps_its_traceback_and_another_exit_code(tmp_path: Path, mmstar_rows: Rows) -> None:
-    predictions = write(tmp_path / "answers.tsv", [{**row, "prediction": "A"} for row in mmstar_rows])
+    predictions = write_predictions(tmp_path / "answers.tsv", [{**row, "prediction": "A"} for row in mmstar_rows])
     planted = "from eval import score; score.match = lambda *_: (1,); score.main()"
     options = ["mmstar", "--predictions", str(predictions), "--json", str(tmp_path / "score.json")]
     command = [sys.executable, "-c", planted, *options]
@@ -69,7 +48,7 @@ def test_mmstar_alone(score: Callable[..., Any], tmp_path: Path, mmstar_rows: Ro
     rows = [{**row, "prediction": "A"} for row in mmstar_rows]
     for row in rows:
         del row["image"]
-    done, result = score("mmstar", "--predictions", write(tmp_path / f"p.{suffix}", rows))
+    done, result = score("mmstar", "--predictions", write_predictions(tmp_path / f"p.{suffix}", rows))
     assert done.exit_code == 0, done.output
     assert result["scores"]["final score"] == 2 / 5
     assert result["scores"]["math(statistical reasoning)"] == 1.0
@@ -82,7 +61,7 @@ def test_skip_vision_json(score: Callable[..., Any], tmp_path: Path, mmstar_rows
         {**{key: row[key] for key in keys}, "question_id": row["index"], "image_path": "x.jpg", "prediction": "D"}
         for row in mmstar_rows
     ]
-    done, result = score("mmstar", "--predictions", write(tmp_path / "p.json", rows))
+    done, result = score("mmstar", "--predictions", write_predictions(tmp_path / "p.json", rows))
     assert result["score"] == pytest.approx(20.0), done.output
 
 
@@ -91,7 +70,7 @@ def test_vlmevalkit_file_alone(score: Callable[..., Any], tmp_path: Path, mmbenc
     rows = [{**row, "prediction": PERFECT[row["index"]]} for row in mmbench_rows]
     for row in rows:
         del row["image"]
-    done, result = score("mmbench", "--predictions", write(tmp_path / f"p.{suffix}", rows))
+    done, result = score("mmbench", "--predictions", write_predictions(tmp_path / f"p.{suffix}", rows))
     assert done.exit_code == 0, done.output
     assert result["score"] == 100.0
     assert result["scores"]["dev"]["L2"] == {"FP-S": 1.0, "LR": 1.0}
@@ -101,7 +80,7 @@ def test_llava_submission_xlsx_alone(score: Callable[..., Any], tmp_path: Path, 
     order = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     rows = [{**row, "prediction": "A"} for row in mmbench_rows]
     rows = [{key: row[key] for key in order} for row in rows]
-    _, result = score("mmbench", "--predictions", write(tmp_path / "p.xlsx", rows))
+    _, result = score("mmbench", "--predictions", write_predictions(tmp_path / "p.xlsx", rows))
     assert result["scores"]["dev"]["vanilla"] == {"main_rows": 0.5, "all_rows": 0.4}
     assert result["scores"]["dev"]["L3"] == {}
 
@@ -113,7 +92,7 @@ def test_llava_jsonl_with_data(
         {"question_id": index, "round_id": 0, "prompt": "?", "text": text, "options": ["x"], "metadata": {}}
         for index, text in reversed(PERFECT.items())
     ]
-    predictions = write(tmp_path / "p.jsonl", rows)
+    predictions = write_predictions(tmp_path / "p.jsonl", rows)
     done, result = score("mmbench", "--predictions", predictions, "--data", write_tsv(mmbench_rows))
     assert done.exit_code == 0, done.output
     assert result["score"] == 100.0
@@ -125,7 +104,9 @@ def test_llava_jsonl_with_data(
 
 
 def test_a_result_that_cannot_be_written_is_one_message(tmp_path: Path, mmstar_rows: Rows) -> None:
-    predictions = write(tmp_path / "p.jsonl", [{**row, "image": "", "prediction": "A"} for row in mmstar_rows])
+    predictions = write_predictions(
+        tmp_path / "p.jsonl", [{**row, "image": "", "prediction": "A"} for row in mmstar_rows]
+    )
     for output in (tmp_path, predictions / "x.json"):
         done = CliRunner().invoke(app, ["mmstar", "--predictions", str(predictions), "--json", str(output)])
         assert (done.exit_code, done.stderr[:6], done.stderr.count("\n")) == (2, "error:", 1)
@@ -133,7 +114,7 @@ def test_a_result_that_cannot_be_written_is_one_message(tmp_path: Path, mmstar_r
 
 def test_one_row_a_question_is_refused(score: Callable[..., Any], tmp_path: Path, mmbench_rows: Rows) -> None:
     rows = [{**row, "image": "", "prediction": "A"} for row in mmbench_rows[:2]]
-    done, result = score("mmbench", "--predictions", write(tmp_path / "p.tsv", rows))
+    done, result = score("mmbench", "--predictions", write_predictions(tmp_path / "p.tsv", rows))
     assert done.exit_code == 2
     assert "2 (7, 9) questions have fewer passes than options" in done.stderr
     assert result == {}
@@ -144,7 +125,7 @@ def test_missing_unknown_and_double_rows(
 ) -> None:
     data = write_tsv(mmstar_rows)
     rows = [{"index": index, "prediction": "A"} for index in (0, 1, 2, 4, 77)]
-    predictions = write(tmp_path / "p.tsv", rows)
+    predictions = write_predictions(tmp_path / "p.tsv", rows)
     done, _ = score("mmstar", "--predictions", predictions, "--data", data)
     assert done.exit_code == 2
     assert "1 (3) of 5 predictions are missing" in done.stderr
@@ -154,7 +135,7 @@ def test_missing_unknown_and_double_rows(
     assert (result["counts"]["missing"], result["counts"]["unknown"]) == (1, 1)
     assert "1 (3) of 5 predictions are missing and count as wrong" in done.output
     assert "1 (77) of 5 predictions are not in the benchmark file" in done.output
-    done, _ = score("mmstar", "--predictions", write(tmp_path / "q.tsv", [*rows, rows[0]]), "--data", data)
+    done, _ = score("mmstar", "--predictions", write_predictions(tmp_path / "q.tsv", [*rows, rows[0]]), "--data", data)
     assert done.exit_code == 2
     assert "ids occur more than once: 1 (0)" in done.stderr
 
@@ -172,7 +153,7 @@ def test_mmvet_predictions_need_a_judge(
     score: Callable[..., Any], tmp_path: Path, mmvet_data: Path, judge_server: Callable[..., Any]
 ) -> None:
     rows = [{"question_id": n, "text": "something"} for n in range(3)]
-    predictions = write(tmp_path / "p.jsonl", rows)
+    predictions = write_predictions(tmp_path / "p.jsonl", rows)
     done, result = score("mmvet", "--predictions", predictions, "--data", mmvet_data)
     assert done.exit_code == 1
     assert (result["status"], result["score"]) == ("unscored", None)
@@ -185,7 +166,7 @@ def test_mmvet_predictions_need_a_judge(
 
 def test_scoring_loads_no_torch(tmp_path: Path, mmstar_rows: Rows) -> None:
     rows = [{**row, "image": "", "prediction": "A"} for row in mmstar_rows]
-    predictions = write(tmp_path / "p.jsonl", rows)
+    predictions = write_predictions(tmp_path / "p.jsonl", rows)
     code = (
         "import sys; from eval.score import app; "
         "app(sys.argv[1:], standalone_mode=False); "
@@ -203,7 +184,7 @@ def test_gain_and_leakage_from_results_and_predictions(
 ) -> None:
     def predictions(name: str, letters: str) -> Path:
         rows = [{**row, "image": "", "prediction": letter} for row, letter in zip(mmstar_rows, letters, strict=True)]
-        return write(tmp_path / name, rows)
+        return write_predictions(tmp_path / name, rows)
 
     done, blind = score("mmstar", "--predictions", predictions("blind.jsonl", "AAAAA"))
     (tmp_path / "blind.json").write_text(json.dumps(blind))
@@ -227,7 +208,7 @@ def test_gain_and_leakage_from_results_and_predictions(
 
 def test_rule_and_submission(score: Callable[..., Any], tmp_path: Path, mmbench_rows: Rows) -> None:
     rows = [{**row, "image": "", "prediction": PERFECT[row["index"]]} for row in mmbench_rows]
-    predictions = write(tmp_path / "p.jsonl", rows)
+    predictions = write_predictions(tmp_path / "p.jsonl", rows)
     options = ("--rule", "lmms-eval", "--submission", tmp_path / "sent.xlsx")
     done, result = score("MMBench", "--predictions", predictions, *options)
     assert (done.exit_code, result["rule"]) == (0, "mmbench-circular/lmms-eval-2026-08")
@@ -253,7 +234,7 @@ def test_vlmevalkits_graded_mmvet(score: Callable[..., Any], tmp_path: Path) -> 
         }
         for n, (kind, value) in enumerate([("ocr,math", 0.5), ("rec", 0.3), ("rec", 0)])
     ]
-    predictions = write(tmp_path / "p.xlsx", rows)
+    predictions = write_predictions(tmp_path / "p.xlsx", rows)
     _, result = score("mmvet", "--predictions", predictions, "--rule", "vlmevalkit")
     assert result["scores"]["Overall"] == pytest.approx(80 / 3)
     assert result["scores"]["combinations"] == {"rec": 15.0, "ocr_math": 50.0}

@@ -50,9 +50,7 @@ def test_a_model_that_is_nowhere_is_named(tokenizer_folder, monkeypatch, tmp_pat
     with pytest.raises(ValueError, match=r"checkpoints/mine is neither a folder nor on the hub: We couldn't connect\."):
         prepare(ModelArguments(model="checkpoints/mine", tokenizer=tokenizer_folder, template="v1"))
     monkeypatch.setenv("LLAVA_SKIP_HOME", str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match="neither --model nor --tokenizer.* run python -m playground.data.build"
-    ):
+    with pytest.raises(FileNotFoundError, match="neither --model nor --tokenizer.* run llava-skip data"):
         prepare(ModelArguments(template="v1"))
 
 

@@ -7,20 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.records import record, stored
 from train.data import ConversationDataset, collate, load_records, usable_records
-
-
-def record(images=("a.png",), text="<image>\nWhat?", answer="This.", **more):
-    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-    entry = {"id": "r1", "conversations": turns, **more}
-    if images:
-        entry["image"] = images[0] if len(images) == 1 else list(images)
-    return entry
-
-
-def stored(records, images, name="data.json"):
-    (images / name).write_text(json.dumps(records), encoding="utf-8")
-    return load_records(str(images / name), str(images))
 
 
 def dataset_of(records, images, processor, max_length=2048):

@@ -7,9 +7,9 @@ from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip_base.exits import USER_ERROR
 from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import Attempts
+from tests.support.records import record
 from tests.support.runs import train
 from tests.support.small_models import small_config
-from tests.train.test_data import record
 
 
 @pytest.fixture

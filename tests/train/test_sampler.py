@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from llava_skip import LlavaSkipProcessor
 from tests.support.conversations import byte_tokenizer
+from tests.support.records import record, stored
 from tests.support.small_models import small_config
-from tests.train.test_data import record, stored
 from train.data import ConversationDataset, sample_lengths
 from train.data.sampler import ModalityLengthSampler, length_order, modality_order
 

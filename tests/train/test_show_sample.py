@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.support.conversations import byte_tokenizer, random_image
-from tests.train.test_data import record
+from tests.support.records import record
 from train.show_sample import OUTLINE, SUPERVISED, main
 
 

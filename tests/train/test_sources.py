@@ -6,7 +6,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
 
 from llava_skip_base.errors import UserError
-from tests.train.test_data import record
+from tests.support.records import record
 from train.data import load_records, read_sources
 
 TURNS = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]

@@ -4,7 +4,7 @@ import json
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.train.test_data import record
+from tests.support.records import record
 from train.data import ConversationStream, read_sources
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import UserError
 from tests.support.conversations import byte_tokenizer
-from tests.train.test_data import record
+from tests.support.records import record
 from train.arguments import DataArguments, ModelArguments
 from train.data import ConversationDataset, RecordError, load_records, usable_records
 from train.data.checks import FullCheck

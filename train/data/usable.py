@@ -70,7 +70,7 @@ def usable_records(
         raise UserError(
             f"{len({error.row for error in errors})} of {len(records.used_rows)} records are faulty:\n"
             + "\n".join(f"{error.record}: {error.text}" for error in errors[:SHOWN])
-            + f"{more}\nRepair them, or leave them out with --drop_faulty true; train.validate_data lists all."
+            + f"{more}\nRepair them, or leave them out with --drop_faulty true; llava-skip validate-data lists all."
         )
     return records.without([error.row for error in errors]), errors
 

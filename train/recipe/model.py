@@ -79,7 +79,7 @@ def _new_config(arguments: ModelArguments) -> tuple[LlavaSkipConfig, PreTrainedT
     if not arguments.tokenizer and not embedded_tokenizer().exists():
         raise MissingFileError(
             f"There is neither --model nor --tokenizer, and {shown(embedded_tokenizer())} of the embedded data is not "
-            "made yet: name the model, or run python -m playground.data.build."
+            "made yet: name the model, or run llava-skip data."
         )
     tokenizer = load_tokenizer(source)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
