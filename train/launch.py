@@ -1,9 +1,9 @@
 """Start a run's processes: `llava-skip train ...`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
 
-Without `-m`, all words are arguments of the run, and the environment says the rest: NPROC is the number of processes on
-this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines, DRY_RUN prints
-the command instead of running it. torchrun is told when the cluster wants its nodes back, and shows no traceback of its
-own.
+Without `-m` or `--no-python`, all words are arguments of the run, and the environment says the rest: NPROC is the number
+of processes on this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines,
+DRY_RUN prints the command instead of running it. torchrun is told when the cluster wants its nodes back, and shows no
+traceback of its own.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def explain(rank: int, failure: ProcessFailure) -> str:
 def main() -> None:
     """Start the processes; leave with the exit code of the first one that failed, or with `PREEMPTED`."""
     words = sys.argv[1:]
-    if "-m" not in words:
+    if not {"-m", "--no-python"} & set(words):
         with one_message():
             words = torchrun_words(words)
     if os.environ.get("DRY_RUN"):
