@@ -2,8 +2,8 @@
 
 Without `-m`, all words are arguments of the run, and the environment says the rest: NPROC is the number of processes on
 this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines, DRY_RUN prints
-the command instead of running it. torchrun is told when the cluster wants its nodes back, and shows no traceback of its
-own.
+the command instead of running it. Signals of the cluster are passed on to the processes,
+and torchrun shows no traceback of its own.
 """
 
 from __future__ import annotations
