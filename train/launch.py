@@ -1,9 +1,9 @@
 """Start a run's processes: `llava-skip train ...`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
 
-Without `-m` or `--no-python`, all words are arguments of the run, and the environment says the rest: NPROC is the number of processes on
-this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines, DRY_RUN prints
-the command instead of running it. Signals of the cluster are passed on to the processes,
-and torchrun shows no traceback of its own.
+Without `-m` or `--no-python`, all words are arguments of the run, and the environment says the rest: NPROC is the
+number of processes on this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several
+machines, DRY_RUN prints the command instead of running it. Signals of the cluster are passed on to the processes, and
+torchrun shows no traceback of its own.
 """
 
 from __future__ import annotations
