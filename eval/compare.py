@@ -167,7 +167,7 @@ def run(
     json: Annotated[Path | None, typer.Option(help="Where to write the comparison as well.")] = None,
 ) -> None:
     """Compare two models on a benchmark: difference, confidence interval, paired test."""
-    results = Result.load(a.expanduser()), Result.load(b.expanduser())
+    results = Result.load(a), Result.load(b)
     found = compare(*aligned(*results))
     console = output_console()
     console.print(comparison_table(*results, found))

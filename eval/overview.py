@@ -156,7 +156,7 @@ def run(
     output: Annotated[Path | None, typer.Option(help="Where to; the first folder's overview/ by default.")] = None,
 ) -> None:
     """Show all results in folders and below them side by side."""
-    places = [place.expanduser() for place in places or [Path(shown(results()))]]
+    places = places or [Path(shown(results()))]
     folder = output or places[0] / FOLDER
     found = find_results(places)
     with writing(folder):

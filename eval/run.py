@@ -158,7 +158,7 @@ def run(
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     limits["dry_run"] = judge_dry_run
     names = chosen_benchmarks(benchmarks, data or [])
-    output = (output or Path(shown(results()))).expanduser()
+    output = output or Path(shown(results()))
     sizes = output, batch_size, max_new_tokens, limit
     runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
     judges = [options.make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import NoReturn
 
-from llava_skip_base.exits import USER_ERROR
 from llava_skip_base.paths import checkout
 
 
@@ -77,15 +77,19 @@ def main() -> None:
     name = name.replace("_", "-")
     if name not in PROGRAMS:
         hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, PROGRAMS, 1))
-        sys.stderr.write(f"error: there is no program {name!r}.{hint} llava-skip --help lists all programs.\n")
-        raise SystemExit(USER_ERROR)
+        _fail(f"there is no program {name!r}.{hint} llava-skip --help lists all programs.")
     use_own_packages()
     sys.argv = [f"llava-skip {name}", *arguments]
     module = _WORKER if name == "train" and "LOCAL_RANK" in os.environ else PROGRAMS[name].module
     if module.startswith("tests.") and not (Path(__file__).parent.parent / "tests").is_dir():
-        sys.stderr.write(f"error: {name} needs a checkout of the project; the installed package has no tests.\n")
-        raise SystemExit(USER_ERROR)
+        _fail(f"{name} needs a checkout of the project; the installed package has no tests.")
     import_module(module).main()
+
+
+def _fail(message: str) -> NoReturn:
+    from llava_skip_base.console import fail  # typer and rich: the list of programs needs neither
+
+    fail(message)
 
 
 if __name__ == "__main__":

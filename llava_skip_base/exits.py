@@ -1,4 +1,4 @@
-"""Exit codes of all programs, beside 0 (finished) and 1 (a traceback says why)."""
+"""Exit codes of all programs, besides 0 (finished) and 1 (a traceback says why)."""
 
 NOT_SCORED = 1
 """An evaluation finished without a score: the judge did not grade every answer."""

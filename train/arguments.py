@@ -64,7 +64,7 @@ class ModelArguments:
     lora_enable: bool = field(default=False, metadata={"help": "Low-rank factors in the language model (LoRA)."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the factors."})
     lora_alpha: int = field(default=16, metadata={"help": "The factors' product counts lora_alpha / lora_r times."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the factors."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the factors."})
     lora_bias: str = field(
         default="none", metadata={"help": "none, or lora_only: biases of adapted layers are trainable."}
     )
@@ -92,7 +92,7 @@ class ModelArguments:
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
-        """The parts that learn, the default spelled out."""
+        """The trainable parts, with the default resolved."""
         if self.train_parts is not None:
             return tuple(self.train_parts)
         return PARTS if self.model is None else tuple(part for part in PARTS if part != "vision_tower")
@@ -272,7 +272,7 @@ _NOT_IDENTITY = (
 
 
 def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> dict[str, Any]:
-    """Every argument of the run as plain data, to be saved beside its results."""
+    """Every argument of the run as plain data, to be saved with its results."""
     return {"model": asdict(model), "data": asdict(data), "training": run.to_dict()}
 
 

@@ -45,14 +45,14 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
     known = [field.name for kind in kinds for field in fields(kind)]
     words = translate(with_recipe(words, known))
     parser = _Parser(kinds, allow_abbrev=False, add_help=False)
-    *read, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    _, unknown = parser.parse_known_args(words)  # before values are checked: a misspelt name may be what is missing
     if unknown:
         known += [flag.name for flag in FLAGS]
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
         named = " ".join(as_given.get(name, name) for name in unknown)
         raise UserError(f"unknown arguments: {named}.{hint} --help lists the arguments.")
-    return tuple(read)
+    return parser.parse_args_into_dataclasses(words)
 
 
 def with_recipe(words: Sequence[str], taken: Sequence[str], processes: int | None = None) -> list[str]:

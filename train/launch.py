@@ -1,9 +1,9 @@
 """Start a run's processes: `llava-skip train ...`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
 
-Without `-m` or `--no-python`, all words are arguments of the run, and the environment says the rest: NPROC is the number
-of processes on this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines,
-DRY_RUN prints the command instead of running it. torchrun is told when the cluster wants its nodes back, and shows no
-traceback of its own.
+Without `-m` or `--no-python`, all words are arguments of the run, and the environment says the rest: NPROC is the
+number of processes on this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several
+machines, DRY_RUN prints the command instead of running it. Signals of the cluster are passed on to the processes, and
+torchrun shows no traceback of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from train.resilience.exits import STOP_SIGNALS
 
 TAIL = 25
 """Lines of a failed process's log that are shown."""
+_TORCHRUN = {"-m", "--module", "--no-python", "--no_python"}
+"""One of these is in a command line of torchrun, and none in the arguments of a run."""
 TOGETHER = 2
 """Seconds between the end of a process and that of another one that failed because of it; torchrun kills after 30."""
 WORKER = ("train.train",) if sys.version_info >= (3, 11) else ("llava_skip", "train")  # 3.10 has no PYTHONSAFEPATH
@@ -137,7 +139,7 @@ def explain(rank: int, failure: ProcessFailure) -> str:
 def main() -> None:
     """Start the processes; leave with the exit code of the first one that failed, or with `PREEMPTED`."""
     words = sys.argv[1:]
-    if not {"-m", "--no-python"} & set(words):
+    if not _TORCHRUN & set(words):
         with one_message():
             words = torchrun_words(words)
     if os.environ.get("DRY_RUN"):

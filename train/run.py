@@ -135,11 +135,11 @@ def check_same_records(run: Run) -> None:
     dropped = run.dropped["records"] if run.dropped else []
     views = gather_object([(socket.gethostname(), len(run.dataset), dropped)])
     if different := [rank for rank, view in enumerate(views) if view[1:] != views[0][1:]]:
-        told = [
+        seen = [
             f"rank {rank} on {views[rank][0]} reads {views[rank][1]} records and drops {len(views[rank][2])}"
             for rank in (different[0], 0)
         ]
-        raise UserError(f"{', '.join(told)}: DATA and IMAGES must be the same on all machines.")
+        raise UserError(f"{', '.join(seen)}: DATA and IMAGES must be the same on all machines.")
 
 
 def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> None:

@@ -103,7 +103,7 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
 
 
 def silence_libraries() -> None:
-    """Drop what DeepSpeed and PEFT call by its old name: a line for each call and process, and nothing to be done."""
+    """Drop warnings that users cannot act on: DeepSpeed and PEFT use old names, a line for each call and process."""
     for pattern in (r"`torch\.distributed\.\w+` is deprecated", "`is_gradient_checkpointing` is deprecated"):
         warnings.filterwarnings("ignore", pattern, FutureWarning)
 

@@ -211,7 +211,7 @@ def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
     Raises:
         UserError: one is not whole, or two have one name.
     """
-    models = [check_model(folder.expanduser()) for folder in folders or [newest_model()]]
+    models = [check_model(folder) for folder in folders or [newest_model()]]
     names = [model.name for model in models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

@@ -130,7 +130,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Build even if the folder is up to date.")] = False,
 ) -> None:
     """Build the embedded data set of handwritten digits."""
-    folder = ensure_built(output and output.expanduser(), train_images, seed, force)
+    folder = ensure_built(output, train_images, seed, force)
     counts = read_manifest(folder)["counts"]
     output_console().print(make_table(shown(folder), ("part", "count"), counts.items(), right=1))
     print_next("llava-skip train --recipe embedded, then llava-skip eval")

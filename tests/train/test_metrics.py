@@ -169,6 +169,6 @@ def test_a_dry_run_says_what_would_learn_and_leaves_nothing(digits, tmp_path, mo
     with pytest.raises(SystemExit, match="0"):
         main()
     shown = capsys.readouterr().out
-    assert "385 of 385 parameters learn, learning rate 0.0003" in shown
+    assert "385 of 385 trainable parameters, learning rate 0.0003" in shown
     record = json.loads(shown[shown.index("\n{") :])
     assert record["model"]["train_parts"] == ["summary"] and not (tmp_path / "run").exists()

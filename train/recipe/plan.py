@@ -70,6 +70,6 @@ def show_plan(
     ]  # fmt: skip
     for part, (whole, trainable) in parts.items():
         rate = f", learning rate {run.part_rates.get(part, run.learning_rate):g}" if trainable else ""
-        rows.append((part, f"{trainable:,} of {whole:,} parameters learn{rate}" if whole else "none"))
+        rows.append((part, f"{trainable:,} of {whole:,} trainable parameters{rate}" if whole else "none"))
     output_console().print(make_table(f"dry run -> {run.output_dir}", ("", ""), rows))
     print(json.dumps(record, indent=2, sort_keys=True, default=str))

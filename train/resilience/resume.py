@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, sort_checkpoints, speed_metrics
@@ -195,7 +196,7 @@ class ResumableTrainer(Trainer):
             self.before, self.continued_from_step = manifest.progress, manifest.step
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except Exception as error:  # each library that writes has an exception of its own for a full disk
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk: RuntimeError is torch's for it
             if self._saving is None:
                 raise
             raise CheckpointError(self._saving_failed(self._saving, error)) from error
