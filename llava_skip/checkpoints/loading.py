@@ -56,6 +56,7 @@ def load_checkpoint(
         vision_tower: folder or hub name of the CLIP tower, if it is not in the checkpoint and not where that says.
         projector: a `mm_projector.bin`, or its folder.
         lora: folder of a LoRA adapter, which is merged.
+        attn_implementation: as in `from_pretrained`.
         log: log the report unless the checkpoint fits exactly.
 
     Raises:
@@ -77,8 +78,7 @@ def load_checkpoint(
         _express_linear(weights, source.settings, report)
     _fit(weights, config, source)
     _check(weights, config, report, new_projector=report.layout == layouts.LANGUAGE and not projector)
-    unused = set(report.unused)
-    kept = {name: tensor for name, tensor in weights.items() if name not in unused}
+    kept = {name: tensor for name, tensor in weights.items() if name not in report.unused}
     report.loaded = len(kept)
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
     if source.adapter:
