@@ -44,16 +44,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(
-        include=["llava_skip", "llava_skip.*", "train", "train.*", "eval", "eval.*", "playground", "playground.*"]
-    ),
+    packages=find_packages(include=["llava_skip*", "train", "train.*", "eval", "eval.*", "playground", "playground.*"]),
     package_data={
         "llava_skip": ["templates/*.jinja"],
         "eval.showing": ["templates/*.jinja"],
         "train": ["recipes/*.yaml", "recipes/*.json"],
     },
     entry_points={
-        "console_scripts": ["llava-skip = llava_skip.__main__:main"],
+        "console_scripts": ["llava-skip = llava_skip_base.command:main"],
         "lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"],
     },
     install_requires=REQUIRED,

@@ -9,22 +9,19 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from eval.errors import EvalError, first_few
-from eval.options import fail
 from eval.showing.results import Result
-from eval.showing.score_table import write_json
+from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json, writing
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
 # At most so many drawn values at once, so that a benchmark of any size fits into memory.
 DRAWN_AT_ONCE = 10_000_000
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -135,20 +132,20 @@ def aligned(a: Result, b: Result) -> tuple[np.ndarray, np.ndarray]:
         b: the other.
 
     Raises:
-        EvalError: if they differ in more than the model.
+        UserError: if they differ in more than the model.
     """
     for result in (a, b):
         if result.facts["status"] != "scored" or not result.values:
-            raise EvalError(f"{result.folder}: is {result.facts['status']}, so there is nothing to compare; score it.")
+            raise UserError(f"{result.folder}: is {result.facts['status']}, so there is nothing to compare; score it.")
     different = [f"{name}: {x} and {y}" for name, x, y in zip(_COMPARED, _key(a), _key(b), strict=True) if x != y]
     if different:
-        raise EvalError(
+        raise UserError(
             f"{a.folder} and {b.folder} differ in more than the model ({'; '.join(different)}), so their scores cannot "
             "be compared; evaluate both alike."
         )
     lonely = sorted(a.values.keys() ^ b.values.keys())
     if lonely:
-        raise EvalError(
+        raise UserError(
             f"{first_few(lonely)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
     ids = list(a.values)
@@ -172,9 +169,10 @@ def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
         b: the second.
         found: how they compare.
     """
-    table = Table("", "score", f"mean of questions, {CONFIDENCE:.0%} interval", title=f"{a.benchmark}: A and B")
-    for name, result, mean in (("A", a, found.a), ("B", b, found.b)):
-        table.add_row(f"{name}: {result.model}", f"{result.facts['score']:.1f}", str(mean))
+    headings = ("", "score", f"mean of questions, {CONFIDENCE:.0%} interval")
+    models = (("A", a, found.a), ("B", b, found.b))
+    rows = [(f"{name}: {result.model}", f"{result.facts['score']:.1f}", mean) for name, result, mean in models]
+    table = make_table(f"{a.benchmark}: A and B", headings, rows)
     table.add_row("B - A", f"{b.facts['score'] - a.facts['score']:+.1f}", str(found.difference), style="bold")
     table.add_section()
     table.add_row("questions", "", str(found.questions))
@@ -183,27 +181,35 @@ def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
     return table
 
 
-@app.command()
-def main(
+def run(
     a: Annotated[Path, typer.Argument(help="Results folder of one model on a benchmark, or its results.json.")],
     b: Annotated[Path, typer.Argument(help="Results folder of the other model on the same benchmark.")],
     json: Annotated[Path | None, typer.Option(help="Where to write the comparison as well.")] = None,
 ) -> None:
     """Compare two models on a benchmark: difference, confidence interval, paired test."""
-    console = Console()
-    try:
-        results = Result.load(a), Result.load(b)
-        found = compare(*aligned(*results))
-    except EvalError as error:
-        fail(error)
+    results = Result.load(a.expanduser()), Result.load(b.expanduser())
+    found = compare(*aligned(*results))
+    console = output_console()
     console.print(comparison_table(*results, found))
     verdict = "within noise" if found.within_noise else "more than noise"
     console.print(f"The difference is {verdict} at the {CONFIDENCE:.0%} level (p = {found.p:.3g}).", highlight=False)
     if json:
         named = {name: {"folder": str(r.folder), **r.facts} for name, r in zip(("a", "b"), results, strict=True)}
         method = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED}
-        write_json(json, {**asdict(found), "method": method, "results": named})
+        with writing(json):
+            write_json(json, {**asdict(found), "method": method, "results": named})
+    console.print(
+        "next: llava-skip overview shows the questions that only one of the two answers right.", highlight=False
+    )
+
+
+app = make_app(run)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -1,10 +1,4 @@
-"""What can go wrong in an evaluation besides a `UserError`."""
-
-from llava_skip.errors import UserError, first_few
-
-__all__ = ["EvalError", "JudgeUnavailable", "first_few"]
-
-EvalError = UserError
+"""What can go wrong in an evaluation and is no user's mistake."""
 
 
 class JudgeUnavailable(RuntimeError):

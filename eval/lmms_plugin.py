@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
-from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import UserError
 
 MAX_NEW_TOKENS = 1024
 
@@ -75,7 +75,7 @@ class LlavaSkip(lmms):
         """The answers to requests, in their order; batches have one limit each, the longest questions are first."""
         order = sorted(range(len(requests)), key=lambda n: (_limit(requests[n]), -len(requests[n].args[0])))
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
+        with tqdm(total=len(requests), unit="question", disable=self.rank != 0 or None) as progress:
             for batch in _batches(order, requests, self.batch_size):
                 conversations = [self._conversation(requests[n]) for n in batch]
                 texts = self.generator.reply(conversations, _limit(requests[batch[0]]))

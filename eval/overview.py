@@ -10,20 +10,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from eval.benchmarks import BENCHMARKS
-from eval.errors import EvalError
-from eval.options import fail
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from eval.showing.score_table import write_json, write_whole
+from llava_skip_base.console import make_app, make_table, output_console
+from llava_skip_base.files import write_json, write_text, writing
+from llava_skip_base.paths import results, shown
 
 MOST_AXES = 24
 FOLDER = "overview"
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Overview:
@@ -180,7 +177,7 @@ def write_overview(results: Sequence[Result], folder: Path) -> Overview:
     """
     overview = Overview(results)
     charts = write_charts(folder, overview)
-    write_whole(folder / "overview.md", markdown(overview, charts).encode())
+    write_text(folder / "overview.md", markdown(overview, charts))
     write_json(folder / "overview.json", overview.facts())
     benchmarks = {name: overview.of(name) for name in overview.benchmarks}
     write_pages(folder, benchmarks, overview.cells(), overview.facts(), charts)
@@ -196,29 +193,30 @@ def print_overview(overview: Overview, folder: Path, console: Console) -> None:
         console: where to print.
     """
     header, *rows = overview.cells()
-    table = Table(header[0], title="scores")
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(make_table("scores", header, rows, right=len(header) - 1))
     console.print(f"questions, answers and charts in {folder / 'index.html'}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def main(
+def run(
     places: Annotated[list[Path] | None, typer.Argument(help="Folders that hold results; results by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to; the first folder's overview/ by default.")] = None,
 ) -> None:
     """Show all results below some folders side by side."""
-    places = places or [Path("results")]
+    places = [place.expanduser() for place in places or [Path(shown(results()))]]
     folder = output or places[0] / FOLDER
-    try:
-        overview = write_overview(find_results(places), folder)
-    except EvalError as error:
-        fail(error)
-    print_overview(overview, folder, Console())
+    found = find_results(places)
+    with writing(folder):
+        overview = write_overview(found, folder)
+    print_overview(overview, folder, output_console())
+
+
+app = make_app(run)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -14,12 +14,8 @@ from tqdm import tqdm
 from eval.answering.answers import AnswerLog
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
-from eval.benchmark import Score
 from eval.benchmarks import BENCHMARKS
-from eval.errors import EvalError
 from eval.options import (
-    NOT_SCORED,
-    USAGE_ERROR,
     JudgeBudget,
     JudgeConcurrency,
     JudgeDryRun,
@@ -27,19 +23,22 @@ from eval.options import (
     JudgeRuns,
     JudgeTimeout,
     JudgeUrl,
-    fail,
     make_judge,
+    print_outcome,
 )
 from eval.overview import FOLDER, print_overview, write_overview
+from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
-from eval.showing.score_table import score_table, write_json
-from llava_skip.paths import results, shown
+from eval.showing.score_table import score_table
+from llava_skip_base.console import make_app, output_console, print_error
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SCORED, USER_ERROR
+from llava_skip_base.files import write_json
+from llava_skip_base.paths import results, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def answer_all(
@@ -62,7 +61,7 @@ def answer_all(
     left = [len(own) for own in jobs]
     total = sum(len(run.samples) for run in runs)
     done = sum(sample.id in log.answers for run, log in zip(runs, logs, strict=True) for sample in run.samples)
-    with tqdm(total=total, initial=done, unit="question", disable=done == total) as progress:
+    with tqdm(total=total, initial=done, unit="question", disable=(done == total) or None) as progress:
         for number in (number for number, count in enumerate(left) if not count):
             finished(number)
         for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
@@ -100,7 +99,7 @@ def evaluate(
     processes: int | None,
     numerics: "Numerics",
     console: Console,
-) -> list[Score | EvalError]:
+) -> list[Score | UserError]:
     """Answer and score; a run that cannot be scored does not keep the others from it.
 
     Args:
@@ -116,7 +115,7 @@ def evaluate(
     import torch
 
     processes = processes or max(1, torch.cuda.device_count())
-    outcomes: dict[int, Score | EvalError] = {}
+    outcomes: dict[int, Score | UserError] = {}
     start = time.monotonic()
     with ExitStack() as stack:
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
@@ -128,7 +127,7 @@ def evaluate(
             run = runs[number]
             try:
                 score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
-            except EvalError as error:
+            except UserError as error:
                 outcomes[number] = error
                 return
             facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
@@ -140,7 +139,7 @@ def evaluate(
     return [outcomes[number] for number in range(len(runs))]
 
 
-def conclude(runs: Sequence[Run], outcomes: Sequence[Score | EvalError], console: Console) -> int:
+def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
     """Print what a reader must know about each number and where it lies.
 
     Args:
@@ -153,21 +152,18 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | EvalError], console
     """
     code = 0
     for run, outcome in zip(runs, outcomes, strict=True):
-        name = f"{run.benchmark.name}, {run.name}"
-        if isinstance(outcome, EvalError):
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {name}: {outcome}", markup=False)
-            code = USAGE_ERROR
+        name = f"{run.benchmark.name}, {run.name}: "
+        if isinstance(outcome, UserError):
+            print_error(f"{name}{outcome}")
+            code = USER_ERROR
             continue
-        for note in outcome.notes:
-            console.print(f"note: {name}: {note}", markup=False, soft_wrap=True)
-        console.print(f"{outcome.status}; written to {run.folder / 'results.json'}", markup=False, soft_wrap=True)
+        print_outcome(name, outcome, run.folder / "results.json", console)
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
 
 
-@app.command()
-def main(
+def run(
     model: Annotated[
         list[Path] | None, typer.Option(help="Saved model, may be repeated; the newest one by default.")
     ] = None,
@@ -193,26 +189,31 @@ def main(
     judge_dry_run: JudgeDryRun = False,
 ) -> None:
     """Answer benchmarks with saved models and score them; the same command again goes on after a break."""
-    console = Console()
+    console = output_console()
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     limits["dry_run"] = judge_dry_run
-    try:
-        names = chosen_benchmarks(benchmarks, data or [])
-        output = (output or Path(shown(results()))).expanduser()
-        sizes = output, batch_size, max_new_tokens, limit
-        runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
-        judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
-        from eval.answering.generate import numerics  # slow to import, so only after all checks
+    names = chosen_benchmarks(benchmarks, data or [])
+    output = (output or Path(shown(results()))).expanduser()
+    sizes = output, batch_size, max_new_tokens, limit
+    runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
+    judges = [make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+    from eval.answering.generate import numerics  # slow to import, so only after all checks
 
-        outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
-        finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
-        if finished:
-            folder = output / FOLDER
-            print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
-    except EvalError as error:
-        fail(error)
+    outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
+    finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+    if finished:
+        folder = output / FOLDER
+        print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
     raise typer.Exit(conclude(runs, outcomes, console))
 
 
-if __name__ == "__main__":
+app = make_app(run)
+
+
+def main() -> None:
+    """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,19 +3,16 @@
 Needs neither torch nor a model. Reads what LLaVA, VLMEvalKit, lmms-eval, the Skip-Vision code and ``eval.run`` write.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from eval.benchmark import Benchmark, Sample, Score, match
+from eval.benchmark import Benchmark, match
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.mmstar import MMStar, gain_and_leakage
-from eval.errors import EvalError
 from eval.options import (
     JudgeBudget,
     JudgeConcurrency,
@@ -24,16 +21,19 @@ from eval.options import (
     JudgeRuns,
     JudgeTimeout,
     JudgeUrl,
-    conclude,
-    fail,
     make_judge,
+    print_outcome,
 )
 from eval.reading.lmms_logs import answers_by_number, plain_rows
 from eval.reading.tables import Row, sha256
+from eval.sample import Sample, Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
-from eval.showing.score_table import score_table, versions, write_json
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from eval.showing.score_table import score_table
+from eval.versions import versions
+from llava_skip_base.console import make_app, output_console
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SCORED
+from llava_skip_base.files import read_json, write_json, writing
 
 
 def score_file(
@@ -55,14 +55,14 @@ def score_file(
         submission: where to write the answers in the form that the benchmark's server takes.
 
     Raises:
-        EvalError: if the files do not fit together.
+        UserError: if the files do not fit together.
     """
     rows = plain_rows(benchmark.read_predictions(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
         if submission:
-            raise EvalError(f"{predictions}: holds grades, of which no submission can be made; give the answers.")
+            raise UserError(f"{predictions}: holds grades, of which no submission can be made; give the answers.")
         return graded
     numbered = answers_by_number(rows, samples) if data else None
     found = numbered or benchmark.predictions(rows, str(predictions), samples)
@@ -86,11 +86,11 @@ def own_samples(benchmark: Benchmark, rows: Sequence[Row], source: Path) -> list
         source: the file, for messages.
 
     Raises:
-        EvalError: if columns or rows are lacking.
+        UserError: if columns or rows are lacking.
     """
     found = {name for row in rows for name in row}
     if found & {*benchmark.answer_columns} == {"answer"} and not found & {"label", "answers", "references"}:
-        raise EvalError(
+        raise UserError(
             f"{source}: its column answer holds either gold answers or the model's, not both; name the model's "
             "prediction, or give the benchmark file with --data."
         )
@@ -111,13 +111,13 @@ def headline(benchmark: Benchmark, source: Path, data: Path | None, allow_missin
         allow_missing: as for ``score_file``.
 
     Raises:
-        EvalError: if the result is of another benchmark or rule, or holds no score.
+        UserError: if the result is of another benchmark or rule, or holds no score.
     """
     result = json_object(source)
     if result is None or "rule" not in result:
         result = asdict(score_file(benchmark, source, data, allow_missing, None))
     if result["rule"] != benchmark.rule or result["score"] is None:
-        raise EvalError(f"{source}: holds {result['score']} by the rule {result['rule']}; needed {benchmark.rule}.")
+        raise UserError(f"{source}: holds {result['score']} by the rule {result['rule']}; needed {benchmark.rule}.")
     return result["score"]
 
 
@@ -126,14 +126,13 @@ def json_object(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        value = read_json(path)
+    except UserError:
         return None
     return value if isinstance(value, dict) else None
 
 
-@app.command()
-def main(
+def run(
     benchmark: Annotated[str, typer.Argument(help=", ".join(BENCHMARKS))],
     predictions: Annotated[Path, typer.Option(help="Predictions (xlsx, tsv, csv, jsonl, json), or grades of MM-Vet.")],
     output: Annotated[Path, typer.Option("--json", help="Where to write the scores.")],
@@ -156,29 +155,23 @@ def main(
     judge_dry_run: JudgeDryRun = False,
 ) -> None:
     """Score a saved prediction file alone."""
-    console = Console()
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; give --json the name of a file to write.")
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
-    try:
-        if output.is_dir():
-            raise EvalError(f"{output}: is a folder; give --json the name of a file to write.")
-        chosen = get_benchmark(benchmark, rule)
-        name = output.parent, predictions.stem
-        judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
-        score = score_file(chosen, predictions, data, allow_missing, judge, submission)
-        if without_image or language_model:
-            add_gain(chosen, score, without_image, language_model, data, allow_missing)
-        files = {
-            "predictions": predictions,
-            "data": data,
-            "without_image": without_image,
-            "language_model": language_model,
-        }
-        described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
+    chosen = get_benchmark(benchmark, rule)
+    name = output.parent, predictions.stem
+    judge = make_judge(judge_url, judge_model, judge_runs, *name, **limits, dry_run=judge_dry_run)
+    score = score_file(chosen, predictions, data, allow_missing, judge, submission)
+    if without_image or language_model:
+        add_gain(chosen, score, without_image, language_model, data, allow_missing)
+    files = {"predictions": predictions, "data": data, "without_image": without_image, "language_model": language_model}
+    described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
+    with writing(output):
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
-    except (EvalError, OSError) as error:
-        fail(error)
+    console = output_console()
     console.print(score_table(f"{chosen.name}: {predictions.name}", score))
-    conclude(score, output, console, success=("scored",))
+    print_outcome("", score, output, console)
+    raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)
 
 
 def add_gain(
@@ -200,13 +193,21 @@ def add_gain(
         allow_missing: as for ``score_file``.
 
     Raises:
-        EvalError: for another benchmark, or if one of the two files is lacking.
+        UserError: for another benchmark, or if one of the two files is lacking.
     """
     if not isinstance(benchmark, MMStar) or without_image is None or language_model is None or score.score is None:
-        raise EvalError("gain and leakage are MMStar's: give --without-image and --language-model together.")
+        raise UserError("gain and leakage are MMStar's: give --without-image and --language-model together.")
     others = (headline(benchmark, path, data, allow_missing) for path in (without_image, language_model))
     score.scores["gain and leakage"] = gain_and_leakage(score.score, *others)
 
 
-if __name__ == "__main__":
+app = make_app(run)
+
+
+def main() -> None:
+    """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
-from llava_skip.errors import UserError
 from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
+from llava_skip_base.errors import UserError
 
 IGNORE_INDEX = -100
 """Label of a token that is not supervised."""

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]

@@ -10,9 +10,9 @@ import torch
 import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
-from llava_skip.console import program
-from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip_base.console import program
+from llava_skip_base.errors import UserError
 
 
 class Target(str, Enum):

@@ -20,8 +20,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from llava_skip.configuration import SkipConfig
-from llava_skip.errors import UserError
 from llava_skip.routing import Route, add_to_tokens, take_tokens
+from llava_skip_base.errors import UserError
 
 
 class SkippingLayer(nn.Module):

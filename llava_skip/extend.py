@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from llava_skip.checkpoints.extension import EXTENSIONS, extend_resampler
 from llava_skip.checkpoints.files import read_tensors
-from llava_skip.console import program
-from llava_skip.errors import UserError
+from llava_skip_base.console import program
+from llava_skip_base.errors import UserError
 
 
 def extend(

@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
-from llava_skip.errors import UserError
 from llava_skip.routing import skipped_tokens
+from llava_skip_base.errors import UserError
 
 
 @dataclass

@@ -13,8 +13,8 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 from transformers.utils.generic import is_flash_attention_requested
 
 from llava_skip.cache import ForgettingCache
-from llava_skip.errors import UserError
 from llava_skip.routing import ImageTokens
+from llava_skip_base.errors import UserError
 
 
 def is_two_dimensional(mask: Any) -> bool:

@@ -27,13 +27,13 @@ from transformers.utils.generic import can_return_tuple
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
-from llava_skip.errors import UserError
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
+from llava_skip_base.errors import UserError
 
 
 class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):

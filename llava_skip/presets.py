@@ -8,9 +8,9 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
 from llava_skip.sizes import SIZES
 from llava_skip.vision import FrontEnd, get_front_end
+from llava_skip_base.errors import UserError
 
 PAPER_PATCHES = 576
 """Visual tokens of CLIP-L/14 at 336 pixels, to which the R and S of the paper belong."""
@@ -88,6 +88,13 @@ def front_end_of(preset: str) -> FrontEnd:
         UserError: an unknown preset; the message lists the known ones.
     """
     return get_front_end(_choose(PRESETS, preset, "preset").front_end)
+
+
+def dense_preset(preset: str) -> str:
+    """The dense preset that a preset is compared with: the first one of its front end, or "llava" if it has none."""
+    front_end = front_end_of(preset)
+    dense = (name for name, other in PRESETS.items() if other.skip is None and front_end_of(name) is front_end)
+    return next(dense, "llava")
 
 
 def preset_skip(preset: str, patches: int = PAPER_PATCHES) -> SkipConfig | None:

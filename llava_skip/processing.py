@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
-from llava_skip.errors import UserError
 from llava_skip.vision import get_front_end
+from llava_skip_base.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_skip.configuration import SkipConfig
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 
 @dataclass(frozen=True)

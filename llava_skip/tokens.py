@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 
 def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:

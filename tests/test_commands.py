@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_skip.__main__ import PROGRAMS
+from llava_skip_base.command import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from llava_skip.__main__ import PROGRAMS
 from llava_skip.presets import preset_rows
+from llava_skip_base.command import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]

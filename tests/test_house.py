@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("llava_skip", "train", "eval", "playground")
+PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "playground")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 OPTIONAL = {"eval.lmms_plugin": "lmms_eval"}
@@ -14,10 +14,11 @@ OPTIONAL = {"eval.lmms_plugin": "lmms_eval"}
 
 # A package may import the ones behind it, and those that they may import.
 LAYERS = {
-    "llava_skip": (),
-    "playground": ("llava_skip",),
-    "train": ("playground", "llava_skip"),
-    "eval": ("playground", "llava_skip"),
+    "llava_skip_base": (),
+    "llava_skip": ("llava_skip_base",),
+    "playground": ("llava_skip", "llava_skip_base"),
+    "train": ("playground", "llava_skip", "llava_skip_base"),
+    "eval": ("llava_skip", "llava_skip_base"),
 }
 """Package -> the packages that it may import."""
 ROOMS = {

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from llava_skip.conversation import template_names
-from llava_skip.errors import UserError
 from llava_skip.presets import PRESETS, SIZES
+from llava_skip_base.errors import UserError
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
 from train.recipe.recipes import zero_file

@@ -24,15 +24,15 @@ import psutil
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from llava_skip.console import make_table, one_message, output_console
-from llava_skip.files import write_json
+from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.files import write_json
 from train.arguments import ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, RecordSet, load_records
 from train.data.parallel import usable_cores
 from train.recipe.model import prepare
 
-WORDS = "the image shows a small red house beside the road and two people who walk past it in the rain".split()
+WORDS = "the picture shows a small red house beside the road and two people who walk past it in the rain".split()
 MEBIBYTE = 2**20
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 from train.llava_flags import EPILOG, FLAGS, translate
 from train.recipe.recipes import recipe_names, recipe_words
 
@@ -50,9 +50,8 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
         known += [flag.name for flag in FLAGS]
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
-        raise UserError(
-            f"unknown arguments: {' '.join(as_given.get(name, name) for name in unknown)}.{hint} --help lists the arguments."
-        )
+        named = " ".join(as_given.get(name, name) for name in unknown)
+        raise UserError(f"unknown arguments: {named}.{hint} --help lists the arguments.")
     return tuple(read)
 
 

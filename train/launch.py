@@ -1,4 +1,4 @@
-"""Start a run's processes: `llava-skip train [arguments]`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
+"""Start a run's processes: `llava-skip train ...`, or `python -m train.launch [torchrun options] [-m MODULE] ...`.
 
 Without `-m`, all words are arguments of the run, and the environment says the rest: NPROC is the number of processes on
 this machine (default: its GPUs, else 2), TORCHRUN has options of torchrun that join several machines, DRY_RUN prints
@@ -25,10 +25,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from llava_skip.console import one_message
-from llava_skip.errors import UserError
-from llava_skip.exits import EXPLAINED, PREEMPTED
-from llava_skip.paths import checkout
+from llava_skip_base.console import one_message
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import EXPLAINED, PREEMPTED
+from llava_skip_base.paths import checkout
 from train.arguments import DataArguments, ModelArguments, RunArguments
 from train.command_line import RECIPE, show_help, with_recipe, with_underscores
 from train.data.parallel import usable_cores

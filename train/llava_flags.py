@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llava_skip.conversation import LLAVA_VERSIONS
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 EPILOG = "LLaVA's own flag names (--model_name_or_path, --data_path, --version, ...) work, too: see docs/training.md."
 

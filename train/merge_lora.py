@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, set_seed
 
 from llava_skip.checkpoints.files import check_tensors, is_adapter
-from llava_skip.console import program
 from llava_skip.convert import Precision, new_folder
-from llava_skip.errors import MissingFileError
-from llava_skip.files import read_json
+from llava_skip_base.console import program
+from llava_skip_base.errors import MissingFileError
+from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
 from train.recipe.model import build_model
 

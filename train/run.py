@@ -12,10 +12,10 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import as_json, read_json
-from llava_skip.paths import checkpoints, shown
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import as_json, read_json
+from llava_skip_base.paths import checkpoints, shown
 from train.arguments import DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.command_line import read_command_line
 from train.data import (

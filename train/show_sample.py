@@ -20,12 +20,12 @@ from rich.text import Text
 from torch import Tensor
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
-from llava_skip.console import make_table, one_message, output_console
-from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.paths import shown
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.front_end import Box
+from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.errors import UserError
+from llava_skip_base.paths import shown
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records

@@ -17,10 +17,10 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
 import torch
 from transformers import set_seed
 
-from llava_skip.console import print_error
-from llava_skip.errors import UserError
-from llava_skip.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
-from llava_skip.files import read_json, write_json
+from llava_skip_base.console import print_error
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
+from llava_skip_base.files import read_json, write_json
 from train.data import ConversationDataset, RecordError
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
@@ -65,7 +65,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         data_collator=run.collator,
         processing_class=run.processor,
         callbacks=[preemption, Watchdog(arguments.hang_timeout_seconds)],
-        record=run.resolved,
+        resolved=run.resolved,
     )
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -157,12 +157,12 @@ def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     except RecordError as error:  # of one rank
         print_error(f"{error}{FIND_RECORDS}")
         code = USER_ERROR
-    except UserError as error:  # of all ranks
-        _tell(error)
-        code = USER_ERROR
     except (CheckpointError, NonFiniteLoss) as error:
         print_error(error)
         code = NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR
+    except UserError as error:  # of all ranks
+        _tell(error)
+        code = USER_ERROR
     os._exit(code)  # the other ranks block in a collective: a clean shutdown would hang
 
 

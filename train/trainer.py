@@ -1,21 +1,23 @@
-"""transformers' Trainer, with parts that learn at their own rates, measured windows, and no silent fault."""
+"""transformers' Trainer with a learning rate for each part, metrics of each logging window, and a check of the loss."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import seed_worker
 
-from llava_skip.errors import UserError
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -24,25 +26,25 @@ from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
 from train.resilience.resume import ResumableTrainer
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite: nothing that could be learnt from here on would be worth anything."""
+class NonFiniteLoss(UserError):
+    """The loss is NaN or infinite, and all further updates would be useless."""
 
 
 class SkipTrainer(ResumableTrainer):
     """Trainer for the parts of a llava-skip model.
 
     Args:
-        record: the run's resolved arguments, saved beside each checkpoint.
+        resolved: the run's arguments, saved with the weights.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
 
-    def __init__(self, *args: Any, record: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resolved: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._record = record
+        self._resolved = resolved
         if self.args.loss_normalization == "micro_batch":
-            self.model_accepts_loss_kwargs = False  # the model then takes the mean, and Trainer that of micro batches
-        self._trained = [part for part, (_, learns) in count_parameters(self.model).items() if learns]
+            self.model_accepts_loss_kwargs = False  # the model's mean over a micro batch, Trainer's over those
+        self._trained = [part for part, (_, trainable) in count_parameters(self.model).items() if trainable]
         self._meter = Meter(
             self.model.config,
             "language_model" in self._trained and not isinstance(self.model, PeftModel),
@@ -61,14 +63,16 @@ class SkipTrainer(ResumableTrainer):
         """Trainer's optimizer, over groups by learning rate and weight decay.
 
         Raises:
-            UserError: a parameter that learns is not in exactly one group, or the optimizer makes its own groups.
+            UserError: a trainable parameter is not in exactly one group, or the optimizer makes its own groups.
         """
         if self.optimizer is not None:
             return self.optimizer
         source = self.model if model is None else model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, source)
         if {"params", "model", "optimizer_dict"} & set(options):
-            raise UserError(f"--optim {self.args.optim} makes groups of its own, without learning rates by part.")
+            raise UserError(
+                f"--optim {self.args.optim} makes its own groups, without learning rates by part: use another."
+            )
         decays, run = self.get_decay_parameter_names(source), self.args
         groups = parameter_groups(source, decays, run.part_rates, run.learning_rate, run.weight_decay)
         self.optimizer_cls_and_kwargs = (kind, options | {"params": groups})
@@ -77,19 +81,15 @@ class SkipTrainer(ResumableTrainer):
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; the time until the batches come is measured."""
-        return super().get_batch_samples(self._meter.timed(epoch_iterator), *args, **kwargs)
-
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; a step in which nothing is supervised has the loss 0, not 0 / 0."""
-        items = super()._get_num_items_in_batch(*args, **kwargs)
-        return items.clamp(min=1) if isinstance(items, Tensor) else items
+        """Trainer's; the wait for the batches is measured, and a step without supervised tokens has the loss 0."""
+        batches, tokens = super().get_batch_samples(self._meter.timed(epoch_iterator), *args, **kwargs)
+        return batches, tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens  # 0 / 1 instead of 0 / 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a micro batch; its `record_ids` (list) name it if its loss is not finite.
+        """Forward and backward of a micro batch, whose `record_ids` (list) are named if its loss is not finite.
 
         Raises:
-            NonFiniteLoss: it is not; `nonfinite_loss.rank<N>.json` in the run's folder has the records.
+            NonFiniteLoss: the loss is not finite; `nonfinite_loss.rank<N>.json` in the run's folder has the records.
         """
         inputs = dict(inputs)
         record_ids = inputs.pop("record_ids", None)
@@ -98,21 +98,32 @@ class SkipTrainer(ResumableTrainer):
         return loss
 
     def get_train_dataloader(self) -> DataLoader:
-        """A stream deals out its own records; everything else is Trainer's."""
+        """Of a stream, which divides its own records; by modality and length for a set with lengths; else Trainer's."""
         if isinstance(self.train_dataset, ConversationStream):
             return stream_loader(self.train_dataset, self.args, self.data_collator)
-        return super().get_train_dataloader()
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """By modality and length where the data set knows its lengths; otherwise Trainer's own."""
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        batches = self.args.world_size * self.args.gradient_accumulation_steps
-        return ModalityLengthSampler(lengths, self.args.train_batch_size, batches, self.args.seed)
+            return super().get_train_dataloader()
+        run = self.args
+        batches = run.world_size * run.gradient_accumulation_steps
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=run.train_batch_size,
+            sampler=ModalityLengthSampler(lengths, run.train_batch_size, batches, run.seed),
+            collate_fn=self.data_collator,
+            num_workers=run.dataloader_num_workers,
+            pin_memory=run.dataloader_pin_memory,
+            persistent_workers=run.dataloader_persistent_workers,
+            prefetch_factor=run.dataloader_prefetch_factor,
+            multiprocessing_context=run.dataloader_multiprocessing_context,
+            in_order=run.dataloader_in_order,
+            drop_last=run.dataloader_drop_last,
+            worker_init_fn=partial(seed_worker, num_workers=run.dataloader_num_workers, rank=run.process_index),
+        )
+        return self.accelerator.prepare(loader)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; counts the batch on the way."""
+        """The model's loss; the batch is counted."""
         self._meter.count(inputs)
         for name in COUNTED:
             inputs.pop(name, None)
@@ -121,7 +132,7 @@ class SkipTrainer(ResumableTrainer):
         return loss
 
     def _check_finite(self, record_ids: list[Any] | None) -> None:
-        # The backward is queued behind the loss by now, so waiting for the loss lets no device run idle.
+        # The device has the backward pass in its queue by now, so that it works on while this waits for the loss.
         assert self._loss is not None
         copy, copied = self._loss
         if copied is not None:
@@ -130,11 +141,12 @@ class SkipTrainer(ResumableTrainer):
             return
         step, rank = self.state.global_step + 1, self.args.process_index
         path = Path(self.args.output_dir) / f"nonfinite_loss.rank{rank}.json"
-        found = {"loss": str(copy.item()), "learning_rate": self._get_learning_rate(), "record_ids": record_ids}
+        rate = self.optimizer.param_groups[0]["lr"]
+        found = {"loss": str(copy.item()), "learning_rate": rate, "record_ids": record_ids}
         write_json(path, found | {"step": step, "rank": rank}, sort_keys=True)
         raise NonFiniteLoss(
             f"the loss of step {step} is {copy.item()} on rank {rank}; {path} has the ids of its records. Look at "
-            "them, lower the learning rate, or use --bf16 true in the place of --fp16."
+            "them, lower the learning rate, or use --bf16 true instead of --fp16."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -144,7 +156,7 @@ class SkipTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _part_rates(self, first: float | None) -> dict[str, float]:
-        """Learning rates by part; Trainer logs that of the first group, and all of them follow one schedule."""
+        """Learning rates by part: Trainer logs the rate of the first group, and all groups follow one schedule."""
         if first is None or self.optimizer is None:
             return {}
         share = first / self.optimizer.param_groups[0].get("initial_lr", self.args.learning_rate)
@@ -162,12 +174,11 @@ class SkipTrainer(ResumableTrainer):
             self._meter.totals = self.before["counts"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, on all ranks; the run's arguments lie beside the weights."""
-        self.accelerator.wait_for_everyone()  # no rank saves what another one has refused
+        """Trainer's, on all ranks; with the run's arguments in the same folder."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            write_json(folder / "run.json", self._record, sort_keys=True)
+            write_json(folder / "run.json", self._resolved, sort_keys=True)
             if isinstance(self.model, PeftModel):
                 self.model.config.save_pretrained(folder)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from llava_skip.console import make_table, one_message, output_console
-from llava_skip.exits import FAULTY_RECORDS
-from llava_skip.files import write_json
+from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.exits import FAULTY_RECORDS
+from llava_skip_base.files import write_json
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import load_records

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import json_lines, read_json, write_json, write_json_lines
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import json_lines, read_json, write_json, write_json_lines
 
 
 class AnswerLog:

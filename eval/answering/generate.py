@@ -24,7 +24,7 @@ import llava_skip  # noqa: F401  registers the library's models with the Auto cl
 from eval.answering.models import SavedModel
 from eval.reading.images import PLACEHOLDER, ImageSource
 from llava_skip.checkpoints.tokenizer import load_tokenizer
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

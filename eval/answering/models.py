@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.reading.tables import sha256
-from llava_skip import paths
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
+from llava_skip_base import paths
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.

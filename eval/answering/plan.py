@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from eval.answering.answers import AnswerLog
 from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
-from eval.benchmark import Benchmark, Sample, Score
+from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.reading.images import PLACEHOLDER
 from eval.reading.tables import sha256
-from eval.showing.score_table import versions
-from llava_skip.errors import UserError, first_few
-from llava_skip.paths import embedded_benchmarks, shown
+from eval.sample import Sample, Score
+from eval.versions import versions
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.paths import embedded_benchmarks, shown
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -262,31 +263,21 @@ def plan_runs(
     image_folders = {name: Path(path).expanduser() for name, path in assign("--images", images, names).items()}
     rule, protocol = assign("--rule", rules, names), assign("--protocol", protocols, names)
     benchmarks = [get_benchmark(name, rule.get(name), protocol.get(name)) for name in names]
-    for folder in image_folders.values():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such image folder; check --images.")
+    for given in image_folders.values():
+        if not given.is_dir():
+            raise UserError(f"{given}: no such image folder; check --images.")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output.")
     models = checked_models(folders)
     loaded = []
     for benchmark in benchmarks:
-        path = files.get(benchmark.name) or embedded_file(benchmark)
-        samples = benchmark.load(path, image_folders.get(benchmark.name))
-        loaded.append((benchmark, path, benchmark.limit(samples, limit) if limit else samples))
+        path, folder = files.get(benchmark.name) or embedded_file(benchmark), image_folders.get(benchmark.name)
+        samples = benchmark.load(path, folder)
+        loaded.append((benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples))
     runs = [
-        Run(
-            benchmark,
-            model,
-            path,
-            image_folders.get(benchmark.name),
-            samples,
-            output,
-            batch_size,
-            max_new_tokens or benchmark.max_new_tokens,
-            blind,
-        )
+        Run(own, model, path, folder, samples, output, batch_size, max_new_tokens or own.max_new_tokens, blind)
         for model in models
-        for benchmark, path, samples in loaded
+        for own, path, folder, samples in loaded
     ]
     for run in runs:
         run.check_prompts()

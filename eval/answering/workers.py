@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.answering.models import SavedModel
 from eval.reading.images import ImageSource
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics

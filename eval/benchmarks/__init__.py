@@ -11,7 +11,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.benchmarks.ocrbench import OCRBench
 from eval.benchmarks.pope import POPE
 from eval.benchmarks.textvqa import TextVQA
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (MMBench, MMVet, MMStar, MME, TextVQA, MMMU, MathVista, OCRBench, GQA, POPE)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json
 
 QUESTIONS = "testdev_balanced_questions.json"
 _NO_MARKS = str.maketrans("", "", string.punctuation)

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json
 
 HINTS = {
     "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",

@@ -9,22 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import (
-    LETTER_INSTRUCTION,
-    Benchmark,
-    Id,
-    Sample,
-    Score,
-    is_missing,
-    listed_options,
-    options,
-)
+from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, write_xlsx
+from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.scoring.judge import Judge
 from eval.scoring.matching import CHINESE, Matches, match_choices
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 PASS_STEP = 1_000_000
 CHINESE_INSTRUCTION = "请直接回答选项字母。"

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import read_text
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import read_text
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()

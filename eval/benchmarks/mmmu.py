@@ -11,13 +11,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list, options
+from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark
 from eval.reading.images import ImageSource, row_images
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score, as_list, options
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import write_json
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",

@@ -7,11 +7,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from eval.benchmark import LETTER_INSTRUCTION, Benchmark, Id, Sample, Score, is_missing, listed_options, options
+from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
+from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
 OFFICIAL = {

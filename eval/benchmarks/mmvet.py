@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark import Benchmark, Id, Sample, Score
+from eval.benchmark import Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row
+from eval.sample import Id, Sample, Score
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

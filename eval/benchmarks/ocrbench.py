@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
+from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 RECOGNITION = (
     "Regular Text Recognition",

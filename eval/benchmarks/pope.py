@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, refuse_doubles
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark, refuse_doubles
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 SPLITS = ("adversarial", "popular", "random")
 LABEL_FILE = "coco_pope_"

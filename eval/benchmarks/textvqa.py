@@ -5,11 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmark import SHORT_INSTRUCTION, Benchmark, Id, Sample, Score, as_list
+from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
+from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import normalise_answer, vlmevalkit_form
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"

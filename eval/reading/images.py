@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.errors import EvalError, first_few
 from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
+from llava_skip_base.errors import UserError, first_few
 
 PLACEHOLDER = "<image>"
 """Marks where in a prompt an image goes."""
@@ -63,9 +63,9 @@ class ImageSource:
         try:
             yield
         except FileNotFoundError as error:
-            raise EvalError(f"{self.sample}: image file {error.filename} does not exist; check --images.") from error
+            raise UserError(f"{self.sample}: image file {error.filename} does not exist; check --images.") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            raise EvalError(f"{self.sample}: its image cannot be decoded ({error}); repair or replace it.") from error
+            raise UserError(f"{self.sample}: its image cannot be decoded ({error}); repair or replace it.") from error
 
 
 def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:
@@ -75,7 +75,7 @@ def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:
     the image) or else from a file named in `imagename` or `image_path`, below `folder`.
 
     Raises:
-        EvalError: naming the samples whose image is missing or broken.
+        UserError: naming the samples whose image is missing or broken.
     """
     owners = {row["index"]: row["image"] for row in rows if "index" in row and _is_base64(row.get("image"))}
     found, lacking = [], []
@@ -86,13 +86,13 @@ def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:
         else:
             lacking.append(_name(row))
     if lacking:
-        raise EvalError(
+        raise UserError(
             f"{first_few(lacking)} of {len(rows)} samples have no image: expected base64 in 'image', the index of the "
             "row that has the image, or a file name in 'imagename' or 'image_path'."
         )
     missing = [str(image.data) for image in found if isinstance(image.data, Path) and not image.data.is_file()]
     if missing:
-        raise EvalError(
+        raise UserError(
             f"{first_few(missing)} image files do not exist; looked in {folder}, set --images to their folder."
         )
     checked: set[int] = set()

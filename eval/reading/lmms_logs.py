@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from eval.benchmark import Id, Sample
 from eval.reading.tables import Row, cell_text, column_name
-from llava_skip.errors import UserError
+from eval.sample import Id, Sample
+from llava_skip_base.errors import UserError
 
 # The server's form of an answer, whose "answer" is the model's, and images.
 _NOT_FIELDS = ("submission", "input_media")

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eval.errors import EvalError, first_few
-from llava_skip.files import read_json_lines, read_text, write_bytes
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import read_json_lines, read_text, write_bytes
 
 Row = dict[str, Any]
 
@@ -64,21 +64,21 @@ def read_rows(path: Path) -> list[Row]:
     gives an `id` and a `prediction`, `{"v1_0": {...}}` an `id` and the fields.
 
     Raises:
-        EvalError: the file is missing, empty, malformed or of another format.
+        UserError: the file is missing, empty, malformed or of another format.
     """
     if path.is_dir():
-        raise EvalError(f"{path}: is a folder; give one of its files.")
+        raise UserError(f"{path}: is a folder; give one of its files.")
     if not path.is_file():
-        raise EvalError(f"{path}: no such file; check the path.")
+        raise UserError(f"{path}: no such file; check the path.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise EvalError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
+        raise UserError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     if not rows:
-        raise EvalError(f"{path}: holds no rows.")
+        raise UserError(f"{path}: holds no rows.")
     return rows
 
 
@@ -163,7 +163,7 @@ def _column_names(path: Path, header: Iterable[str]) -> list[str]:
     names = [column_name(name) for name in header]
     doubled = sorted({name for name in names if name and names.count(name) > 1})
     if doubled:
-        raise EvalError(f"{path}: column names occur twice: {first_few(doubled)}; rename or drop one.")
+        raise UserError(f"{path}: column names occur twice: {first_few(doubled)}; rename or drop one.")
     return names
 
 
@@ -204,12 +204,12 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
                     yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
                 start = lines.read
         except csv.Error as error:
-            raise EvalError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
+            raise UserError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
 
 
 def _check_width(path: Path, line: int, row: list[str], names: list[str]) -> None:
     if len(row) != len(names):
-        raise EvalError(
+        raise UserError(
             f"{path}, line {line}: {len(row)} fields, but the header has {len(names)}; "
             "is the file cut, or are its fields not quoted?"
         )
@@ -223,7 +223,7 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
         # Formulas are read as their text: an answer that starts with "=" was written by the model, not by a person.
         book = openpyxl.load_workbook(path, read_only=True, data_only=False)
     except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
-        raise EvalError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
+        raise UserError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
     book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
     lines = book.active.iter_rows(values_only=True)
     names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
@@ -236,7 +236,7 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
 
 def _row(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise EvalError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
+        raise UserError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
     return {column_name(name): cell_text(cell) for name, cell in value.items()}
 
 
@@ -260,12 +260,12 @@ def _read_json(path: Path) -> Iterator[Row]:
     try:
         value = json.loads(read_text(path), object_pairs_hook=_object)
     except _DoubledKeys as error:
-        raise EvalError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
+        raise UserError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # some tools name JSON lines ".json"
             yield from _read_jsonl(path)
             return
-        raise EvalError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut?") from error
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut?") from error
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}
@@ -274,7 +274,7 @@ def _read_json(path: Path) -> Iterator[Row]:
         for number, item in enumerate(value):
             yield _row(path, f"item {number}", item)
     else:
-        raise EvalError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
+        raise UserError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -282,13 +282,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise EvalError(f"{path}: reading parquet needs pyarrow; run 'pip install pyarrow'.") from error
+        raise UserError(f"{path}: reading parquet needs pyarrow; run 'pip install pyarrow'.") from error
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
                 yield _row(path, "row", value)
     except (pyarrow.ArrowException, OSError) as error:
-        raise EvalError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
+        raise UserError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Id, Sample
+from eval.sample import Id, Sample
 from eval.scoring.judge import Judge, digest, read_replies
-from eval.showing.score_table import write_json
+from llava_skip_base.files import write_json
 
 INSTRUCTION = (
     "Below are questions, each with its ground truth and the prediction of a model. Compare the prediction with the "
@@ -113,7 +113,7 @@ def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, pa
         What the grade file holds.
 
     Raises:
-        EvalError: if the file holds grades of other answers.
+        UserError: if the file holds grades of other answers.
         JudgeUnavailable: if the endpoint fails; the grades so far are kept.
     """
     asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}

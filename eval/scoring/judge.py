@@ -27,7 +27,8 @@ from tenacity import (
 )
 from tqdm import tqdm
 
-from eval.errors import EvalError, JudgeUnavailable, first_few
+from eval.errors import JudgeUnavailable
+from llava_skip_base.errors import UserError, first_few
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
@@ -93,20 +94,20 @@ class Judge:
         """Check the options before anything is asked."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EvalError(f"judge URL '{self.url}': expected http://HOST/v1 or https://HOST/v1.")
+            raise UserError(f"judge URL '{self.url}': expected http://HOST/v1 or https://HOST/v1.")
         if "@" in parts.netloc or parts.query:
-            raise EvalError(
+            raise UserError(
                 "the judge URL holds a user or a query, which process lists show; give the bare address, and the key "
                 "in the environment variable OPENAI_API_KEY."
             )
         for name in ("runs", "concurrency", "budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise EvalError(f"judge {name} {value}: expected 1 or more.")
+                raise UserError(f"judge {name} {value}: expected 1 or more.")
         if self.timeout <= 0:
-            raise EvalError(f"judge timeout {self.timeout}: expected a number of seconds above 0.")
+            raise UserError(f"judge timeout {self.timeout}: expected a number of seconds above 0.")
         if not os.environ.get("OPENAI_API_KEY", "").isascii():
-            raise EvalError("OPENAI_API_KEY holds characters that no key has; set it again.")
+            raise UserError("OPENAI_API_KEY holds characters that no key has; set it again.")
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -163,7 +164,7 @@ class Judge:
         _ = self._client  # made before threads could make two
         with (
             ThreadPoolExecutor(1 if self.dry_run else self.concurrency) as pool,
-            tqdm(total=len(items), desc=f"judge {self.model}", unit="answer", disable=self.dry_run) as progress,
+            tqdm(total=len(items), desc=f"judge {self.model}", unit="answer", disable=self.dry_run or None) as progress,
         ):
             jobs = {pool.submit(ask, item): item for item in items}
             try:
@@ -260,12 +261,12 @@ def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, An
         asked: the question to the judge, by id.
 
     Raises:
-        EvalError: if it holds replies about other answers.
+        UserError: if it holds replies about other answers.
     """
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
     if stale:
-        raise EvalError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
+        raise UserError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
     return entries
 
 

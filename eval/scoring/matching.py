@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from eval.benchmark import Id, Sample, options
+from eval.sample import Id, Sample, options
 from eval.scoring.extraction import NO_CHOICE, Options
 from eval.scoring.judge import Judge, digest, read_replies
-from eval.showing.score_table import write_json
+from llava_skip_base.files import write_json
 
 ATTEMPTS = 3
 MAX_TOKENS = 64

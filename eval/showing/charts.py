@@ -4,10 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from llava_skip_base.console import figure
 
 Scores = Mapping[str, Sequence[float | None]]
 FEWEST_AXES = 3
@@ -23,18 +20,17 @@ def bars(path: Path, models: Sequence[str], scores: Scores) -> None:
         scores: benchmark -> score of each model from 0 to 100, None where there is none.
     """
     width = 0.8 / len(models)
-    figure, axes = plt.subplots(figsize=(max(5.0, 2 + INCH_PER_GROUP * len(scores)), 4), layout="constrained")
-    for number, model in enumerate(models):
-        places = [group + (number - (len(models) - 1) / 2) * width for group in range(len(scores))]
-        heights = [values[number] or 0.0 for values in scores.values()]
-        drawn = axes.bar(places, heights, width, label=model)
-        labels = ["-" if values[number] is None else f"{values[number]:.1f}" for values in scores.values()]
-        axes.bar_label(drawn, labels, fontsize=7)
-    axes.set_xticks(range(len(scores)), list(scores))
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("score, 0 to 100 (MME: right answers)" if "mme" in scores else "score, 0 to 100")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, path)
+    with figure(path, (max(5.0, 2 + INCH_PER_GROUP * len(scores)), 4)) as axes:
+        for number, model in enumerate(models):
+            centres = [group + (number - (len(models) - 1) / 2) * width for group in range(len(scores))]
+            heights = [values[number] or 0.0 for values in scores.values()]
+            drawn = axes.bar(centres, heights, width, label=model)
+            labels = ["-" if values[number] is None else f"{values[number]:.1f}" for values in scores.values()]
+            axes.bar_label(drawn, labels, fontsize=7)
+        axes.set_xticks(range(len(scores)), list(scores))
+        axes.set_ylim(0, 105)
+        axes.set_ylabel("score, 0 to 100 (MME: right answers)" if "mme" in scores else "score, 0 to 100")
+        axes.figure.legend(loc="outside upper center", ncols=3, frameon=False)
 
 
 def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
@@ -48,19 +44,12 @@ def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
     if len(scores) < FEWEST_AXES:
         raise ValueError(f"a radar needs {FEWEST_AXES} axes or more, got {len(scores)}.")
     angles = [2 * math.pi * number / len(scores) for number in range(len(scores))]
-    figure, axes = plt.subplots(figsize=(7, 6), subplot_kw={"projection": "polar"}, layout="constrained")
-    for number, model in enumerate(models):
-        values = [values[number] or 0.0 for values in scores.values()]
-        axes.plot([*angles, angles[0]], [*values, values[0]], label=model, linewidth=1.5)
-        axes.fill(angles, values, alpha=0.1)
-    axes.set_xticks(angles, list(scores), fontsize=8)
-    axes.tick_params(axis="x", pad=22)
-    axes.set_ylim(0, 100)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: "plt.Figure", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    with figure(path, (7, 6), subplot_kw={"projection": "polar"}) as axes:
+        for number, model in enumerate(models):
+            values = [values[number] or 0.0 for values in scores.values()]
+            axes.plot([*angles, angles[0]], [*values, values[0]], label=model, linewidth=1.5)
+            axes.fill(angles, values, alpha=0.1)
+        axes.set_xticks(angles, list(scores), fontsize=8)
+        axes.tick_params(axis="x", pad=22)
+        axes.set_ylim(0, 100)
+        axes.figure.legend(loc="outside upper center", ncols=3, frameon=False)

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from eval.benchmark import Benchmark
 from eval.benchmarks import get_benchmark
-from eval.errors import EvalError
 from eval.reading.images import ImageSource
 from eval.reading.tables import Row, sha256
 from eval.showing.results import Result
-from eval.showing.score_table import write_whole
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_bytes
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which a picture is kept exactly
@@ -88,9 +88,9 @@ def write_pages(
         page = environment.get_template("questions.html.jinja").render(
             benchmark=name, results=results, questions=questions, note=note
         )
-        write_whole(folder / f"{name}.html", page.encode("utf-8", "replace"))
+        write_bytes(folder / f"{name}.html", page.encode("utf-8", "replace"))
     index = environment.get_template("index.html.jinja").render(table=table, facts=facts, charts=charts)
-    write_whole(folder / "index.html", index.encode("utf-8", "replace"))
+    write_bytes(folder / "index.html", index.encode("utf-8", "replace"))
 
 
 def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: Path) -> tuple[list[Question], str]:
@@ -127,10 +127,10 @@ def _add_pictures(benchmark: Benchmark, result: Result, questions: Mapping[str, 
         return f"There are no pictures: {path} is gone or has changed since the evaluation."
     try:
         samples = benchmark.load(path, images and Path(images))
-    except EvalError as error:
+    except UserError as error:
         return f"There are no pictures: {error}"
     names: dict[Any, str] = {}
-    for sample in tqdm(samples, desc=f"{benchmark.name}: pictures", unit="question", leave=False):
+    for sample in tqdm(samples, desc=f"{benchmark.name}: pictures", unit="question", leave=False, disable=None):
         question = questions.get(str(benchmark.question(sample.id)))
         if question and not question.pictures:
             for picture in sample.images:
@@ -147,7 +147,7 @@ def _write_picture(picture: ImageSource, folder: Path) -> str:
     image.save(buffer, "WEBP", quality=90, lossless=image.width * image.height <= SMALL)
     name = f"pictures/{hashlib.sha256(buffer.getvalue()).hexdigest()[:20]}.webp"
     if not (folder / name).exists():
-        write_whole(folder / name, buffer.getvalue())
+        write_bytes(folder / name, buffer.getvalue())
     return name
 
 

@@ -1,13 +1,13 @@
 """Finished evaluations as they lie on disk."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.errors import EvalError
 from eval.reading.tables import Row, read_rows
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Result:
             path: the folder, or its ``results.json``.
 
         Raises:
-            EvalError: if there is none, or a file is damaged.
+            UserError: if there is none, or a file is damaged.
         """
         folder = path.parent if path.name == "results.json" else path
         facts, values = (_read(folder / name) for name in ("results.json", "per_sample.json"))
         lacking = [name for name in ("benchmark", "status", "rule", "protocol", "model", "data") if name not in facts]
         if lacking:
-            raise EvalError(f"{folder / 'results.json'}: lacks {', '.join(lacking)}; give a result of eval.run.")
+            raise UserError(f"{folder / 'results.json'}: lacks {', '.join(lacking)}; give a result of eval.run.")
         return cls(folder, facts, values)
 
     @property
@@ -63,15 +63,15 @@ def find_results(places: Sequence[Path]) -> list[Result]:
         places: folders.
 
     Raises:
-        EvalError: if there are none, or two of one benchmark and model.
+        UserError: if there are none, or two of one benchmark and model.
     """
     files = sorted({path for place in places for path in place.rglob("results.json")})
     found = sorted((Result.load(path) for path in files), key=lambda result: (result.benchmark, result.model))
     if not found:
-        raise EvalError(f"no results.json in {', '.join(map(str, places))} or below; evaluate first with eval.run.")
+        raise UserError(f"no results.json in {', '.join(map(str, places))} or below; evaluate first with eval.run.")
     for one, other in zip(found, found[1:], strict=False):
         if (one.benchmark, one.model) == (other.benchmark, other.model):
-            raise EvalError(
+            raise UserError(
                 f"{one.folder} and {other.folder} are both of {one.model} on {one.benchmark}; give one of them."
             )
     return found
@@ -79,11 +79,8 @@ def find_results(places: Sequence[Path]) -> list[Result]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise EvalError(f"{path}: no such file; give the folder that eval.run wrote.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EvalError(f"{path}: not valid JSON ({error}); evaluate again.") from error
+        raise UserError(f"{path}: no such file; give the folder that eval.run wrote.")
+    value = read_json(path)
     if not isinstance(value, dict):
-        raise EvalError(f"{path}: expected a JSON object, saw {type(value).__name__}.")
+        raise UserError(f"{path}: expected a JSON object, saw {type(value).__name__}.")
     return value

@@ -6,9 +6,7 @@ counted in FLOPs.
 
 from __future__ import annotations
 
-import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -26,7 +22,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import PRESETS, preset_config, preset_skip
+from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
+from llava_skip_base.console import figure, make_table, output_console, program
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_json
+from llava_skip_base.paths import results, shown
 
 SMALL = "width-1024"
 """A decoder of LLaMA3's proportions that a CPU can run: 6 layers, 4 of 16 key-value heads, FFN 3.5 times as wide."""
@@ -124,7 +124,7 @@ def seconds(step: Callable[[], Any], device: str) -> float:
 def measure(candidates: dict[str, Candidate], kind: str, repeats: int, device: str) -> dict[str, float]:
     """Fastest time of each candidate; they take turns, so that whatever else happens meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in tqdm(range(-2, repeats), desc=kind):
+    for repeat in tqdm(range(-2, repeats), desc=kind, disable=None):
         for name, candidate in candidates.items():
             elapsed = seconds(getattr(candidate, kind), device)
             if repeat >= 0:  # the first two calls warm up
@@ -159,23 +159,17 @@ def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of the measured ratios beside the ideal ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Bars of the measured ratios next to the ideal ones."""
     rows = [row for row in rows if row["preset"] != "llava"]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    places = range(len(rows))
-    axes.bar([p - 0.2 for p in places], [row["ratio"] for row in rows], 0.4, label="measured")
-    axes.bar([p + 0.2 for p in places], [row["flop_ratio"] for row in rows], 0.4, label="FLOP ideal", color="lightgray")
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(list(places), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
-    axes.set(ylabel="time, dense = 1", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    centres = range(len(rows))
+    with figure(path, (8, 4)) as axes:
+        axes.bar([c - 0.2 for c in centres], [row["ratio"] for row in rows], 0.4, label="measured")
+        ideal = [row["flop_ratio"] for row in rows]
+        axes.bar([c + 0.2 for c in centres], ideal, 0.4, label="FLOP ideal", color="lightgray")
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(list(centres), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
+        axes.set(ylabel="time, dense = 1", title=title)
+        axes.legend()
 
 
 def device_name(device: str) -> str:
@@ -192,39 +186,42 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 2,
     text_rows: Annotated[int, typer.Option(min=2, help="Rows of text of a sample.")] = 100,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each kind.")] = 8,
-    output: Annotated[Path, typer.Option(help="Folder of the JSON and the chart.")] = Path("results/bench"),
+    output: Annotated[Path | None, typer.Option(help="Folder of the JSON and the chart.")] = None,
 ) -> None:
-    """Time a training step and a prefill of the dense and the skipping decoder, as ratios beside the FLOP ideal."""
+    """Time a training step and a prefill of the dense and the skipping decoder, as ratios next to the FLOP ideal."""
+    output = output or Path(shown(results() / "bench"))
     names = ["llava", *presets.split(",")]
     # The front end does not take part in the bench; the numbers of the others belong to other dense models.
-    known = [name for name, preset in PRESETS.items() if preset.front_end == PRESETS["llava"].front_end]
+    known = [name for name in PRESETS if front_end_of(name) is front_end_of("llava")]
     if unknown := [name for name in names if name not in known]:
-        typer.echo(f"error: unknown presets {unknown}; known: {', '.join(known)}", err=True)
-        raise typer.Exit(2)
+        raise UserError(f"unknown presets {unknown}; known: {', '.join(known)}")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     candidates = {name: Candidate(name, size, batch, text_rows, device, dtype) for name in names}
     rows = compare(candidates, repeats, device)
-    table = Table(title=f"{size} on {device_name(device)}, batch {batch}, {text_rows} text rows")
-    for heading in ("measurement", "preset", "ms", "ratio", "FLOP ideal", "over ideal", "cache rows a picture"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(
+    headings = ("measurement", "preset", "ms", "ratio", "FLOP ideal", "over ideal", "cached tokens of an image")
+    cells = [
+        (
             row["measurement"].replace("_", " "),
             row["preset"],
             f"{row['milliseconds']:.1f}",
-            f"{row['ratio']:.3f}",
-            f"{row['flop_ratio']:.3f}",
-            f"{row['over_ideal']:.3f}",
-            str(row["cache_rows_a_picture"]),
+            *(f"{row[name]:.3f}" for name in ("ratio", "flop_ratio", "over_ideal")),
+            row["cache_rows_a_picture"],
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    output.mkdir(parents=True, exist_ok=True)
+        for row in rows
+    ]
+    title = f"{size} on {device_name(device)}, batch {batch}, {text_rows} text tokens"
+    output_console().print(make_table(title, headings, cells, right=5))
     result = {"size": size, "device": device_name(device), "dtype": str(dtype), "batch": batch, "text_rows": text_rows}
     result |= {"torch": torch.__version__, "repeats": repeats, "rows": rows}
-    (output / f"{size}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output / f"{size}.json", result)
     draw(rows, output / f"{size}.png", f"{size}, {device_name(device)}")
-    typer.echo(f"{output / size}.json, {output / size}.png")
+    print(f"the figures: {output / size}.json, {output / size}.png")
+
+
+def main() -> None:
+    """Run the command line."""
+    program(run)
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    main()

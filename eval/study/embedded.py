@@ -10,8 +10,9 @@ import typer
 from transformers import AutoConfig
 
 import llava_skip  # noqa: F401  registers the configuration
-from llava_skip.files import read_json
 from llava_skip.flops import image_cost
+from llava_skip_base.console import figure, program
+from llava_skip_base.files import read_json, write_text
 
 HEADER = """# The embedded run, dense against skipping
 
@@ -19,21 +20,22 @@ Made by `bash scripts/compare_embedded.sh` ({device}, {processes} processes, tor
 each, and for models of one architecture the same steps. MMStar and MMBench are the embedded sets ({mmstar} and {mmbench}
 questions about held-out handwriting; guessing reaches at most 30% on MMStar), scored by the official rules.
 
-| preset | MMStar | MMBench (circular) | steps | final loss | step time (ms) | FLOPs of a prefill | rows a picture | rows in the cache |
+| preset | MMStar | MMBench (circular) | steps | final loss | step time (ms) | FLOPs of a prefill | tokens of an image | tokens in the cache |
 |---|---|---|---|---|---|---|---|---|
 """
 
 FOOTER = """
 The step time includes encoding the samples, the optimizer and the communication. FLOPs are those of the language model
-for one picture and {text} rows of text, relative to the dense model of the same architecture. At this size most rows
+for one image and {text} text tokens, relative to the dense model of the same architecture. At this size most tokens
 are text and most of the time is not the FFN of visual tokens, so the times say little; [results.md](results.md) has them at real proportions.
 """
 
+TITLES = {"mmstar": "MMStar", "mmbench": "MMBench (circular)"}
 TEXT_ROWS = 30
-"""Rows of text in the FLOP column: about one question of the embedded set."""
+"""Text tokens in the FLOP column: about one question of the embedded set."""
 
 
-def main(
+def run(
     checkpoints: Annotated[Path, typer.Option(help="Folder with a trained model for each preset.")],
     results: Annotated[Path, typer.Option(help="Folder with results of each benchmark and preset.")],
     presets: Annotated[str, typer.Option(help="Presets, separated by blanks, the dense one of an architecture first.")],
@@ -41,10 +43,14 @@ def main(
 ) -> None:
     """Write the table."""
     lines: list[str] = []
-    dense: dict[str, Any] = {}
-    for name in presets.split():
-        run = read_json(checkpoints / name / "train_result.json")
-        scores = {b: read_json(results / b / name / "results.json") for b in ("mmstar", "mmbench")}
+    dense: dict[str, int] = {}
+    names = presets.split()
+    trained = {name: read_json(checkpoints / name / "train_result.json") for name in names}
+    scored: dict[str, dict[str, float]] = {}
+    for name in names:
+        run = trained[name]
+        scores = {b: read_json(results / b / name / "results.json") for b in TITLES}
+        scored[name] = {b: result["score"] for b, result in scores.items()}
         config = AutoConfig.from_pretrained(checkpoints / name)
         cost = image_cost(config, text_tokens=TEXT_ROWS)
         flops = cost.prefill_flops / dense.setdefault(config.front_end, cost.prefill_flops)
@@ -60,9 +66,32 @@ def main(
         mmstar=scores["mmstar"]["counts"]["questions"],
         mmbench=scores["mmbench"]["counts"]["questions"],
     )
-    output.write_text(header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_ROWS), encoding="utf-8")
-    typer.echo(f"{output}")
+    write_text(output, header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_ROWS))
+    draw([trained[name] for name in names], [scored[name] for name in names], output.with_suffix(".png"))
+    print(f"written to {output} and {output.with_suffix('.png')}")
+
+
+def draw(runs: list[dict[str, Any]], scores: list[dict[str, float]], path: Path) -> None:
+    """The losses, and next to them the scores of each benchmark."""
+    with figure(path, (10, 3.6), ncols=2) as (left, right):
+        width = 0.8 / len(runs)
+        for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
+            steps = [entry["step"] for entry in run["history"]]
+            left.plot(steps, [entry["loss"] for entry in run["history"]], label=run["preset"], linewidth=1.2)
+            centres = [group + (number - (len(runs) - 1) / 2) * width for group in range(len(own))]
+            bars = right.bar(centres, list(own.values()), width, label=run["preset"])
+            right.bar_label(bars, [f"{value:.1f}" for value in own.values()], fontsize=7)
+        left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="training on the embedded images")
+        left.grid(alpha=0.3)
+        right.set_xticks(range(len(scores[0])), [TITLES[name] for name in scores[0]])
+        right.set(ylim=(0, 110), ylabel="% right", title="held-out handwriting")
+        right.legend(loc="lower right")
+
+
+def main() -> None:
+    """Run the command line."""
+    program(run)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

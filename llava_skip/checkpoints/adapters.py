@@ -10,9 +10,9 @@ from torch import Tensor
 from llava_skip.checkpoints.files import ADAPTER_CONFIG, find_folder, is_adapter, read_tensors
 from llava_skip.checkpoints.names import native_name
 from llava_skip.checkpoints.report import LoadReport
-from llava_skip.errors import MissingFileError, MissingPackageError, UserError
-from llava_skip.files import local_path, read_json
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip_base.errors import MissingFileError, MissingPackageError, UserError
+from llava_skip_base.files import local_path, read_json
 
 _WRAPPER = "base_model.model."
 

@@ -8,10 +8,10 @@ from huggingface_hub import save_torch_state_dict
 from transformers import LlavaConfig, LlavaProcessor
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision import get_front_end
+from llava_skip_base.errors import UserError
 
 _HUB_NAMES = (
     ("model.language_model.", "language_model.model."),

@@ -12,7 +12,7 @@ from math import isqrt
 
 from torch import Tensor
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 _QUERY = re.compile(r"cls_token_w(\d+)_q(\d+)$")
 _READER = re.compile(r"(attn|mlp|ln)_0_w(\d+)_l(\d+)_q(\d+)\.")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_skip.errors import MissingFileError, UserError
-from llava_skip.files import find_local, read_json
+from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.files import find_local, read_json
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -14,10 +14,10 @@ from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.names import LINEAR_PROJECTOR, POSITIONS, PROJECTOR, TOWER
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
 from llava_skip.presets import PRESETS, front_end_of, skip_for_model
 from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
+from llava_skip_base.errors import UserError
 
 NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
 LLAVA_HF, LLAVA_NEXT = "llava-hf", "LlavaNext"

@@ -20,10 +20,10 @@ from llava_skip.checkpoints.names import EMBEDDING, HEAD, LANGUAGE_MODEL, LINEAR
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import Source, configure, open_source
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.vision.clip import resize_positions
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_checkpoint(
 
     Args:
         path: folder or hub name.
-        preset: a key of `PRESETS`; None keeps what the checkpoint has.
+        preset: a key of `PRESETS`.
         dtype: of the model; None keeps the checkpoint's.
         skip: the numbers themselves, instead of a preset.
         config: the whole configuration, from `load_config`, instead of a preset.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 TOWER, PROJECTOR, LANGUAGE_MODEL = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 """How the names of a part's weights begin in this library."""

@@ -17,10 +17,10 @@ from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_nam
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
-from llava_skip.errors import UserError
-from llava_skip.files import local_path, read_json
 from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import local_path, read_json
 
 
 def padded_vocabulary(tokens: int) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llava_skip.checkpoints.files import find_folder
-from llava_skip.errors import MissingPackageError, UserError
 from llava_skip.processing import IMAGE_TOKEN
+from llava_skip_base.errors import MissingPackageError, UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 
 class ClipTower(CLIPVisionModel):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
-from llava_skip.errors import UserError
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.front_end import Box, FrontEnd, grid_boxes
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig, SkipConfig

@@ -14,8 +14,8 @@ from transformers import CLIPVisionConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_skip.errors import UserError
 from llava_skip.vision.clip import ClipTower
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig, SkipConfig

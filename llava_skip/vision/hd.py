@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava_skip.errors import UserError
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.front_end import Box, FrontEnd, Group
 from llava_skip.vision.llava import select_patches
 from llava_skip.vision.tiling import TilingImageProcessorPil
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig, SkipConfig

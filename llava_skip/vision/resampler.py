@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_skip.errors import UserError
 from llava_skip.tokens import free_parameter
+from llava_skip_base.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 from filelock import FileLock
 
-from llava_skip.console import make_table, output_console, program
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
-from llava_skip.paths import embedded_data, shown
+from llava_skip_base.console import make_table, output_console, program
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
+from llava_skip_base.paths import embedded_data, shown
 
 from .formats import caption_record, training_records, write_indented, write_mmbench, write_mmstar, write_mmvet
 from .scenes import digit_pools

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llava_skip.files import write_bytes, write_text
+from llava_skip_base.files import write_bytes, write_text
 
 from .questions import SHORT_INSTRUCTION, Choice, Question, make_choice, number_questions, pick, scene_questions
 from .scenes import Pool, Scene, random_scene, varied

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llava_skip.files import write_bytes
+from llava_skip_base.files import write_bytes
 
 from .formats import base64_png, draw_questions, write_indented, write_tsv
 from .questions import SHORT_INSTRUCTION, Question, pick, scene_questions

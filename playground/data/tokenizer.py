@@ -8,7 +8,7 @@ from importlib.resources import files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_skip.errors import MissingFileError
+from llava_skip_base.errors import MissingFileError
 
 from .questions import INSTRUCTION, SHORT_INSTRUCTION
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import torch
 import typer
 
-from llava_skip.console import make_table, output_console, program
-from llava_skip.exits import DISAGREES
-from llava_skip.files import write_json
+from llava_skip_base.console import make_table, output_console, program
+from llava_skip_base.exits import DISAGREES
+from llava_skip_base.files import write_json
 from tests.conformance import Comparison, GoldenFolder, UnknownKind, check_golden, check_table
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

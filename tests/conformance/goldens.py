@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_skip.errors import MissingFileError
-from llava_skip.files import read_json
+from llava_skip_base.errors import MissingFileError
+from llava_skip_base.files import read_json
 
 LOGITS = 1e-4
 """Tolerance of logits and other values, absolute."""

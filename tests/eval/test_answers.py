@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from eval.answering.answers import AnswerLog
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 RUN = {"model_sha256": "m", "data_sha256": "d"}
 

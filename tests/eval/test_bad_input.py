@@ -16,7 +16,7 @@ from eval.benchmarks.mmstar import MMStar
 from eval.benchmarks.mmvet import MMVet
 from eval.reading.tables import CELL_LIMIT, StoredText, read_rows
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 from tests.eval.test_score import write as write_rows
 
 Rows = list[dict[str, Any]]

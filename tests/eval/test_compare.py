@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eval.compare import app, compare
-from eval.showing.score_table import write_json
+from llava_skip_base.files import write_json
 
 FACTS: dict[str, Any] = {
     "benchmark": "mmstar",
@@ -111,7 +111,7 @@ def test_missing_or_damaged_results_are_named(tmp_path: Path) -> None:
     assert "no such file; give the folder that eval.run wrote" in run(a, tmp_path / "gone").stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b/results.json").write_text("{")
-    assert "results.json: not valid JSON" in run(a, tmp_path / "b").stderr
+    assert "results.json is not valid JSON" in run(a, tmp_path / "b").stderr
     (tmp_path / "b/results.json").write_text("{}")
     (tmp_path / "b/per_sample.json").write_text("{}")
     assert "lacks benchmark, status" in run(a, tmp_path / "b").stderr

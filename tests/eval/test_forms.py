@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from eval.benchmark import as_list
 from eval.benchmarks import BENCHMARKS
+from eval.sample import as_list
 from eval.score import score_file
 
 YES_NO = {"question": "Is it?", "answer": "Yes", "prediction": "Yes"}

@@ -14,7 +14,7 @@ from eval.answering.generate import Generator, conversation, numerics
 from eval.answering.models import check_model
 from eval.reading.images import ImageSource
 from llava_skip import LlavaSkipForConditionalGeneration
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 
 def noise(seed: int) -> ImageSource:

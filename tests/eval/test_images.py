@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from eval.reading.images import ImageSource, row_images
-from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import UserError
 
 
 @pytest.mark.parametrize(

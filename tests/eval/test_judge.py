@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.mmvet import MMVet
-from eval.errors import EvalError, JudgeUnavailable
+from eval.errors import JudgeUnavailable
 from eval.scoring.grading import REASK
 from eval.scoring.judge import Judge, parse_retry_after
+from llava_skip_base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TROUBLES = ("429", "500", "hang", "garbage", "range", "words", "reset", "drip", "cut", "no choices", "list")
@@ -314,5 +315,5 @@ def test_a_pause_beyond_reason_is_an_outage(rough: Callable[..., RoughServer], t
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"budget": 0}, {"timeout": 0}])
 def test_options_are_checked(tmp_path: Path, option: dict[str, int]) -> None:
-    with pytest.raises(EvalError, match=f"judge {next(iter(option))} 0: expected"):
+    with pytest.raises(UserError, match=f"judge {next(iter(option))} 0: expected"):
         Judge("http://localhost/v1", tmp_path, "x", **option)  # type: ignore[arg-type]

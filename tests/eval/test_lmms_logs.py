@@ -6,7 +6,7 @@ import pytest
 
 from eval.benchmarks import BENCHMARKS
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 PLACE = {"category": "color", "answer": "Yes"}

@@ -15,7 +15,7 @@ from eval.benchmarks.mathvista import (
 )
 from eval.score import score_file
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["3/11", "8/11", "6"], "answer": "8/11"}
 INTEGER = {"question_type": "free_form", "answer_type": "integer", "choices": [], "answer": "14"}

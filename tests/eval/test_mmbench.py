@@ -10,7 +10,7 @@ from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.benchmarks.mmbench import MMBench, edition, question_text, short_groups
 from eval.reading.tables import read_rows
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 Rows = list[dict[str, Any]]
 PERFECT = {7: "A", 9: "C", 1000007: "B", 1000009: "A", 2000009: "B"}

@@ -9,7 +9,7 @@ from PIL import Image
 from eval.benchmark import match
 from eval.benchmarks.mme import MME, lmms_eval_answer, official_answer
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 # Category, image, and two questions with gold and answer. color: 3 of 4 right, one image of two wholly right.
 QUESTIONS = [

@@ -9,7 +9,7 @@ import pytest
 from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_images
 from eval.reading.images import ImageSource
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.mmstar import OFFICIAL, MMStar, gain_and_leakage, lacks_official_rows, question_options
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 Rows = list[dict[str, Any]]
 OFFICIAL_ORDER = [

@@ -9,7 +9,7 @@ from eval.benchmarks.mmvet import MMVet
 from eval.errors import JudgeUnavailable
 from eval.scoring.grading import WORKED_CASES, grading_prompt, parse_grade
 from eval.scoring.judge import Judge
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 ANSWERS = {"v1_0": "-1 | and\n-5", "v1_1": "there", "v1_2": "thus"}
 Start = Callable[[list[str | int | bytes]], Any]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from eval.overview import app
 from eval.reading.tables import sha256
-from eval.showing.score_table import write_json, write_lines
+from llava_skip_base.files import write_json, write_json_lines
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = (
@@ -51,7 +51,7 @@ def save(folder: Path, rows: list[dict[str, Any]], data: Path, right: tuple[int,
         }
         for row in rows
     ]
-    write_lines(folder / "answers.jsonl", answers)
+    write_json_lines(folder / "answers.jsonl", answers)
 
 
 def overview(*words: object) -> Result:

@@ -7,7 +7,7 @@ import pytest
 
 from eval.benchmarks.pope import POPE, SPLITS, official_answer
 from eval.score import score_file
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 OBJECTS = ("dog", "cat", "car", "cup")
@@ -20,7 +20,7 @@ SAID = {
 }
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -40,13 +40,13 @@ def llava_folder(tmp_path: Path) -> Path:
     for split in SPLITS:
         rows = label_rows(split)
         extra = [{**rows[0], "question_id": 99, "text": "Is there a tree in the image?"}] if split == "random" else []
-        write_lines(folder / "coco" / f"coco_pope_{split}.json", [*extra, *rows])
+        write_json_lines(folder / "coco" / f"coco_pope_{split}.json", [*extra, *rows])
         for row, said in zip(rows, SAID[split], strict=True):
             asked = {"question_id": len(questions), "image": row["image"], "category": split}
             questions.append({**asked, "text": row["text"] + INSTRUCTION})
             answers.append({"question_id": asked["question_id"], "prompt": row["text"] + INSTRUCTION, "text": said})
-    write_lines(folder / "llava_pope_test.jsonl", questions)
-    write_lines(folder / "answers" / "llava.jsonl", answers)
+    write_json_lines(folder / "llava_pope_test.jsonl", questions)
+    write_json_lines(folder / "answers" / "llava.jsonl", answers)
     return folder
 
 
@@ -71,12 +71,12 @@ def test_answers_line_by_line_only_if_every_question_agrees(llava_folder: Path) 
     data = llava_folder / "coco" / "coco_pope_adversarial.json"
     (llava_folder / "llava_pope_test.jsonl").unlink()
     rows = [{"question": answer["prompt"], "answer": answer["text"]} for answer in answers[:4]]
-    path = write_lines(llava_folder / "own.json", rows)
+    path = write_json_lines(llava_folder / "own.json", rows)
     score = score_file(POPE(), path, data, False, None)
     assert score.scores["adversarial"]["f1"] == 0.5
     assert "splits in the file: adversarial" in score.notes[0]
     with pytest.raises(UserError, match="differ from the 4 labels' line by line"):
-        score_file(POPE(), write_lines(path, rows[::-1]), data, False, None)
+        score_file(POPE(), write_json_lines(path, rows[::-1]), data, False, None)
 
 
 def test_vlmevalkit_file_with_joined_splits(write_tsv: Callable[..., Path]) -> None:
@@ -107,13 +107,13 @@ def test_lmms_evals_rule(write_tsv: Callable[..., Path]) -> None:
 def test_ids_of_other_questions_are_refused(llava_folder: Path) -> None:
     answers = [json.loads(line) for line in (llava_folder / "answers" / "llava.jsonl").read_text().splitlines()]
     answers[3]["prompt"] = "Is there a house in the image?" + INSTRUCTION
-    path = write_lines(llava_folder / "answers" / "llava.jsonl", answers)
+    path = write_json_lines(llava_folder / "answers" / "llava.jsonl", answers)
     with pytest.raises(UserError, match=r"1 \(3\) rows have the id of another question"):
         score_file(POPE(), path, llava_folder, False, None)
 
 
 def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
-    write_lines(llava_folder / "coco" / "coco_pope_random.json", label_rows("random")[1:])
+    write_json_lines(llava_folder / "coco" / "coco_pope_random.json", label_rows("random")[1:])
     with pytest.raises(UserError, match=r"1 \(8\) of 12 questions have no label"):
         POPE().load(llava_folder, with_images=False)
     with pytest.raises(UserError, match="holds no label files"):

@@ -6,7 +6,7 @@ import openpyxl
 import pytest
 
 from eval.reading.tables import read_rows, sha256, write_xlsx
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 
 
 def test_words_that_look_missing_stay(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 from eval.benchmarks.gqa import GQA
 from eval.benchmarks.ocrbench import OCRBench, is_hit
 from eval.benchmarks.textvqa import TextVQA, asked_question, soft_accuracy
-from eval.errors import EvalError
 from eval.score import score_file
 from eval.scoring.vqa import normalise_answer, yes_or_no
+from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -84,7 +84,7 @@ def textvqa(tmp_path: Path) -> Path:
         {"question_id": "003a8ae2ef43b901", "text": f"{row['question']}\nReference OCR token: NOKIA, 2008{INSTRUCTION}"}
         for row in data
     ]
-    write_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
+    write_json_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
     return folder
 
 
@@ -99,12 +99,12 @@ def test_llava_rows_that_share_an_image_id(textvqa: Path, tmp_path: Path, whole_
         {"question_id": "003a8ae2ef43b901", "prompt": f"what is the brand?{INSTRUCTION}", "text": "Nokia"},
     ]
     data = textvqa if whole_folder else textvqa / "TextVQA_0.5.1_val.json"
-    score = score_file(TextVQA(), write_lines(tmp_path / "a.jsonl", rows), data, False, None)
+    score = score_file(TextVQA(), write_json_lines(tmp_path / "a.jsonl", rows), data, False, None)
     assert score.score == pytest.approx(100 * (1 + 0.6) / 2)
-    with pytest.raises(EvalError, match="questions are answered more than once: 1 .003a8ae2ef43b901: which year"):
-        score_file(TextVQA(), write_lines(tmp_path / "a.jsonl", [*rows, rows[0]]), data, False, None)
-    with pytest.raises(EvalError, match=r"1 \(34602\) of 2 predictions are missing"):
-        score_file(TextVQA(), write_lines(tmp_path / "a.jsonl", rows[:1]), data, False, None)
+    with pytest.raises(UserError, match="questions are answered more than once: 1 .003a8ae2ef43b901: which year"):
+        score_file(TextVQA(), write_json_lines(tmp_path / "a.jsonl", [*rows, rows[0]]), data, False, None)
+    with pytest.raises(UserError, match=r"1 \(34602\) of 2 predictions are missing"):
+        score_file(TextVQA(), write_json_lines(tmp_path / "a.jsonl", rows[:1]), data, False, None)
 
 
 def test_textvqa_ids_and_lists_in_text(write_tsv: Callable[..., Path]) -> None:
@@ -155,7 +155,7 @@ def gqa(tmp_path: Path) -> Path:
 
 def test_gqa_by_hand(gqa: Path, tmp_path: Path) -> None:
     rows = [{"question_id": f"0{n}", "text": text} for n, text in enumerate(["Red.", "no", "dog"])]
-    predictions = write_lines(tmp_path / "merge.jsonl", rows)
+    predictions = write_json_lines(tmp_path / "merge.jsonl", rows)
     score = score_file(GQA(), predictions, gqa, False, None, tmp_path / "sent.json")
     assert score.scores == {
         **{"accuracy": 50.0, "open": 100.0, "binary": 0.0, "structural/query": 100.0, "semantic/attr": 100.0},
@@ -235,7 +235,7 @@ def test_ocrbench_item_that_was_not_answered(tmp_path: Path) -> None:
     del rows[1]["predict"]
     path = tmp_path / "llava.json"
     path.write_text(json.dumps(rows))
-    with pytest.raises(EvalError, match=r"1 \(set0/1\) of 4 predictions are missing"):
+    with pytest.raises(UserError, match=r"1 \(set0/1\) of 4 predictions are missing"):
         score_file(OCRBench(), path, None, False, None)
     assert score_file(OCRBench(), path, None, True, None).scores["Final Score"] == 2
 

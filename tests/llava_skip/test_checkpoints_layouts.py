@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from llava_skip import AutoProcessor, LlavaSkipConfig, LlavaSkipForConditionalGeneration, SkipConfig
 from llava_skip.checkpoints import detect_layout, export_llava_hf, load_checkpoint
-from llava_skip.console import make_app
 from llava_skip.convert import convert
 from llava_skip.vision.clip import resize_positions
+from llava_skip_base.console import make_app
 from tests.support.stand_ins import word_tokenizer
 
 VOCABULARY = 100

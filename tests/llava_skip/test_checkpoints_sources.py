@@ -15,9 +15,9 @@ from llava_skip import AutoProcessor
 from llava_skip.checkpoints import load_checkpoint, load_config, load_tokenizer
 from llava_skip.checkpoints.adapters import find_projector
 from llava_skip.checkpoints.files import check_model_weights, read_tensors
-from llava_skip.console import make_app
 from llava_skip.convert import convert
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip_base.console import make_app
+from llava_skip_base.errors import MissingFileError, UserError
 from tests.support.stand_ins import language_model, vision_tower, word_tokenizer
 
 SETTINGS = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "vocab_size": 90, "hidden_size": 32}

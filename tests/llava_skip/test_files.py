@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_skip import files
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip_base import files
+from llava_skip_base.errors import MissingFileError, UserError
 
 OLD, NEW = b"old" * 100, b"new" * 100_000
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_skip import paths
+from llava_skip_base import paths
 
 ROOT = Path(__file__).parents[2]
 

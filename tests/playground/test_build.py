@@ -392,7 +392,9 @@ def test_the_program_builds_where_training_and_evaluation_look(tmp_path, install
     elsewhere.mkdir()
     variable = "XDG_CACHE_HOME" if installed else "LLAVA_SKIP_HOME"
     environment = {**os.environ, "PYTHONPATH": str(root), variable: str(tmp_path / "home")}
-    look = "from llava_skip import paths; print(paths.embedded_data(), *paths.embedded_data().rglob('*'), sep='\\n')"
+    look = (
+        "from llava_skip_base import paths; print(paths.embedded_data(), *paths.embedded_data().rglob('*'), sep='\\n')"
+    )
     for code in (["-m", "playground.data.build", "--train_images", "2"], ["-c", look]):
         result = subprocess.run(
             [sys.executable, *code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from llava_skip.files import read_json
+from llava_skip_base.files import read_json
 from train.resilience.run_folder import RunFolder
 from train.run import check, parse
 from train.train import train as train_here

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_skip.exits import NOT_SAVED
+from llava_skip_base.exits import NOT_SAVED
 from train.launch import find_cause
 
 

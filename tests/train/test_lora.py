@@ -8,8 +8,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from llava_skip.checkpoints import load_checkpoint
-from llava_skip.errors import UserError
-from llava_skip.files import read_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 from playground.data.build import ensure_built
 from tests.support.runs import train
 from tests.support.small_models import small_model

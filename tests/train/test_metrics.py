@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
 
-from llava_skip.exits import TRAINING_ERROR
+from llava_skip_base.exits import TRAINING_ERROR
 from playground.data.build import ensure_built
 from tests.support.runs import losses, run, train
 from tests.support.small_models import SKIP, batch_of, mixed_samples, small_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_skip.checkpoints import load_tokenizer
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 from tests.support.stand_ins import language_model, vision_tower, word_tokenizer
 from train.arguments import ModelArguments
 from train.recipe.model import build_model, check_weights, prepare

@@ -11,16 +11,16 @@ import pytest
 import torch
 from filelock import FileLock
 
-from llava_skip.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
+from llava_skip_base.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
 from tests.support.interrupted import ROOT, Attempts, environment, outcome, write_inputs
 
 KILLS = {
     "in the first step": ("training_step", 1),
-    "while step 3 is saved, before anything is written": ("_save_checkpoint", 1),
+    "while step 3 is saved, before anything is written": ("save_model", 1),
     "while step 3 is saved, before the optimizer": ("_save_optimizer_and_scheduler", 1),
-    "in the middle of a step behind a checkpoint": ("training_step", 5),
+    "in the middle of a step after a checkpoint": ("training_step", 5),
     "while step 6 is saved, before the manifest": ("seal", 1),
-    "when step 9 was saved, before the older one is deleted": ("rotate_checkpoints", 2),
+    "when step 9 was saved, before the older one is deleted": ("rotate_checkpoints", 4),  # Trainer calls it, too
     "when the last step is done": ("_finalize_training", 1),
     "while the model is exported": ("_report", 1),
 }
@@ -89,13 +89,19 @@ def test_every_way_to_read_data_is_continued(attempt, arguments, tmp_path, optio
     assert_ends_like(outcome(tmp_path / "whole"), end, tmp_path / "broken")
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over_with_a_message(attempt, given, tmp_path):
-    attempt(given, "_save_optimizer_and_scheduler", 2)
-    assert (tmp_path / "run/.saving/checkpoint-6/model.safetensors").is_file()
+@pytest.mark.parametrize(
+    ("place", "last"), [("_save_optimizer_and_scheduler", "model.safetensors"), ("seal", "trainer_state.json")]
+)
+def test_a_checkpoint_that_was_being_written_is_passed_over_with_a_message(attempt, given, tmp_path, place, last):
+    attempt(given, place, 2)
+    assert (tmp_path / "run/checkpoint-6" / last).is_file()
+    assert not (tmp_path / "run/checkpoint-6/checkpoint.json").exists()
+    assert (tmp_path / "run/checkpoint-3").is_dir()
     end = attempt(given, "training_step", 1)
     assert "checkpoint-6 was being written when the run ended: passed over and deleted." in end["output"]
     assert f"continuing from {tmp_path / 'run/checkpoint-3'}" in end["output"]
-    assert not (tmp_path / "run/.saving").exists()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (tmp_path / "run/.unfinished").exists()
 
 
 def test_a_preempted_run_saves_the_step_and_ends_like_an_undisturbed_one(attempt, given, undisturbed, tmp_path):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from llava_skip.exits import HUNG, PREEMPTED, USER_ERROR
+from llava_skip_base.exits import HUNG, PREEMPTED, USER_ERROR
 from tests.support.interrupted import ROOT, launch, launch_and_wait, outcome, write_inputs
 
 pytestmark = pytest.mark.slow

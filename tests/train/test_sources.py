@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PilImage
 
-from llava_skip.errors import UserError
+from llava_skip_base.errors import UserError
 from tests.train.test_data import record
 from train.data import load_records, read_sources
 

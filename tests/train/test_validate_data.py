@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_skip.errors import UserError
 from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import UserError
 from tests.support.conversations import byte_tokenizer
 from tests.train.test_data import record
 from train.arguments import DataArguments, ModelArguments

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.rgb import is_deep, is_turned
+from llava_skip_base.errors import UserError
 from train.data.measure import Measure, measure, processor_parts
 from train.data.records import Fault, Record, RecordError, find_fault
 from train.data.sources import RecordSet, calling_pillow

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_skip.configuration import IGNORE_INDEX
-from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip_base.errors import UserError
 from train.data.records import Record, RecordError, find_fault
 from train.data.sources import Images, RecordSet
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from llava_skip.errors import UserError
-from llava_skip.files import write_bytes
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.rgb import upright_size
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_bytes
 from train.data.parallel import map_rows
 from train.data.reading import cache_file
 from train.data.records import Record, RecordError

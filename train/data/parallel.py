@@ -45,7 +45,7 @@ def map_rows(function: Callable[[int], Result], rows: np.ndarray, processes: int
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     own = torch.Generator()  # a loader draws a number; not from the run's own generator
     loader: Any = DataLoader(_Calls(function, rows), CHUNK, num_workers=processes, collate_fn=list, generator=own)
-    with tqdm(total=len(rows), desc=title, disable=len(rows) < WORTH_PROCESSES, delay=2) as bar:
+    with tqdm(total=len(rows), desc=title, disable=len(rows) < WORTH_PROCESSES or None, delay=2) as bar:
         for results in loader:
             yield from results
             bar.update(len(results))

@@ -20,8 +20,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
-from llava_skip.errors import MissingFileError, UserError, first_few
-from llava_skip.files import local_path
+from llava_skip_base.errors import MissingFileError, UserError, first_few
+from llava_skip_base.files import local_path
 from train.data.records import Record, normalise
 
 SCHEMA = Features(
@@ -87,10 +87,11 @@ def stream_table(path: str, split: str, config: str | None = None) -> IterableDa
 
 def table_stamp(table: Dataset) -> list[str]:
     """What changes whenever the records of a table do: files of the cache are named by what they were made of."""
-    files, cache = [Path(entry["filename"]) for entry in table.cache_files], cache_folder()
-    return [
-        str(file.relative_to(cache)) if file.is_relative_to(cache) else f"{file} {file_stamp(file)}" for file in files
-    ]
+    cache, stamps = cache_folder(), []
+    for file in (Path(entry["filename"]) for entry in table.cache_files):
+        cached = file.is_relative_to(cache)
+        stamps.append(f"{file.relative_to(cache)} {file.stat().st_size}" if cached else f"{file} {file_stamp(file)}")
+    return stamps
 
 
 def _existing(path: str) -> Path | None:
@@ -154,7 +155,7 @@ def _json_records(path: str, stamp: Any = None, version: int = FORMAT) -> Iterat
     """Records of a .json list or of .jsonl lines; `stamp` and `version` only name the table in the cache."""
     rows = _lines(path) if path.endswith(".jsonl") else _items(path)
     found = False
-    for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2):
+    for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2, disable=None):
         found = True
         record = row if isinstance(row, _Broken) else normalise(row)
         # A JSON row has only the name of an image.

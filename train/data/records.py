@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from llava_skip.errors import UserError
 from llava_skip.processing import IMAGE_TOKEN
+from llava_skip_base.errors import UserError
 
 Record = dict[str, Any]
 

@@ -33,9 +33,9 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 
-from llava_skip.errors import MissingFileError, UserError
-from llava_skip.files import is_hub_name, read_json, read_text
 from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.files import is_hub_name, read_json, read_text
 from train.data.reading import SCHEMA, file_stamp, read_table, table_stamp
 from train.data.records import Record, RecordError, normalise
 

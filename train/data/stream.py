@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llava_skip.errors import UserError
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip_base.errors import UserError
 from train.data.dataset import encode
 from train.data.reading import SCHEMA, stream_table
 from train.data.records import RecordError, normalise

@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_json, write_json
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json, write_json
 from train.data.checks import Examined, Finding, FullCheck, QuickCheck
 from train.data.parallel import map_rows
 from train.data.reading import cache_file

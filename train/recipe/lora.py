@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip_base.errors import UserError
 from train.arguments import ModelArguments
 
 _LAYERS = r"model\.language_model\.layers\.\d+\."

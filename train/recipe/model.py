@@ -14,13 +14,13 @@ from llava_skip.checkpoints import load_checkpoint, load_config, load_tokenizer,
 from llava_skip.checkpoints.adapters import find_projector
 from llava_skip.checkpoints.files import check_model_weights
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import MissingFileError, UserError
-from llava_skip.files import local_path
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.paths import embedded_tokenizer, shown
 from llava_skip.presets import DEFAULT_PRESET, preset_config
 from llava_skip.processing import LlavaSkipProcessor, find_image_token
 from llava_skip.vision import get_front_end
+from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.files import local_path
+from llava_skip_base.paths import embedded_tokenizer, shown
 from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, quantization_config
 from train.recipe.parts import choose_trained, freeze_unused

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError, first_few
+from llava_skip_base.errors import UserError, first_few
 
 PART_PREFIXES: dict[str, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.",),

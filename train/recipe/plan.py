@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.errors import UserError
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip_base.errors import UserError
 from train.arguments import ModelArguments, RunArguments
 from train.recipe.lora import add_lora, check_targets
 from train.recipe.parts import check_groups, choose_trained, count_parameters, freeze_unused, parameter_groups

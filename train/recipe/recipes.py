@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_text
-from llava_skip.paths import checkpoints, embedded_data, shown
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_text
+from llava_skip_base.paths import checkpoints, embedded_data, shown
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"

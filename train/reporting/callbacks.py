@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_text, write_text
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_text, write_text
 from train.arguments import RunArguments
 
 LOG = "train_log.jsonl"

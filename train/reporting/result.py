@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_skip.console import figure, make_table, output_console
-from llava_skip.paths import shown
+from llava_skip_base.console import figure, make_table, output_console
+from llava_skip_base.paths import shown
 
 
 def draw_loss(history: list[dict[str, float]], path: Path, title: str) -> None:

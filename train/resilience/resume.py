@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, and runs that continue from them as if nothing had happened.
+"""Checkpoints that are whole or do not count, and runs that continue from them with the same losses and weights.
 
-A checkpoint is written into a staging folder, described by a manifest, and takes its name `checkpoint-N` by one rename
-when every process has written its part. Whatever kills the run, a folder of that name was whole once; the sizes in the
-manifest show whether it still is.
+A checkpoint counts once it has a manifest, which is written last, when every process has written its files. Until then
+the file `.unfinished` in the run's folder has its name. The sizes in the manifest show whether a checkpoint is still
+whole.
 """
 
 from __future__ import annotations
@@ -10,36 +10,39 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, sort_checkpoints, speed_metrics
 
-from llava_skip.errors import UserError
-from llava_skip.files import read_json, write_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json, read_text, write_json, write_text
 
 MANIFEST = "checkpoint.json"
-"""Describes a whole checkpoint; written last."""
-STAGING = ".saving"
-"""Folder in the run's folder where a checkpoint is put together."""
+"""Lists the files of a whole checkpoint; written last."""
+UNFINISHED = ".unfinished"
+"""File in the run's folder with the name of the checkpoint that is being written."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written."""
 
 
 @dataclass
 class Manifest:
-    """What a checkpoint is made of.
+    """What a checkpoint consists of.
 
-    Args:
+    Attributes:
         step: optimizer steps done.
         world_size: processes that wrote it.
         zero_stage: DeepSpeed's ZeRO stage; None without DeepSpeed.
-        progress: sums over the steps done that transformers does not keep, see `ResumableTrainer.progress`.
+        progress: sums over the steps done that transformers does not save, see `ResumableTrainer.progress`.
         files: path in the checkpoint -> bytes.
     """
 
@@ -55,26 +58,30 @@ class Manifest:
 
         Raises:
             MissingFileError: the checkpoint has none.
+            UserError: it is not JSON, or has other fields.
         """
-        return cls(**read_json(checkpoint / MANIFEST))
+        content, names = read_json(checkpoint / MANIFEST), {entry.name for entry in fields(cls)}
+        if not isinstance(content, dict) or content.keys() != names:
+            raise UserError(f"it must have the fields {', '.join(sorted(names))}")
+        return cls(**content)
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Bring every file of a checkpoint to the disk, then write the manifest that says how long each must be."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+def seal(checkpoint: Path, manifest: Manifest) -> None:
+    """Flush every file of a checkpoint to the disk, then write the manifest with their sizes."""
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-        manifest.files[str(file.relative_to(folder))] = file.stat().st_size
-    write_json(folder / MANIFEST, asdict(manifest), sort_keys=True)
+        manifest.files[str(file.relative_to(checkpoint))] = file.stat().st_size
+    write_json(checkpoint / MANIFEST, asdict(manifest), sort_keys=True)
 
 
 def find_fault(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole, in words; None if it is."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
     try:
         manifest = Manifest.read(checkpoint)
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         return f"its {MANIFEST} cannot be read: {error}"
     for name, size in manifest.files.items():
         file = checkpoint / name
@@ -86,19 +93,15 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a message about everything newer that had to be passed over.
+    """The newest whole checkpoint of a run, and a message about each newer one that was passed over.
 
-    Changes the folder so that what was passed over is neither continued from nor counted as a checkpoint: a checkpoint
-    that was being written is deleted, a damaged one is renamed to `damaged-checkpoint-N`. One process calls this.
+    A checkpoint that was being written is deleted, and a damaged one is renamed to `damaged-checkpoint-N`, so that
+    neither counts any more. Only one process calls this.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    messages = []
-    if unfinished := sorted((output / STAGING).glob("*")):
-        names = ", ".join(path.name for path in unfinished)
-        messages.append(f"{names} was being written when the run ended: passed over and deleted.")
-    shutil.rmtree(output / STAGING, ignore_errors=True)
+    messages = _delete_unfinished(output)
     checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(output)))]
     faults: dict[Path, str] = {}
     for checkpoint in checkpoints:
@@ -112,13 +115,26 @@ def find_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
     if faults:
         text = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
         raise UserError(
-            f"No checkpoint of OUTPUT {output} is whole ({text}): restore one, or delete them to begin anew."
+            f"No checkpoint of OUTPUT {output} is whole ({text}): restore one, or delete them to start from step 0."
         )
     return None, messages
 
 
+def _delete_unfinished(output: Path) -> list[str]:
+    """Delete the checkpoint that was being written when the run ended; a message if there is one."""
+    marker = output / UNFINISHED
+    if not marker.is_file():
+        return []
+    checkpoint, messages = output / Path(read_text(marker)).name, []
+    if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
+        shutil.rmtree(checkpoint)
+        messages = [f"{checkpoint.name} was being written when the run ended: passed over and deleted."]
+    marker.unlink()
+    return messages
+
+
 def check_fits(checkpoint: Path, world_size: int, zero_stage: int | None) -> None:
-    """Refuse a checkpoint that another number of processes, or another ZeRO stage, has cut into pieces.
+    """Refuse a checkpoint that another number of processes, or another ZeRO stage, has divided.
 
     Raises:
         UserError: says what to do.
@@ -144,7 +160,7 @@ def _described(world_size: int, zero_stage: int | None) -> str:
 
 
 class ResumableTrainer(Trainer):
-    """Trainer whose checkpoints are whole or not there, and whose sums go on where a checkpoint left them.
+    """Trainer whose checkpoints are whole or do not count, and whose sums continue from those of a checkpoint.
 
     Attributes:
         before: `progress()` of the checkpoint that this process started from; empty without one.
@@ -152,89 +168,119 @@ class ResumableTrainer(Trainer):
         seconds_to_first_step: from the launch of this process to the end of its first step; None before it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(_Continue(self))
+    def __init__(self, *args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[_Events(self), *callbacks], **kwargs)
+        # Trainer would delete older checkpoints before the new one has its manifest.
+        self._kept_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.before: dict[str, Any] = {}
-        self._began = time.perf_counter()
-        self._ended: float | None = None
         self.continued_from_step = 0
         self.seconds_to_first_step: float | None = None
+        self._began = time.perf_counter()
+        self._new_loss = torch.tensor(0.0, device=self.args.device)
+        """Sum of the losses since the last log entry, on this process."""
+        self._logged_loss = 0.0
+        """Sum of the losses up to the last log entry, mean over the processes."""
+        self._logged_step = 0
+        self._saving: str | None = None
+        """Name of the checkpoint that is being written."""
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer's, from the beginning or from a checkpoint that `find_checkpoint` gave."""
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer's, from the beginning or from a checkpoint that `find_checkpoint` gave.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+        """
         if resume_from_checkpoint:
             manifest = Manifest.read(Path(resume_from_checkpoint))
             self.before, self.continued_from_step = manifest.progress, manifest.step
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except Exception as error:  # each library that writes has an exception of its own for a full disk
+            if self._saving is None:
+                raise
+            raise CheckpointError(self._saving_failed(self._saving, error)) from error
+        return output._replace(training_loss=output.metrics["train_loss"])
 
-    # --- sums over the whole run, whatever interrupted it
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; no epoch after a checkpoint of the last step, where Trainer would make one step too many."""
+        epochs, *values, max_steps = super().set_initial_training_values(*args, **kwargs)
+        return 0 if self.continued_from_step >= max_steps else epochs, *values, max_steps
+
+    # --- sums over the whole run, however often it was interrupted
 
     @property
     def seconds(self) -> float:
-        """Seconds of training since the run began; what was done behind the last checkpoint and lost is not in them."""
-        return self.before.get("seconds", 0.0) + (self._ended or time.perf_counter()) - self._began
+        """Seconds of training since the run began, without those that an interrupted attempt lost."""
+        return self.before.get("seconds", 0.0) + time.perf_counter() - self._began
 
     def progress(self) -> dict[str, Any]:
-        """What transformers keeps in memory only: the loss since the last log entry, its sum so far, and the time.
+        """What transformers does not save: the loss since the last log entry, its sum up to there, and the time.
 
-        Every process calls it, after it has written its part of a checkpoint. A subclass may add sums of its own.
+        Every process calls it, after it has written its files of a checkpoint. A subclass may add its own sums.
         """
         return {
-            "loss": self.accelerator.reduce(self._tr_loss.double(), reduction="mean").item(),
-            "loss_sum": self._total_loss_scalar,
-            "logged_step": self._globalstep_last_logged,
+            "loss": self.accelerator.reduce(self._new_loss.double(), reduction="mean").item(),
+            "loss_sum": self._logged_loss,
+            "logged_step": self._logged_step,
             "seconds": self.seconds,
         }
 
     def continue_sums(self) -> None:
-        """Take the sums up again; transformers has just set its own to zero."""
+        """Set the sums to those of the checkpoint, or to zero; training begins."""
         self._began = time.perf_counter()
-        if self.before:
-            self._tr_loss += self.before["loss"]
-            self._total_loss_scalar = self.before["loss_sum"]
-            self._globalstep_last_logged = self.before["logged_step"]
+        self._new_loss = torch.tensor(self.before.get("loss", 0.0), device=self.args.device)
+        self._logged_loss = self.before.get("loss_sum", 0.0)
+        self._logged_step = self.before.get("logged_step", 0)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers would do one step too many when it continues from a checkpoint of the last step.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; the loss is added up."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._new_loss += loss
+        return loss
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        self._ended = time.perf_counter()
-        self._initial_global_step = 0  # its means are then those of the whole run, like the sums
-        return super()._finalize_training(trial, num_train_samples, time.time() - self.seconds)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's; losses and times are those of the whole run, not of this attempt."""
+        step = self.state.global_step
+        if "loss" in logs:
+            loss = self.accelerator.gather(self._new_loss).mean().item()
+            logs["loss"] = loss / (step - self._logged_step)
+            self._new_loss.zero_()
+            self._logged_loss, self._logged_step = self._logged_loss + loss, step
+        elif "train_loss" in logs:  # the last entry
+            logs["train_loss"] = (self._logged_loss + self._new_loss.item()) / max(step, 0.001)
+            samples = step * self.get_total_train_batch_size(self.args)
+            logs |= speed_metrics("train", time.time() - self.seconds, num_samples=samples, num_steps=step)
+        super().log(logs, start_time)
 
     # --- writing
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return os.path.join(super()._get_output_dir(trial), STAGING)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            manifest = Manifest(self.state.global_step, self.args.world_size, zero_stage(self.args), self.progress())
-            if self.is_world_process_zero():  # the sums above have come from all: everyone has written its part
-                self._put_in_place(name, manifest)
-        except Exception as error:  # each of the libraries that write has an exception of its own for a full disk
-            raise CheckpointError(self._saving_failed(name, error)) from error
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; a checkpoint, which Trainer begins with this call, counts as unfinished from here on."""
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if output_dir and Path(output_dir) == output / name:
+            self._saving = name
+            if self.is_world_process_zero():
+                write_text(output / UNFINISHED, name)
+                (output / name / MANIFEST).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)
 
-    def _put_in_place(self, name: str, manifest: Manifest) -> None:
-        output = Path(self.args.output_dir)
-        staged = output / STAGING / name
-        seal(staged, manifest)
-        staged.rename(output / name)
-        staged.parent.rmdir()
-        rotate_checkpoints(str(output), self.args.save_total_limit)
+    def finish_checkpoint(self) -> None:
+        """Write the manifest of a checkpoint whose files are written, and delete older ones. Every process calls it."""
+        assert self._saving is not None
+        manifest = Manifest(self.state.global_step, self.args.world_size, zero_stage(self.args), self.progress())
+        if self.is_world_process_zero():  # progress() has waited for all processes, so all files are written
+            output = Path(self.args.output_dir)
+            seal(output / self._saving, manifest)
+            (output / UNFINISHED).unlink()
+            rotate_checkpoints(str(output), self._kept_checkpoints)
+        self.accelerator.wait_for_everyone()
+        self._saving = None
 
     def _saving_failed(self, name: str, error: Exception) -> str:
         output = Path(self.args.output_dir)
-        whole = sort_checkpoints(str(output))
-        kept = f"{Path(whole[-1]).name} is whole and was kept" if whole else "there is no older one"
+        whole = [path.name for path in map(Path, sort_checkpoints(str(output))) if (path / MANIFEST).is_file()]
+        kept = f"{whole[-1]} is whole and was kept" if whole else "there is no older one"
         free = shutil.disk_usage(output).free / 2**30
         return (
             f"rank {self.args.process_index} could not write {name} ({type(error).__name__}: {error}); {kept}. "
@@ -242,8 +288,8 @@ class ResumableTrainer(Trainer):
         )
 
 
-class _Continue(TrainerCallback):
-    """Tells the trainer when training begins, and when the first step is done."""
+class _Events(TrainerCallback):
+    """Calls the trainer when training begins, when the first step is done, and when a checkpoint was written."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
@@ -255,3 +301,6 @@ class _Continue(TrainerCallback):
         if self._trainer.seconds_to_first_step is None:
             launched = os.environ.get("LAUNCHED_AT") or psutil.Process().create_time()
             self._trainer.seconds_to_first_step = time.time() - float(launched)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.finish_checkpoint()

@@ -12,8 +12,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
-from llava_skip.errors import UserError
-from llava_skip.files import write_json
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_json
 from train.arguments import RunArguments
 from train.resilience.resume import check_fits, find_checkpoint, zero_stage
 

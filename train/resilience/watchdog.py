@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from llava_skip.exits import HUNG
+from llava_skip_base.exits import HUNG
 
 LIBRARIES = ("torch/distributed/", "torch/autograd/", "deepspeed/")
 """Where a process is, in Python, while it waits for the others."""

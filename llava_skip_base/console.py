@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llava_skip.errors import UserError
-from llava_skip.exits import USER_ERROR
+from llava_skip_base.errors import UserError
+from llava_skip_base.exits import USER_ERROR
 
 FILE_WIDTH = 160
 """Columns of a table whose output is no terminal; rich would cut it at 80."""
@@ -78,23 +78,23 @@ def program(function: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def figure(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
-    """A matplotlib figure that is saved as a PNG; yields its axes (an array of them for several columns).
+def figure(path: Path, size: tuple[float, float] = (7, 4), **options: Any) -> Iterator[Any]:
+    """A matplotlib figure that is saved as a PNG, the same bytes for the same drawing; yields its axes.
 
     Args:
         path: the file; its folder is made.
-        columns: axes side by side.
         size: width and height in inches.
+        **options: of `matplotlib.pyplot.subplots`.
     """
     import matplotlib  # takes a second, and is in the extras of the programs that draw
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawing, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
+    drawing, axes = plt.subplots(figsize=size, layout="constrained", **options)
     try:
         yield axes
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawing.savefig(path, dpi=120)
+        drawing.savefig(path, dpi=120, metadata={"Software": None})
     finally:
         plt.close(drawing)

@@ -6,10 +6,11 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_skip.errors import MissingFileError, UserError
+from llava_skip_base.errors import MissingFileError, UserError
 
 _FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
 """Endings of local files, which hub names do not have."""
@@ -86,6 +87,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a path that the user chose: what the system refuses is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another path, or make room.") from error
 
 
 def write_text(path: Path, text: str) -> None:
