@@ -45,8 +45,7 @@ def load_checkpoint(
 ) -> LlavaSkipForConditionalGeneration:
     """A checkpoint of any known layout (docs/checkpoints.md) as this library's model, in evaluation mode.
 
-    With a skipping `preset` a dense checkpoint skips at once, with a new summary layer. What happened to the tensors is
-    in `model.load_report`.
+    With a skipping `preset` a dense checkpoint gets a new summary layer. `model.load_report` lists what did not fit.
 
     Args:
         path: folder or hub name.
@@ -63,9 +62,9 @@ def load_checkpoint(
     Raises:
         MissingFileError: a file is missing.
         UserError: an unknown layout, or weights that do not fit: all of them are listed.
-        MissingPackageError: a package that a LoRA adapter or a tokenizer needs is not installed.
+        MissingPackageError: what a LoRA adapter or a tokenizer needs.
     """
-    if sum(choice is not None for choice in (preset, skip, config)) > 1:
+    if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
     source = open_source(path, vision_tower=vision_tower, projector=projector, lora=lora)
     report = source.report
