@@ -107,6 +107,8 @@ class SkipConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise UserError(f"skip has the unknown fields {unknown}; known fields are {sorted(known)}.")
+        if missing := sorted({"retained", "skipped"} - set(data)):
+            raise UserError(f"skip lacks {missing}: give both numbers, or null for a dense model.")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
