@@ -49,7 +49,7 @@ def environment(tmp_path: Path) -> Path:
     own = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("eval", "llava_skip"):
+    for name in ("eval", "llava_skip", "llava_skip_base"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
