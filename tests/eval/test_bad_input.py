@@ -85,7 +85,7 @@ def test_truncated_predictions_say_where(tmp_path: Path, write_tsv: Write, mmben
 @pytest.mark.parametrize("word", ["None", "nan", "NaN", "NA", "null", "N/A"])
 @pytest.mark.parametrize("suffix", ["tsv", "xlsx", "jsonl"])
 def test_an_option_that_reads_like_nothing(tmp_path: Path, mmbench_rows: Rows, word: str, suffix: str) -> None:
-    # Question 9 gets the option in the place of "snow", which is gold in every pass.
+    # Question 9 gets the option instead of "snow", which is gold in every pass.
     for row in mmbench_rows:
         row |= {letter: word for letter in "ABC" if row[letter] == "snow"}
     rows = [{**row, "image": "", "prediction": PERFECT[row["index"]]} for row in mmbench_rows]
