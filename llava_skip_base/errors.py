@@ -21,7 +21,13 @@ class MissingPackageError(ImportError, UserError):
     """An optional package that is not installed. The message has the command that installs it."""
 
 
+def shortened(value: Any, limit: int = 80) -> str:
+    """A value as text for a message, cut to `limit` characters."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
 def first_few(values: Sequence[Any], limit: int = 5) -> str:
     """The number of `values`, and the first `limit` of them, for an error message."""
-    names = ", ".join(str(value) for value in values[:limit])
+    names = ", ".join(shortened(value, 200) for value in values[:limit])
     return f"{len(values)} ({names}{', ...' if len(values) > limit else ''})"
