@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llava_skip_base.texts import shortened
+
 
 class UserError(ValueError):
     """A wrong option, file or model. The message says what was seen, what was expected and what to change."""
@@ -19,12 +21,6 @@ class MissingFileError(FileNotFoundError, UserError):
 
 class MissingPackageError(ImportError, UserError):
     """An optional package that is not installed. The message has the command that installs it."""
-
-
-def shortened(value: Any, limit: int = 80) -> str:
-    """A value as text for a message, cut to `limit` characters."""
-    text = str(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def first_few(values: Sequence[Any], limit: int = 5) -> str:

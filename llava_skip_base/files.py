@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_skip_base.errors import MissingFileError, UserError, shortened
+from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.texts import shortened
 
 _FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
 """Endings of local files, which hub names do not have."""

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 
 from llava_skip.checkpoints.files import check_tensors, is_adapter
 from llava_skip.convert import Precision, new_folder
-from llava_skip_base.console import hide_bars_in_files, print_next, program
+from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import MissingFileError
 from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
@@ -63,7 +63,7 @@ def merge(
     model = PeftModel.from_pretrained(load_base(adapter, base, dtype.torch_dtype), adapter).merge_and_unload()
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
-    print(f"written to {output}")
+    print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}")
 
 

@@ -33,6 +33,7 @@ from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.vision.clip import resize_positions
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
+from llava_skip_base.texts import plain
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def load_checkpoint(
     _set_stop_tokens(model, source.folder)
     model.load_report = report
     if log and not report.is_exact:
-        logger.warning("%s", report)
+        logger.warning("%s", plain(report))
     return model.eval()
 
 
