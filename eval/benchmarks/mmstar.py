@@ -6,12 +6,14 @@ VLMEvalKit and lmms-eval score it by rules of their own, whose numbers are not c
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
 from eval.sample import Id, Sample, Score, is_missing, listed_options, options
-from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
+from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_extractor, vlmevalkit
 from eval.scoring.judge import Judge
+from eval.scoring.pandas_cells import cell_as_text, options_that_stay
 from llava_skip_base.errors import UserError, first_few
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
@@ -104,9 +106,10 @@ class MMStar(Benchmark):
         if self.chosen_rule == "official":
             return is_right(prediction, fields["answer"])
         if self.chosen_rule == "lmms-eval":
-            letter = lmms_eval_static(prediction, dict.fromkeys("ABCD", ""))
+            letter = lmms_eval_extractor(prediction, "ABCD")
         else:
-            letter = vlmevalkit(prediction, question_options(fields))
+            listed = question_options(fields)
+            letter = vlmevalkit(cell_as_text(prediction), options_that_stay(listed) if any(listed.values()) else listed)
         return letter == fields["answer"].strip()
 
 
@@ -138,7 +141,7 @@ def question_options(fields: Row) -> dict[str, str]:
     Returns:
         Text by letter; letters with empty texts where the question has another form.
     """
-    columns = options(fields)
+    columns = {letter: fields[letter] for letter in ascii_uppercase if fields.get(letter)}
     if columns:
         return columns
     lead, _, listed = fields["question"].rpartition("Options:")
