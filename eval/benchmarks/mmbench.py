@@ -124,6 +124,11 @@ class MMBench(Benchmark):
                 return Score("incomplete", self.rule, counts=counts, notes=notes, judge=judge.describe())
             counts["judge"] = {"asked": len(matches.letters), "drawn_at_random": len(matches.drawn)}
             notes += _judge_notes(judge, matches)
+        elif counts["unresolved"]:
+            notes.append(
+                f"{counts['unresolved']} of {counts['rows']} answers name no option by this rule and count as wrong; a "
+                "judge (--judge-url) can read them."
+            )
         scores = {
             split: _split_scores({first: groups[first] for first in firsts}, letters, matches)
             for split, firsts in _by(graded, "split", default="none").items()

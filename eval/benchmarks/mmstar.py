@@ -76,7 +76,12 @@ class MMStar(Benchmark):
         lacking = [sample.id for sample in samples if is_missing(sample.fields["answer"])]
         if lacking:
             raise UserError(f"{first_few(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
-        right = {s.id: self._is_right(answers[s.id], s.fields) for s in samples}
+        named = {s.id: self._named(answers[s.id], s.fields) for s in samples}
+        official = self.chosen_rule == "official"
+        golds = {s.id: s.fields["answer"] for s in samples}
+        right = {
+            id_: is_right(answers[id_], gold) if official else gold.strip() in named[id_] for id_, gold in golds.items()
+        }
         hits: Counter[tuple[str, ...]] = Counter()
         totals = _totals(samples)
         for sample in samples:
@@ -95,22 +100,25 @@ class MMStar(Benchmark):
             "lookalike_letters": sum(map(is_lookalike, texts)),
         }
         notes = []
-        if self.chosen_rule != "official":
+        if not any(named.values()):
+            notes.append(f"none of the {len(samples)} answers names an option by this rule, so all count as wrong.")
+        if not official:
             notes.append(
                 f"the rule {self.rule} is not MMStar's own: its numbers are not comparable with published ones."
             )
         score = 100 * scores["final score"]
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
 
-    def _is_right(self, prediction: str, fields: Row) -> bool:
+    def _named(self, prediction: str, fields: Row) -> set[str | None]:
+        """The letters that an answer names; by the official rule each that would be right if it were gold."""
         if self.chosen_rule == "official":
-            return is_right(prediction, fields["answer"])
+            return {letter for letter in ascii_uppercase if is_right(prediction, letter)}
         if self.chosen_rule == "lmms-eval":
             letter = lmms_eval_extractor(prediction, "ABCD")
         else:
             listed = question_options(fields)
             letter = vlmevalkit(cell_as_text(prediction), options_that_stay(listed) if any(listed.values()) else listed)
-        return letter == fields["answer"].strip()
+        return {letter} - {None}
 
 
 def skip_vision_prompt(fields: Row) -> str:

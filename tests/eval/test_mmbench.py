@@ -211,6 +211,16 @@ def test_static_rule_scores_the_text_of_an_option(write_tsv: Callable[..., Path]
     assert MMBench("lmms-eval-static").score(samples, answers | {9: "E"}).score == 50.0
 
 
+def test_a_note_says_how_many_answers_were_not_read(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = {id_: f"\u7b54\u6848\u662f{letter}\u3002" for id_, letter in PERFECT.items()}
+    score = MMBench().score(samples, answers)
+    assert (score.score, score.counts["unresolved"]) == (0.0, 5)
+    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong; a judge")
+    score = MMBench("lmms-eval-static").score(samples, answers)  # whose extractor knows Chinese phrases
+    assert (score.score, score.notes) == (100.0, [])
+
+
 def test_an_answer_that_pandas_reads_as_missing_is_no_text(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
     for row in mmbench_rows:
         row |= {letter: {"cat": "no", "dog": "yes"}.get(row[letter], row[letter]) for letter in "AB"}
