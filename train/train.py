@@ -96,7 +96,8 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
         "parameters": sum(whole for whole, _ in run.parts.values()),
-        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else 0,
+        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else int(counts["faulty"]),
+        "unread_columns": run.unread,
         "history": history,
         **counts,
     }
