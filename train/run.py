@@ -34,7 +34,10 @@ from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
-from train.resilience.run_folder import DROPPED, LOCK, RECORD
+from train.resilience.layout import RECORD, begun_with, continued, described, read_record
+from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
+
+_BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 @dataclass
@@ -59,14 +62,24 @@ class Run:
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """Arguments from the command line.
+    """Arguments from the command line; a run that continues on other processes takes the same samples a step.
 
     Raises:
         UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line(KINDS, command_line)
-    if not run.output_dir:
-        run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
+    output = run.output_dir or shown(checkpoints() / (model.preset or "finetuned"))
+    begun = None
+    if not run.overwrite:
+        begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))
+    if begun is not None:
+        layout = continued(begun, run.own_layout, run.loss_normalization == "micro_batch", Path(output))
+        if layout != run.own_layout:
+            sizes = {_BATCH: layout.batch, _ACCUMULATION: layout.accumulation}
+            words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+            model, data, run = read_command_line(KINDS, [*command_line, *words])
+        run.layout = begun
+    run.output_dir = output
     return model, data, run
 
 
@@ -80,6 +93,11 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_lora(model)
     check_reporters(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
     sources = read_sources(data.data, data.images)
@@ -155,12 +173,12 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
         return
     if not output.is_dir():
         raise UserError(f"OUTPUT {output} is a file: give a folder.")
-    record = output / RECORD
-    if not record.is_file():
+    record = read_record(output)
+    if record is None:
         if any(path.name != LOCK for path in output.iterdir()):
             raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
-    before, now = _flat(identity(read_json(record))), _flat(identity(as_json(arguments)))
+    before, now = _flat(identity(record)), _flat(identity(as_json(arguments)))
     if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
         raise UserError(
