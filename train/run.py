@@ -34,6 +34,7 @@ from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.run_folder import DROPPED, LOCK, RECORD
+from train.training_flags import check_optimizer, check_schedule
 
 
 @dataclass
@@ -77,6 +78,8 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     arguments = resolved(model, data, run)
     check_lora(model)
     check_reporters(run)
+    check_optimizer(run)
+    check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
