@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
 import torch
 from transformers import set_seed
 
+from llava_skip.ends import learn_ends
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
@@ -59,6 +60,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
+    learn_ends(model, run.processor)
     preemption = Preemption()
     trainer = SkipTrainer(
         model=model,
