@@ -36,6 +36,7 @@ from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.layout import RECORD, begun_with, continued, described, read_record
 from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
+from train.training_flags import check_optimizer, check_schedule
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -92,6 +93,8 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     arguments = resolved(model, data, run)
     check_lora(model)
     check_reporters(run)
+    check_optimizer(run)
+    check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
     if data.streaming and run.world_size != run.layout.processes:
         raise UserError(

@@ -116,6 +116,7 @@ def _tell(error: Exception) -> None:
     """Say what ended the run: rank 0 for all; the others wait 30 s, and report only if they are still alive then."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, when rank 0 has ended; in training it only asks
         time.sleep(30)
     print_error(f"rank {rank} on {socket.gethostname()}: {error}" if rank else error)
 
