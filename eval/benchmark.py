@@ -18,6 +18,16 @@ LETTER_INSTRUCTION = "Answer with the option's letter from the given choices dir
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
 
+TEXT_COLUMNS = frozenset(
+    "index question_id questionid id pid question prompt text hint category l2_category split image_path imagename "
+    "image_name image_id imageid image_source label type question_type answer_type answer_option precision unit query "
+    "dataset dataset_name isbalanced subject ocr picture doc_id".split()
+)
+"""Columns of which every benchmark, where it reads them, takes texts; lists, objects or bytes there are refused."""
+LONGEST_ID = 1000
+"""Digits of an id that is taken for a number."""
+
+
 class Benchmark(ABC):
     """How to read, ask and score one benchmark.
 
@@ -102,7 +112,9 @@ class Benchmark(ABC):
         Raises:
             UserError: the file is not this benchmark's, or an image cannot be opened.
         """
-        rows = self.normalise(self.read(data))
+        rows = self.read(data)
+        self.check_texts(rows, str(data))
+        rows = self.normalise(rows)
         self.check_columns(rows, str(data))
         samples = self.samples(rows)
         if not with_images:
@@ -118,6 +130,16 @@ class Benchmark(ABC):
         """
         return [(image,) for image in row_images(rows, folder)]
 
+    def check_texts(self, rows: Sequence[Row], source: str) -> None:
+        """Refuse rows, as they were read, that hold something else where benchmarks have texts."""
+        odd = {name for row in rows for name, cell in row.items() if not isinstance(cell, str)} & TEXT_COLUMNS
+        self._refuse_nested(odd - self.list_columns, source)
+
+    def _refuse_nested(self, columns: set[str], source: str) -> None:
+        if columns:
+            names = ", ".join(sorted(columns))
+            raise UserError(f"{source}: the columns {names} hold bytes, lists or objects; expected texts.")
+
     def check_columns(self, rows: Sequence[Row], source: str) -> None:
         """Refuse rows that lack a column, saying which columns there are."""
         lacking = [name for name in self.columns if any(name not in row for row in rows)]
@@ -130,10 +152,8 @@ class Benchmark(ABC):
                 f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; a row has "
                 f"{', '.join(first)}. Give a whole benchmark file (for saved predictions: with --data)."
             )
-        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict)}
-        nested &= {*self.columns, *ascii_uppercase} - self.list_columns
-        if nested:
-            raise UserError(f"{source}: the columns {', '.join(sorted(nested))} hold lists or objects; expected texts.")
+        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict | bytes)}
+        self._refuse_nested(nested & {*self.columns, *ascii_uppercase} - self.list_columns, source)
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """Turn normalised rows into samples without their images, in file order.
@@ -160,7 +180,7 @@ class Benchmark(ABC):
                 f"a row has no id: expected a value in {' or '.join(self.id_columns)}, saw {first_few(list(row))}."
             )
         text = str(value).removesuffix(".0")
-        return int(text) if text.isascii() and text.isdigit() else text
+        return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_ID else text
 
     def question(self, id_: Id) -> Id:
         """The id of the question that a row asks, where several rows ask one question."""
@@ -290,4 +310,6 @@ def match(
 
 def is_image(cell: Any) -> bool:
     """Whether a cell holds an image, which is no part of a sample's fields."""
+    if isinstance(cell, list):
+        return any(map(is_image, cell))
     return isinstance(cell, bytes | StoredText) or (isinstance(cell, dict) and "bytes" in cell)

@@ -14,9 +14,8 @@ from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.extraction import VERSIONS, vlmevalkit
-from eval.scoring.judge import Judge, digest, read_replies
+from eval.scoring.judge import Judge, digest, read_replies, save_replies
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import write_json
 
 HINTS = {
     "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -201,11 +200,11 @@ def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge:
     """
     prompts = {s.id: extraction_prompt(s.fields, answers[s.id]) for s in samples}
     path = judge.file("extractions")
-    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()})
+    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()}, extraction=str)
     unasked = [s for s in samples if str(s.id) not in replies]
     for sample, reply in judge.map(lambda sample: judge.ask(prompts[sample.id], 0.0, MAX_TOKENS), unasked):
         replies[str(sample.id)] = {"asked": digest(prompts[sample.id]), "extraction": reply.strip()}
-        write_json(path, replies)
+        save_replies(path, replies)
     return {s.id: replies[str(s.id)]["extraction"] for s in samples if str(s.id) in replies}
 
 

@@ -73,7 +73,7 @@ class MMBench(Benchmark):
 
     def question(self, id_: Id) -> Id:
         """The index of the main row."""
-        return int(id_) % PASS_STEP
+        return int(id_) % PASS_STEP if isinstance(id_, int) or (id_.isdecimal() and len(id_) < 20) else id_
 
     def limit(self, samples: list[Sample], count: int) -> list[Sample]:
         """The first `count` questions with all their copies."""

@@ -96,6 +96,10 @@ def read_rows(path: Path) -> list[Row]:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except UserError:
+        raise  # some are also OSErrors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file.") from error
     if not rows:
         raise UserError(f"{path}: holds no rows.")
     return rows
@@ -268,7 +272,7 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
     book.close()
 
 
-def _row(path: Path, where: str, value: Any) -> Row:
+def as_row(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
     return {column_name(name): cell_text(cell) for name, cell in value.items()}
@@ -276,7 +280,7 @@ def _row(path: Path, where: str, value: Any) -> Row:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, value in read_json_lines(path):
-        yield _row(path, f"line {number}", value)
+        yield as_row(path, f"line {number}", value)
 
 
 class _DoubledKeys(ValueError):
@@ -306,10 +310,10 @@ def _read_json(path: Path) -> Iterator[Row]:
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}
-            yield {"id": key, **_row(path, key, fields)}
+            yield {"id": key, **as_row(path, key, fields)}
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield _row(path, f"item {number}", item)
+            yield as_row(path, f"item {number}", item)
     else:
         raise UserError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
 
@@ -323,7 +327,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
-                yield _row(path, "row", value)
+                yield as_row(path, "row", value)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
 
