@@ -22,8 +22,9 @@ TEXT_COLUMNS = frozenset(
     "index question_id questionid id pid question prompt text hint category l2_category split image_path imagename "
     "image_name image_id imageid image_source label type question_type answer_type answer_option precision unit query "
     "dataset dataset_name isbalanced subject ocr picture doc_id".split()
-)
+) | {*ascii_uppercase}
 """Columns of which every benchmark, where it reads them, takes texts; lists, objects or bytes there are refused."""
+_NOT_TEXT = (list, dict, bytes)
 LONGEST_ID = 1000
 """Digits of an id that is taken for a number."""
 
@@ -40,7 +41,8 @@ class Benchmark(ABC):
         limits: the generation limits of the protocols that differ from the default.
         embedded: its file in the embedded data set.
         columns: columns without which a file is not this benchmark.
-        list_columns: the ones of `columns` that may hold lists.
+        optional_columns: columns that a file may lack.
+        list_columns: the ones of both that may hold lists.
         public_names: what public files call a column that `normalise` renames, for messages.
         id_columns: columns that may hold a row's id; the first one found does.
         answer_columns: columns that may hold the answers of a prediction file; the first one found does.
@@ -55,6 +57,7 @@ class Benchmark(ABC):
     limits: ClassVar[Mapping[str, int]] = {}
     embedded: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    optional_columns: ClassVar[tuple[str, ...]] = ()
     list_columns: ClassVar[frozenset[str]] = frozenset()
     public_names: ClassVar[Mapping[str, str]] = {}
     id_columns: ClassVar[tuple[str, ...]] = ("index", "question_id", "id")
@@ -132,16 +135,17 @@ class Benchmark(ABC):
 
     def check_texts(self, rows: Sequence[Row], source: str) -> None:
         """Refuse rows, as they were read, that hold something else where benchmarks have texts."""
-        odd = {name for row in rows for name, cell in row.items() if not isinstance(cell, str)} & TEXT_COLUMNS
+        odd = {name for row in rows for name, cell in row.items() if isinstance(cell, _NOT_TEXT)} & TEXT_COLUMNS
         self._refuse_nested(odd - self.list_columns, source)
 
     def _refuse_nested(self, columns: set[str], source: str) -> None:
         if columns:
             names = ", ".join(sorted(columns))
-            raise UserError(f"{source}: the columns {names} hold bytes, lists or objects; expected texts.")
+            raise UserError(f"{source}: the columns {names} hold images, lists or objects; expected texts.")
 
     def check_columns(self, rows: Sequence[Row], source: str) -> None:
         """Refuse rows that lack a column, saying which columns there are."""
+        self.check_texts(rows, source)
         lacking = [name for name in self.columns if any(name not in row for row in rows)]
         if not any(name in rows[0] for name in self.id_columns):
             lacking.append(self.id_columns[0])
@@ -152,8 +156,10 @@ class Benchmark(ABC):
                 f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; a row has "
                 f"{', '.join(first)}. Give a whole benchmark file (for saved predictions: with --data)."
             )
-        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict | bytes)}
-        self._refuse_nested(nested & {*self.columns, *ascii_uppercase} - self.list_columns, source)
+        own = {*self.columns, *self.optional_columns, *ascii_uppercase}
+        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, _NOT_TEXT)} & own
+        images = {name for row in rows for name in nested if is_image(row.get(name))}
+        self._refuse_nested(nested - self.list_columns | images, source)
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """Turn normalised rows into samples without their images, in file order.
@@ -312,4 +318,6 @@ def is_image(cell: Any) -> bool:
     """Whether a cell holds an image, which is no part of a sample's fields."""
     if isinstance(cell, list):
         return any(map(is_image, cell))
-    return isinstance(cell, bytes | StoredText) or (isinstance(cell, dict) and "bytes" in cell)
+    if isinstance(cell, dict):
+        return "bytes" in cell or any(map(is_image, cell.values()))
+    return isinstance(cell, bytes | StoredText)

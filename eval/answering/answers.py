@@ -97,13 +97,13 @@ class AnswerLog:
                 "there; choose another --output, or remove that folder to start over."
             )
         changed = [
-            f"{name}: {shortened(saved.get(name))} there, {shortened(identity.get(name))} now"
+            f"{shortened(name)}: {shortened(saved.get(name))} there, {shortened(identity.get(name))} now"
             for name in sorted(saved.keys() | identity.keys())
             if saved.get(name) != identity.get(name)
         ]
         if changed:
             raise UserError(
-                f"{path.parent} holds the answers of another run ({'; '.join(changed)}); "
+                f"{path.parent} holds the answers of another run ({'; '.join(changed[:9])}); "
                 "choose another --output, or remove that folder to start over."
             )
 

@@ -50,7 +50,8 @@ class MMBench(Benchmark):
     max_new_tokens = 1024
     limits = {"vlmevalkit-llava": 2048}
     embedded = "mmbench.tsv"
-    columns = ("question", "A", "B")  # test files have no answers
+    columns = ("question", "A", "B")
+    optional_columns = ("answer",)  # test files have none
     submission = "submission.xlsx"
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:

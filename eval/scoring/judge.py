@@ -30,7 +30,7 @@ from tqdm import tqdm
 from eval.errors import JudgeUnavailable
 from llava_skip_base.console import print_text
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import read_json, write_json, writing
+from llava_skip_base.files import parse_json, read_json, write_json, writing
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
@@ -291,7 +291,7 @@ def parse_retry_after(header: str) -> float | None:
 def _content(reply: bytes) -> str:
     """The text of a chat completion."""
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
+        content = parse_json(reply.decode())["choices"][0]["message"]["content"]
         if content is None or isinstance(content, str):
             return content or ""
     except (ValueError, LookupError, TypeError):
