@@ -34,6 +34,7 @@ REQUIRED = [
     "tokenizers>=0.22",
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
+GGUF = ["gguf>=0.17,<1"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 
 setup(
@@ -59,8 +60,9 @@ setup(
         "train": TRAIN,
         "flash-attn": ["flash-attn>=2.7"],
         "qlora": ["bitsandbytes>=0.46.1,<1"],
+        "gguf": GGUF,
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
-        "all": [*TRAIN, *DEV],
+        "all": [*TRAIN, *GGUF, *DEV],
     },
 )

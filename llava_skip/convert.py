@@ -12,7 +12,7 @@ import typer
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
 from llava_skip.ends import learn_ends
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip_base.console import hide_bars_in_files, print_next, program
+from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import UserError
 
 
@@ -66,7 +66,7 @@ def convert(
     model = load_checkpoint(
         source, preset, dtype.torch_dtype, vision_tower=vision_tower, projector=projector, lora=lora, log=False
     )
-    print(model.load_report)
+    print_text(model.load_report)
     processor = None
     if has_tokenizer(folder := find_folder(source)):
         tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
@@ -79,8 +79,8 @@ def convert(
         if processor is not None:
             processor.save_pretrained(output)
     if processor is None:
-        print(f"{source} has no tokenizer: no processor is written.")
-    print(f"written to {output}")
+        print_text(f"{source} has no tokenizer: no processor is written.")
+    print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}, or llava-skip train --recipe finetune --model {output}")
 
 

@@ -97,7 +97,7 @@ class SkippingGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the default cache is a `ForgettingCache`."""
+        """As in transformers; the default cache of a model that forgets is a `ForgettingCache`."""
         is_assistant = getattr(generation_config, "is_assistant", False)
         if is_assistant:
             kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
@@ -136,6 +136,8 @@ class SkippingGenerationMixin(GenerationMixin):
 
     def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Add a `ForgettingCache` to the arguments of `generate`, unless they ask for another cache or none."""
+        if not self.config.forgets:
+            return
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None

@@ -9,7 +9,7 @@ FAULTY_RECORDS = 1
 USER_ERROR = 2
 """A mistake in the options, the data or the model; one message says what to change."""
 TRAINING_ERROR = 3
-"""A training run that cannot continue: its loss is not finite."""
+"""A training run that cannot continue: its loss, gradient or weights are not finite."""
 HUNG = 69
 """No process made progress for `--hang_timeout_seconds`; EX_UNAVAILABLE of sysexits.h."""
 NOT_SAVED = 74

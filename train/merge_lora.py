@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from llava_skip.checkpoints.files import check_tensors, is_adapter
 from llava_skip.convert import Precision, new_folder
 from llava_skip.ends import learn_ends
-from llava_skip_base.console import hide_bars_in_files, print_next, program
+from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import MissingFileError
 from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
@@ -66,7 +66,7 @@ def merge(
     learn_ends(model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    print(f"written to {output}")
+    print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}")
 
 

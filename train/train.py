@@ -29,12 +29,13 @@ from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
 from train.reporting.result import draw_loss, show_result
+from train.resilience.finite import NotFinite
 from train.resilience.preemption import Preemption
 from train.resilience.resume import CheckpointError
 from train.resilience.run_folder import RESULT, RunFolder
 from train.resilience.watchdog import Watchdog
 from train.run import Run, check, check_same_records, parse
-from train.trainer import NonFiniteLoss, SkipTrainer
+from train.trainer import SkipTrainer
 
 FIND_RECORDS = (
     " llava-skip validate-data with the same arguments finds all such records; training then refuses them at its "
@@ -52,7 +53,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     Raises:
         UserError: the model cannot be loaded, or a record that was not checked before the run cannot be trained on.
         CheckpointError: a checkpoint could not be written.
-        NonFiniteLoss: the loss is NaN or infinite.
+        NotFinite: the loss, the gradient or the weights are NaN or infinite.
     """
     arguments = run.arguments
     set_seed(arguments.seed)
@@ -160,9 +161,12 @@ def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     except RecordError as error:  # of one rank
         print_error(f"{error}{FIND_RECORDS}")
         code = USER_ERROR
-    except (CheckpointError, NonFiniteLoss) as error:
+    except CheckpointError as error:
         print_error(error)
-        code = NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR
+        code = NOT_SAVED
+    except NotFinite as error:
+        (_tell if error.of_all_ranks else print_error)(error)
+        code = TRAINING_ERROR
     except UserError as error:  # of all ranks
         _tell(error)
         code = USER_ERROR

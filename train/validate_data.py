@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
-from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.console import make_table, one_message, output_console, print_text
 from llava_skip_base.exits import FAULTY_RECORDS
 from llava_skip_base.files import write_json
 from train.arguments import DataArguments, ModelArguments
@@ -120,13 +118,13 @@ def show(findings: Findings, max_length: int, report: str) -> None:
     for label, kinds in (("error", ERRORS), ("warning", WARNINGS), ("converted", CONVERTED)):
         for kind in filter(findings.counts.__getitem__, kinds):
             example = next((f"{f.record}: {f.text}" for f in findings.offenders if f.kind == kind), "")
-            rows.append((f"{findings.counts[kind]:,}", label, kind, escape(example)))
+            rows.append((f"{findings.counts[kind]:,}", label, kind, example))
     if rows:
         console.print(make_table(f"findings -> {report}", ("records", "", "kind", "for example"), rows))
     if faulty := len({finding.row for finding in findings.errors}):
-        print(f"{faulty:,} records cannot be trained on: correct them, or train with --drop_faulty true.")
+        print_text(f"{faulty:,} records cannot be trained on: correct them, or train with --drop_faulty true.")
     else:
-        print("The set can be trained on: run llava-skip train with the same arguments.")
+        print_text("The set can be trained on: run llava-skip train with the same arguments.")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark
-from eval.reading.images import ImageSource, row_images
+from eval.reading.images import ImageSource, image_data, row_images
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list, options
 from eval.scoring.extraction import VERSIONS, vlmevalkit
@@ -271,8 +271,7 @@ def named_images(row: Row, first: ImageSource) -> tuple[ImageSource, ...]:
     text = "\n".join([row.get("question", ""), *row["options"].values()])
     images = []
     for number in sorted({int(found) for found in re.findall(r"<image (\d+)>", text)} or {1}):
-        cell = row.get(f"image_{number}")
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        data = image_data(row.get(f"image_{number}"))
         images.append(ImageSource(first.sample, data) if data else replace(first, number=number - 1))
     return tuple(images)
 

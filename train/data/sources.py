@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from PIL import Image
 
 from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import MissingFileError, UserError
-from llava_skip_base.files import is_hub_name, read_json, read_text
+from llava_skip_base.files import image_path, is_hub_name, read_json, read_text
 from train.data.reading import SCHEMA, file_stamp, read_table, table_stamp
 from train.data.records import Record, RecordError, normalise
 
@@ -184,9 +184,10 @@ class Images:
             if first not in root:
                 raise RecordError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
             root, below = root[first], rest
-        if PurePosixPath(below).is_absolute() or ".." in PurePosixPath(below).parts:
-            raise RecordError(f"the image {name} leaves the image folder {root}")
-        return Path(root) / below
+        try:
+            return image_path(root, below)
+        except UserError as error:
+            raise RecordError(f"the image {error}") from None
 
     def open_file(self, image: Any) -> Image.Image:
         """An image whose header has been read.

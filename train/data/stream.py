@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import plain
 from train.data.dataset import encode
 from train.data.reading import SCHEMA, stream_table
 from train.data.records import RecordError, normalise
@@ -73,7 +74,7 @@ class ConversationStream(IterableDataset):
                 faulty += 1
                 if not self.drop_faulty or faulty == MOST_FAULTY:
                     raise
-                logger.warning("skipped: %s", error)
+                logger.warning("skipped: %s", plain(error))
             else:
                 faulty = 0
                 yield sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_skip_base.console import figure, make_table, output_console, print_next
+from llava_skip_base.console import chart_label, figure, make_table, output_console, print_next
 from llava_skip_base.paths import shown
 
 
@@ -14,7 +14,7 @@ def draw_loss(history: list[dict[str, float]], path: Path, title: str) -> None:
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     with figure(path) as axes:
         axes.plot([step for step, _ in points], [loss for _, loss in points], linewidth=1.5)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, yscale="log")
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=chart_label(title), yscale="log")
         axes.grid(alpha=0.3, which="both")
 
 

@@ -14,7 +14,9 @@ from filelock import FileLock, Timeout
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
-from train.resilience.resume import check_fits, find_checkpoint, zero_stage
+from train.resilience.checkpoint import find_checkpoint
+from train.resilience.loading import check_states
+from train.resilience.resume import check_fits, zero_stage
 
 if TYPE_CHECKING:
     from train.arguments import RunArguments
@@ -77,6 +79,7 @@ class RunFolder:
         write_json(self.path / RECORD, self._resolved, sort_keys=True)
         checkpoint, messages = find_checkpoint(self.path)
         if checkpoint:
+            check_states(checkpoint)
             check_fits(checkpoint, self._arguments.world_size, zero_stage(self._arguments))
             messages.append(f"continuing from {checkpoint}")
         for message in messages:
