@@ -27,7 +27,7 @@ TURNS = "{{% for turn in messages %}}{{{{ turn['content'] }}}}{}{{% endfor %}}"
 # Template -> ids and texts that end its answers, where the tokenizer has the template's control tokens.
 EXPECTED = {
     **dict.fromkeys(("v1", "llava_v1", "mistral", "llama_2", "llava_llama_2", "llama3_plain"), ((BASE_EOS,), ())),
-    **dict.fromkeys(("chatml", "qwen", "mpt"), ((IM_END, BASE_EOS), ())),
+    **dict.fromkeys(("chatml", "qwen", "mpt", "smollm2"), ((IM_END, BASE_EOS), ())),
     **dict.fromkeys(("llama3", "llama3_double_bos"), ((EOT, BASE_EOS), ())),
     "v0": ((BASE_EOS,), ("###",)),
     "plain": ((BASE_EOS,), ("\n",)),
