@@ -21,11 +21,12 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error, print_next, run_app
+from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
 from llava_skip_base.files import write_json
 from llava_skip_base.paths import results, shown
+from llava_skip_base.texts import plain
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -53,7 +54,7 @@ def answer_all(
             run, log = runs[job.run], logs[job.run]
             answers = run.new_answers(job, texts, log)
             log.append(answers)
-            progress.set_description(f"{run.benchmark.name}: {run.name}", refresh=False)
+            progress.set_description(plain(f"{run.benchmark.name}: {run.name}"), refresh=False)
             progress.update(len(answers))
             left[job.run] -= 1
             if not left[job.run]:
@@ -91,7 +92,7 @@ def evaluate(
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
         before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
-            console.print(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
+            print_text(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
 
         def finish(number: int) -> None:
             run = runs[number]
@@ -109,7 +110,7 @@ def evaluate(
     return [outcomes[number] for number in range(len(runs))]
 
 
-def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
+def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError]) -> int:
     """Print what a reader must know about each score, and the path of its result.
 
     Returns:
@@ -122,7 +123,7 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console
             print_error(f"{name}{outcome}")
             code = USER_ERROR
             continue
-        options.print_outcome(name, outcome, run.folder / "results.json", console)
+        options.print_outcome(name, outcome, run.folder / "results.json")
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
@@ -169,7 +170,7 @@ def run(
     folder = output / FOLDER
     if finished:
         print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
-    code = conclude(runs, outcomes, console)
+    code = conclude(runs, outcomes)
     if finished:
         print_next(
             f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"

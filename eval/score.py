@@ -134,9 +134,8 @@ def run(
     described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
     with writing(output):
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
-    console = output_console()
-    console.print(score_table(f"{chosen.name}: {predictions.name}", score))
-    options.print_outcome("", score, output, console)
+    output_console().print(score_table(f"{chosen.name}: {predictions.name}", score))
+    options.print_outcome("", score, output)
     again = "give what the notes ask for, and run it again"
     print_next("llava-skip eval shows every question of a model" if score.status == "scored" else again)
     raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -93,14 +93,16 @@ class SkippingGenerationMixin(GenerationMixin):
 
     config: Any
     model: Any
+    _tokenizer: PreTrainedTokenizerBase | None = None
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the default cache is a `ForgettingCache`."""
+        """As in transformers; the default cache of a model that forgets is a `ForgettingCache`."""
         is_assistant = getattr(generation_config, "is_assistant", False)
         if is_assistant:
             kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
         self._choose_cache(generation_config, kwargs)
+        self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
         token = _PROMPT.set(prompt)
         try:
@@ -109,15 +111,36 @@ class SkippingGenerationMixin(GenerationMixin):
         finally:
             _PROMPT.reset(token)
 
+    def _chosen(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """A setting of `generate`: its argument, else that of the given configuration, else that of the model's own."""
+        places = kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name)
+        return next((value for value in places if value is not None), None)
+
+    def _give_tokenizer(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Add the tokenizer to the arguments of `generate` where the answer ends with a text (see `llava_skip.ends`).
+
+        A pipeline of transformers gives none.
+        """
+        stops = self._chosen("stop_strings", generation_config, kwargs)
+        if not stops or kwargs.get("tokenizer") is not None:
+            return
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path or "no folder")
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"The model ends an answer with the text {stops}, and its tokenizer, which finds it, is not in "
+                    f"{self.name_or_path or 'a folder'!r}: give generate tokenizer=processor.tokenizer."
+                ) from error
+        kwargs["tokenizer"] = self._tokenizer
+
     def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Add a `ForgettingCache` to the arguments of `generate`, unless they ask for another cache or none."""
-
-        def chosen(name: str) -> Any:
-            places = kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name)
-            return next((value for value in places if value is not None), None)
-
-        kind = chosen("cache_implementation")
-        uses_cache = chosen("use_cache") is not False or kwargs.get("inputs_embeds") is not None
+        if not self.config.forgets:
+            return
+        kind = self._chosen("cache_implementation", generation_config, kwargs)
+        uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
+        uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
             kwargs["past_key_values"] = ForgettingCache()
             if kind is not None:  # transformers takes a cache or a name, not both

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
@@ -144,7 +144,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        return use_cache, ForgettingCache() if use_cache and cache is None else cache
+        if use_cache and cache is None:
+            cache = ForgettingCache() if self.config.forgets else DynamicCache(config=self.config.text_config)
+        return use_cache, cache
 
     def _image_features(
         self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None

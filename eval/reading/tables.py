@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import read_json_lines, read_text, write_bytes
+from llava_skip_base.files import parse_json, read_json_lines, read_text, write_bytes
+from llava_skip_base.texts import shortened
 
 Row = dict[str, Any]
+Stamps = list[tuple[str, int, int, int]]
 
 # A cell this short cannot be an image: VLMEvalKit stores there the index of the row that has the image.
 REFERENCE_LENGTH = 64
@@ -39,6 +43,7 @@ class StoredText:
         path: the file.
         start: first byte of the cell's row.
         size: bytes of the row.
+        checksum: of these bytes.
         column: index of the cell in the row.
         delimiter: what separates the cells.
     """
@@ -46,15 +51,29 @@ class StoredText:
     path: Path
     start: int
     size: int
+    checksum: int
     column: int
     delimiter: str
 
     def read(self) -> str:
-        """The cell's text."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            row = file.read(self.size).decode()
-        return next(csv.reader(io.StringIO(row, newline=""), delimiter=self.delimiter))[self.column]
+        """The cell's text.
+
+        Raises:
+            UserError: the file is gone or has changed since its rows were read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                row = file.read(self.size)
+        except FileNotFoundError:
+            row = b""
+        if zlib.crc32(row) != self.checksum:
+            raise UserError(
+                f"{self.path}: has been replaced or changed since it was read, so its images are no longer those of "
+                "the questions; put the file back, or start again with another --output."
+            )
+        text = io.StringIO(row.decode(), newline="")
+        return next(csv.reader(text, delimiter=self.delimiter))[self.column]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -66,10 +85,10 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: the file is missing, empty, malformed or of another format.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give one of its files.")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path.")
+    if not os.path.isfile(path):
+        raise UserError(f"{shortened(path)}: no such file; check the path.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
@@ -96,6 +115,12 @@ def sha256(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def stamps(path: Path) -> Stamps:
+    """What changes when a file that `sha256` reads is written or replaced; empty if there is none."""
+    files = [(file, file.stat()) for file in _hashed_files(path)] if os.path.exists(path) else []
+    return [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in files]
 
 
 def _hashed_files(path: Path) -> list[Path]:
@@ -168,11 +193,11 @@ def _column_names(path: Path, header: Iterable[str]) -> list[str]:
 
 
 class _Lines:
-    """The lines of an open UTF-8 file, counting the bytes that have been read."""
+    """The lines of an open UTF-8 file, which knows the place and the checksum of the row that is read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.read = 0
+        self.read = self.start = self.checksum = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -183,7 +208,16 @@ class _Lines:
             raise StopIteration
         encoding = "utf-8" if self.read else "utf-8-sig"
         self.read += len(line)
+        self.checksum = zlib.crc32(line, self.checksum)
         return line.decode(encoding)
+
+    def next_row(self) -> None:
+        """Begin a row."""
+        self.start, self.checksum = self.read, 0
+
+    def stored(self, path: Path, column: int, delimiter: str) -> StoredText:
+        """A cell of the row."""
+        return StoredText(path, self.start, self.read - self.start, self.checksum, column, delimiter)
 
 
 def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
@@ -193,16 +227,16 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = _column_names(path, next(reader, []))
-            start = lines.read
+            lines.next_row()
             for row in reader:
                 if row:
                     _check_width(path, reader.line_num, row, names)
                     cells: list[Any] = list(row)
                     for column in (number for number, name in enumerate(names) if name == "image"):
                         if len(row[column]) > REFERENCE_LENGTH:
-                            cells[column] = StoredText(path, start, lines.read - start, column, delimiter)
+                            cells[column] = lines.stored(path, column, delimiter)
                     yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
-                start = lines.read
+                lines.next_row()
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
 
@@ -257,8 +291,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path), object_pairs_hook=_object)
+        value = parse_json(text, object_pairs_hook=_object)
     except _DoubledKeys as error:
         raise UserError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
     except json.JSONDecodeError as error:
@@ -266,6 +301,8 @@ def _read_json(path: Path) -> Iterator[Row]:
             yield from _read_jsonl(path)
             return
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut?") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); correct it.") from error
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}

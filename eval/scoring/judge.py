@@ -28,6 +28,7 @@ from tenacity import (
 from tqdm import tqdm
 
 from eval.errors import JudgeUnavailable
+from llava_skip_base.console import print_text
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import read_json
 
@@ -126,7 +127,7 @@ class Judge:
         }
         if self.dry_run:
             self._count()
-            print(json.dumps(body, ensure_ascii=False))
+            print_text(json.dumps(body, ensure_ascii=False))
             raise _NotSent
         attempts = Retrying(
             retry=retry_if_exception_type(_TryAgain),
