@@ -1,207 +1,192 @@
-"""Images and conversations -> model inputs."""
+"""Load a saved model and let it answer batches of images and prompts, greedily."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.processing_utils import MultiModalData
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
-from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
-from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
-from llava_skip.ends import ends_of
-from llava_skip.vision import get_front_end
+import llava_skip  # noqa: F401  registers the library's models with the Auto classes
+from eval.answering.models import SavedModel
+from eval.answering.templates import check_template, render
+from eval.reading.images import PLACEHOLDER, ImageSource
+from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
-IMAGE_TOKEN = "<image>"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-class LlavaSkipProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one; each `<image>` of a text becomes the image tokens of an image.
+@dataclass(frozen=True)
+class Numerics:
+    """How a model computes; with all of it equal, so is the rounding.
 
-    Text alone, several images in a sample and batches of both work: `processor(images=..., text=...)` and
-    `processor.apply_chat_template(...)` as for any processor of transformers.
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: number format of weights and activations, one of ``DTYPES``.
+        attn: attention implementation of transformers; None takes the model's default.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        image_seq_length: int | None = None,
-        image_token: str = IMAGE_TOKEN,
-        chat_template: str | None = None,
-        crop_rows: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Join the two.
-
-        Args:
-            image_processor: gives `pixel_values` of the vision tower's size.
-            tokenizer: has `image_token` as one token.
-            image_seq_length: image tokens that an image takes, `config.image_seq_length` of the model.
-            image_token: the placeholder.
-            chat_template: a Jinja conversation template; None takes the tokenizer's.
-            crop_rows: image tokens of one crop if an image takes that many for each of its crops; None if every image
-                takes `image_seq_length`.
-            **kwargs: unused fields of a saved processor.
-
-        Raises:
-            UserError: no `image_seq_length`, or a tokenizer without the placeholder.
-        """
-        if image_seq_length is None:
-            raise UserError("image_seq_length is missing: give the image_seq_length of the model's configuration.")
-        self.image_seq_length = image_seq_length
-        self.crop_rows = crop_rows
-        self.image_token = image_token
-        self.image_token_id = find_image_token(tokenizer, image_token)
-        tokenizer.padding_side = "left"  # generation appends on the right; training pads its batches itself
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
-
-    @classmethod
-    def for_config(
-        cls, config: LlavaSkipConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None
-    ) -> LlavaSkipProcessor:
-        """The processor of a model: images are padded to a square and resized to the tower's size, as in LLaVA-1.5.
-
-        Args:
-            config: the model's configuration.
-            tokenizer: the language model's tokenizer, with the image token.
-            template: name of a conversation template; None keeps the tokenizer's own.
-
-        Raises:
-            UserError: the tokenizer and the configuration disagree on the image token, or an unknown template.
-        """
-        side = config.vision_config.image_size
-        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        front_end = get_front_end(config.front_end)
-        images, crop_rows = front_end.image_processor(config, sizes), front_end.crop_length(config)
-        chat_template = load_template(template) if template else None
-        processor = cls(images, tokenizer, config.image_seq_length, chat_template=chat_template, crop_rows=crop_rows)
-        if processor.image_token_id != config.image_token_id:
-            raise UserError(
-                f"The tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, the model's "
-                f"image_token_index is {config.image_token_id}: they must be the same."
-            )
-        return processor
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The image tokens of one image (called by transformers for each `<image>`)."""
-        if self.crop_rows is not None:
-            return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
-        return self.image_token * self.image_seq_length
-
-    def image_length(self, width: int, height: int, **kwargs: Any) -> int:
-        """Image tokens that an image of this size in pixels takes, under the image processor's arguments of a call."""
-        if self.crop_rows is None:
-            return self.image_seq_length
-        return self.crop_rows * self.image_processor.count_crops(width, height, **kwargs)
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        """Image tokens and crops of images of these heights and widths; engines ask transformers' processors for it."""
-        if image_sizes is None:
-            return MultiModalData()
-        given = kwargs | (kwargs.pop("images_kwargs", None) or {})
-        count = getattr(self.image_processor, "count_crops", lambda width, height, **kwargs: 1)
-        return MultiModalData(
-            num_image_tokens=[self.image_length(width, height, **given) for height, width in image_sizes],
-            num_image_patches=[count(width, height, **given) for height, width in image_sizes],
-        )
-
-    @property
-    def length_depends_on_size(self) -> bool:
-        """Whether images of different sizes take different numbers of tokens."""
-        return self.crop_rows is not None and not self.image_processor.do_pad
-
-    def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
-        """One training sample: the conversation as the chat template renders it, with labels on the answers.
-
-        Args:
-            messages: `{"role": ..., "content": ...}` turns in transformers' format; text may hold `<image>`.
-            images: in the order of their placeholders.
-
-        Returns:
-            `input_ids` and `labels` (lists of T, -100 on tokens that are not supervised), and `pixel_values`
-            [N, 3, side, side] if there are images.
-
-        Raises:
-            UserError: images and placeholders differ in number, or see `llava_skip.conversation.render`.
-        """
-        text, spans = self.render_conversation(messages)
-        if (shown := text.count(self.image_token)) != len(images):
-            raise UserError(f"The template shows {shown} of {len(images)} images.")
-        encoded = self(
-            images=[images] if images else None,
-            text=[text],
-            add_special_tokens=self._adds_special_tokens(text),
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-        )
-        input_ids = encoded["input_ids"][0]
-        replaced = encoded["text_replacement_offsets"] or [[]]
-        supervised = supervised_tokens(encoded["offset_mapping"][0], spans, replaced[0])
-        labels = [
-            token if has_label and token != self.image_token_id else IGNORE_INDEX
-            for token, has_label in zip(input_ids, supervised, strict=True)
-        ]
-        sample = {"input_ids": input_ids, "labels": labels}
-        if images:
-            sample |= {name: encoded[name] for name in ("pixel_values", "crop_counts") if name in encoded}
-        return sample
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """The texts of `generate`'s outputs [B, T], prompt and answer; without the end of the answer, as with others.
-
-        `generate` stops with the token that completes an end. That token may be an ordinary one, which is not left
-        out as a special one is.
-        """
-        ends = ends_of(self).texts if skip_special_tokens else ()
-        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
-        texts = []
-        for row in rows if isinstance(rows[0], list) else [rows]:
-            shorter = [token for token in row if token not in special][:-1]
-            text, before = (
-                self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) for ids in (row, shorter)
-            )
-            completed = [text.rindex(end) for end in ends if text.count(end) > before.count(end)]
-            texts.append(text[: min(completed, default=None)])
-        return texts
-
-    def render_conversation(self, messages: Messages) -> tuple[str, list[Span]]:
-        """A conversation as the chat template renders it: text, one `<image>` an image, and its supervised spans."""
-        return render(self.chat_template, messages, self.tokenizer.special_tokens_map)
-
-    def tokenize_conversation(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [T] of a conversation, each `<image>` one token, and which of them are supervised [T] bool.
-
-        The same tokens as in `encode_conversation`, without the images.
-        """
-        text, spans = self.render_conversation(messages)
-        special = self._adds_special_tokens(text)
-        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"])
-        return ids, supervised_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        """As in `apply_chat_template`: a template that writes the first token itself gets no second one."""
-        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+    device: str
+    dtype: str
+    attn: str | None = None
 
 
-def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:
-    """The id of the image token.
+def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
+    """Choose bfloat16 on CUDA where there is a GPU, float32 on CPU otherwise.
+
+    Args:
+        dtype: another number format.
+        attn: another attention implementation, such as "eager" or "flash_attention_2".
 
     Raises:
-        UserError: the tokenizer does not know it as one token.
+        UserError: one of them is unknown.
     """
-    ids = tokenizer.encode(image_token, add_special_tokens=False)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise UserError(
-            f"The tokenizer does not know the image token {image_token!r} as one token (it encodes to {ids}): add it "
-            f"with tokenizer.add_tokens([{image_token!r}], special_tokens=True) and resize the model's embeddings."
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")
+    known = ("eager", *AttentionInterface().valid_keys())
+    if attn is not None and attn not in known and "/" not in attn:  # owner/name is a kernel of the hub
+        raise UserError(f"--attn is '{attn}'; choose one of {', '.join(known)}.")
+    cuda = torch.cuda.is_available()
+    return Numerics("cuda" if cuda else "cpu", dtype or ("bfloat16" if cuda else "float32"), attn)
+
+
+class Generator:
+    """A model with its processor on one device; a bare language model answers questions without images."""
+
+    def __init__(self, model: SavedModel, numerics: Numerics, rank: int = 0) -> None:
+        """Load processor and weights.
+
+        Args:
+            model: the checked folder.
+            numerics: device, number format and attention.
+            rank: number of this process; each takes the next GPU.
+
+        Raises:
+            UserError: the folder is no model with a chat template, or a file of it is broken.
+        """
+        options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype)}
+        if numerics.attn is not None:
+            options["attn_implementation"] = numerics.attn
+        self.takes_images = _takes_images(model)
+        auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
+        self.processor: Any = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        hide_bars_in_files()
+        with _readable(model.folder):
+            if self.takes_images:
+                self.processor = AutoProcessor.from_pretrained(model.folder)
+        if not getattr(self.processor, "chat_template", None):
+            raise UserError(
+                f"{model.folder}: its processor has no chat template; save it with the one it was trained on "
+                "(python -m llava_skip.convert SOURCE OUTPUT --template NAME does)."
+            )
+        check_template(model.folder, self.processor, self.takes_images)
+        with _readable(model.folder):
+            loaded: Any = auto.from_pretrained(model.folder, **options)
+        self.folder = model.folder
+        device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
+        self.model = loaded.to(device).eval()
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:
+        """Answer a batch.
+
+        Args:
+            prompts: the questions.
+            images: the images of each, shown before its question or at its placeholders.
+            max_new_tokens: limit of an answer's length.
+
+        Returns:
+            The answers, without special tokens and surrounding spaces.
+
+        Raises:
+            UserError: the batch does not fit into the GPU's memory, or a language model is given an image.
+        """
+        if not self.takes_images and any(images):
+            raise UserError("a bare language model cannot see images; ask it with --blind.")
+        return self.reply([conversation(*pair) for pair in zip(prompts, images, strict=True)], max_new_tokens)
+
+    @torch.inference_mode()
+    def reply(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        """Continue conversations, each a list of turns with `role` and `content` that holds its images."""
+        padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
+        if self.takes_images:
+            padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
+        render(self.folder, self.processor, conversations)  # its errors and its time, before it is called with images
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **padding,
         )
-    return ids[0]
+        inputs = {name: self._to_device(value) for name, value in inputs.items()}
+        try:
+            output = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
+            ) from error
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _to_device(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+
+def _takes_images(model: SavedModel) -> bool:
+    """Whether the model takes images and text; otherwise it is a language model."""
+    kind = model.config.get("model_type")
+    if kind in CONFIG_MAPPING:
+        config = type(AutoConfig.from_pretrained(model.folder))
+        if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    raise UserError(
+        f"{model.folder}: cannot be loaded as a model with images and text, nor as a language model: "
+        f"transformers has none of the type {kind!r} that its config.json names."
+    )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Around calls of transformers: what a broken file or a missing package raises becomes one message."""
+    try:
+        yield
+    except (OSError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def conversation(prompt: str, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+    """One user turn of images and a question, as chat templates take it; without images it is plain text.
+
+    Args:
+        prompt: the question, with one `PLACEHOLDER` for each image, or none.
+        images: its images, shown at the placeholders, or before a question without any.
+    """
+    texts = prompt.replace(f"{PLACEHOLDER}\n", PLACEHOLDER).split(PLACEHOLDER)  # templates add the newline
+    if not images:
+        return [{"role": "user", "content": "".join(texts).strip()}]
+    if len(texts) == 1:
+        texts = [""] * len(images) + texts
+    content: list[dict[str, Any]] = []
+    for text, image in zip_longest(texts, images):
+        content += [{"type": "text", "text": text}] if text else []
+        content += [{"type": "image", "image": image.open()}] if image else []
+    return [{"role": "user", "content": content}]
