@@ -1,172 +1,295 @@
-"""LLaVA-HD's images: a thumbnail and the tiles of a grid, all of the tower's size (method, section 1 B)."""
+"""Which model answers which questions: the inputs of an evaluation, checked before anything heavy is loaded."""
 
-from __future__ import annotations
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from collections.abc import Iterable
-from typing import Any
+from eval.answering.answers import AnswerLog
+from eval.answering.models import SavedModel, check_model, newest_model
+from eval.answering.workers import Job
+from eval.benchmark import Benchmark
+from eval.benchmarks import BENCHMARKS, get_benchmark
+from eval.reading.images import PLACEHOLDER
+from eval.reading.tables import Stamps, sha256, stamps
+from eval.sample import Sample, Score
+from eval.versions import versions
+from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.paths import embedded_benchmarks, shown
+from llava_skip_base.texts import shortened
 
-import numpy as np
-from PIL import Image
-from transformers import BatchFeature
-from transformers.image_processing_utils import get_size_dict
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ChannelDimension, make_flat_list_of_images
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.processing_utils import ImagesKwargs
+if TYPE_CHECKING:
+    from eval.answering.generate import Numerics
 
-from llava_skip_base.errors import UserError
-
-PADDING_COLOUR = (122, 116, 104)
-"""CLIP's mean pixel."""
-
-
-def choose_grid(width: int, height: int, most: int, side: int) -> tuple[int, int]:
-    """Columns and rows of tiles whose shape is nearest to that of the image.
-
-    On an exactly equal distance the larger grid wins if the image has more than half the pixels of its tiles.
-
-    Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        most: the largest number of tiles.
-        side: of a tile, in pixels.
-    """
-    grids = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most]
-    best, distance = (1, 1), float("inf")
-    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
-        new = abs(width / height - columns / rows)
-        large = width * height > 0.5 * side * side * columns * rows
-        if new < distance or (new == distance and large):
-            best, distance = (columns, rows), new
-    return best
+ALL = "all"
+BLIND = "-blind"
+BUILD = "build it with 'llava-skip data'"
 
 
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """The image in the middle of a square of CLIP's mean colour."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), PADDING_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+@dataclass
+class Run:
+    """One model on one benchmark, its inputs checked.
 
-
-def cut_tiles(image: Image.Image, most: int, side: int, resample: int = Image.Resampling.BICUBIC) -> list[Image.Image]:
-    """The thumbnail, then the tiles row by row; each is stretched to side x side pixels."""
-    columns, rows = choose_grid(*image.size, most, side)
-    stretched = image.resize((columns * side, rows * side), resample)
-    boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
-    thumbnail = image.resize((side, side), resample)
-    return [thumbnail, *(stretched.crop(box) for box in boxes)]
-
-
-class TilingKwargs(ImagesKwargs):
-    """Arguments of `TilingImageProcessorPil`."""
-
-    max_tiles: int | None
-
-
-FIXED = {
-    "do_resize": (True,),
-    "do_convert_rgb": (True,),
-    "pad_size": (None,),
-    "image_seq_length": (None,),
-    "data_format": (None, ChannelDimension.FIRST),
-}
-"""Arguments that have one value: every crop is resized to the tower's size, in three colours, channels first."""
-
-
-class TilingImageProcessorPil(LlavaImageProcessorPil):
-    """Images -> `pixel_values` [crops of all images, 3, side, side] and `crop_counts`, the number of crops of each.
-
-    `crop_size` is the tower's size, `max_tiles` the largest grid. With `do_pad` an image is first padded to a square
-    of twice the tower's size, as in the paper's training, so that all have the same number of crops. All arguments can
-    also be given for one call.
+    Attributes:
+        benchmark: what to ask and how to score.
+        model: who answers.
+        data: the benchmark file.
+        images: folder of image files, or None for the one next to the data.
+        samples: the questions.
+        output: folder of all results.
+        stamps: of the benchmark file before it was read.
+        batch_size: questions answered at once.
+        max_new_tokens: limit of an answer's length.
+        blind: whether the questions are asked without their images.
     """
 
-    model_input_names = ["pixel_values", "crop_counts"]
-    valid_kwargs = TilingKwargs
-    max_tiles = 4
+    benchmark: Benchmark
+    model: SavedModel
+    data: Path
+    images: Path | None
+    samples: list[Sample]
+    stamps: Stamps
+    output: Path
+    batch_size: int
+    max_new_tokens: int
+    blind: bool = False
 
-    def __init__(self, max_tiles: int = 4, **kwargs: Any) -> None:
-        self._refuse_unknown(kwargs.keys() - {"image_processor_type", "processor_class", "feature_extractor_type"})
-        if (side := _side(kwargs)) is not None:
-            kwargs |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        super().__init__(max_tiles=max_tiles, **kwargs)
+    @property
+    def name(self) -> str:
+        """The model's name in results."""
+        return f"{self.model.name}{BLIND if self.blind else ''}"
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """Cut and normalise images (PIL, arrays or tensors, nested lists too).
+    @property
+    def folder(self) -> Path:
+        """Where the answers and the result go."""
+        return self.output / self.benchmark.name / self.name
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What is asked, in the order of the samples."""
+        return self.benchmark.prompts(self.samples)
+
+    def check_prompts(self) -> None:
+        """Refuse questions whose text has placeholders for more or fewer images than they have."""
+        pairs = zip(self.samples, self.prompts, strict=True)
+        if unlike := [s.id for s, prompt in pairs if prompt.count(PLACEHOLDER) not in (0, len(s.images))]:
+            raise UserError(
+                f"{self.data}: {first_few(unlike)} of {len(self.samples)} questions hold another number of "
+                f"{PLACEHOLDER} than they have images; remove it, or put it once for each."
+            )
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash of the benchmark file.
 
         Raises:
-            UserError: an argument is unknown, or cannot be followed.
+            UserError: it has changed since its questions were read.
         """
-        chosen = self._resolve(kwargs)
-        cut = [self._cut(image, chosen) for image in make_flat_list_of_images(images)]
-        values = np.stack([_normalised(crop, chosen, unit) for crops, unit in cut for crop in crops])
-        data = {"pixel_values": values, "crop_counts": np.array([len(crops) for crops, _ in cut])}
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        found = sha256([self.data]) if stamps(self.data) else ""
+        if stamps(self.data) != self.stamps:
+            raise UserError(f"{self.data}: has been replaced or changed since its questions were read; start again.")
+        return found
 
-    def count_crops(self, width: int, height: int, **kwargs: Any) -> int:
-        """Crops of an image of this size in pixels, under the arguments of a call: the thumbnail and its tiles."""
-        side, padded, most = self.crop_size["height"], self.do_pad, self.max_tiles
-        if kwargs:  # not for each image of a data set
-            side, padded, most = (self._resolve(kwargs)[name] for name in ("side", "do_pad", "max_tiles"))
-        width, height = (2 * side, 2 * side) if padded else (width, height)
-        columns, rows = choose_grid(width, height, most, side)
-        return 1 + columns * rows
+    def identity(self, numerics: "Numerics") -> dict[str, Any]:
+        """What the answers depend on; an interrupted run continues only if all of it is unchanged."""
+        return {
+            "benchmark": self.benchmark.name,
+            "model": self.name,
+            "model_sha256": self.model.sha256,
+            "data_sha256": self.data_sha256,
+            "protocol": self.benchmark.protocol(self.samples),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,  # the neighbours in a batch decide the rounding
+            **asdict(numerics),
+        }
 
-    def _refuse_unknown(self, names: Iterable[str]) -> None:
-        if unknown := sorted(set(names) - set(self.valid_kwargs.__annotations__)):
-            raise UserError(f"{type(self).__name__} does not take {', '.join(unknown)}: leave it out.")
+    def jobs(self, number: int, log: AnswerLog) -> list[Job]:
+        """The batches with questions that the log has no answer to yet, the longest first.
 
-    def _resolve(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, with the processor's own where a call gives none."""
-        self._refuse_unknown(given)
-        known = self.valid_kwargs.__annotations__
-        chosen = {n: given[n] if given.get(n) is not None else getattr(self, n, None) for n in known}
-        for name in known.keys() & FIXED:
-            if chosen[name] not in FIXED[name]:
-                raise UserError(f"{name} is {chosen[name]!r}; images that are cut into tiles need {FIXED[name][0]!r}.")
-        chosen["side"] = _side(given) or _side({"crop_size": self.crop_size})
-        if not isinstance(chosen["max_tiles"], int) or chosen["max_tiles"] < 1:
-            raise UserError(f"max_tiles is {chosen['max_tiles']!r}; it must be at least 1.")
-        return chosen
+        All questions are batched, not only the open ones: after an interruption, and with any number of processes,
+        each question is then in the same batch, and so has the same rounding.
 
-    def _cut(self, image: Any, chosen: dict[str, Any]) -> tuple[list[Image.Image], bool]:
-        """The crops of an image, and whether its values were between 0 and 1."""
-        unit, side = False, chosen["side"]
-        if not isinstance(image, Image.Image):
-            array = self.process_image(image, do_convert_rgb=True, input_data_format=chosen["input_data_format"])
-            unit = array.dtype.kind == "f" and float(array.max(initial=0.0)) <= 1
-            image = to_pil_image(array, do_rescale=unit, input_data_format=ChannelDimension.FIRST)
-        image = image.convert("RGB")
-        if chosen["do_pad"]:
-            image = pad_to_square(image).resize((2 * side, 2 * side), Image.Resampling.LANCZOS)
-        return cut_tiles(image, chosen["max_tiles"], side, chosen["resample"]), unit
+        Args:
+            number: of this run, for the jobs.
+            log: the answers so far.
+        """
+        pairs = zip(self.samples, self.prompts, strict=True)
+        asked = sorted(pairs, key=lambda pair: (len(pair[0].images), len(pair[1])), reverse=True)
+        jobs = []
+        for start in range(0, len(asked), self.batch_size):
+            samples, prompts = zip(*asked[start : start + self.batch_size], strict=True)
+            if any(sample.id not in log.answers for sample in samples):
+                ids, images = tuple(s.id for s in samples), tuple(() if self.blind else s.images for s in samples)
+                jobs.append(Job(number, ids, prompts, images, self.model, self.max_new_tokens))
+        return jobs
+
+    def new_answers(self, job: Job, texts: Sequence[str], log: AnswerLog) -> list[dict[str, Any]]:
+        """The answers of a job, as lines of the log, without those that the log has already."""
+        return [
+            {**self._fields[id_], "index": id_, "prompt": prompt, "prediction": text}
+            for id_, prompt, text in zip(job.ids, job.prompts, texts, strict=True)
+            if id_ not in log.answers
+        ]
+
+    def result(self, score: Score, numerics: "Numerics") -> dict[str, Any]:
+        """Everything that a reader of the score needs; nothing in it changes from run to run."""
+        values = {name: value for name, value in asdict(score).items() if name != "per_sample"}
+        images = None if self.images is None else str(self.images)
+        limits = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        return {
+            "benchmark": self.benchmark.name,
+            **values,
+            "full_score": self.benchmark.full_score,
+            "protocol": self.benchmark.protocol(self.samples),
+            "model": {**self.model.describe(), "name": self.name},
+            "data": {"path": str(self.data), "images": images, "sha256": self.data_sha256},
+            "generation": {**limits, "greedy": True, "blind": self.blind, **asdict(numerics)},
+            "versions": versions("torch", "transformers", "llava_skip"),
+        }
+
+    @cached_property
+    def _fields(self) -> dict[int | str, dict[str, Any]]:
+        return {sample.id: sample.fields for sample in self.samples}
 
 
-def _side(given: dict[str, Any]) -> int | None:
-    """The side in pixels that `crop_size` and `size` give, either of them or both; None if neither is given.
+def assign(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The values by benchmark of an option that is a value, or NAME=VALUE for each of several benchmarks.
+
+    Args:
+        option: the option's name, for messages.
+        given: what was given for it.
+        names: the benchmarks.
 
     Raises:
-        UserError: they are not one square.
+        UserError: it is unclear which benchmark a value belongs to.
     """
-    sizes = {name: given[name] for name in ("crop_size", "size") if given.get(name) is not None}
-    sides = {n for name, size in sizes.items() for n in dict(get_size_dict(size, param_name=name)).values()}
-    if len(sides) > 1:
-        raise UserError(f"The tower's size must be one square; got {sizes}.")
-    return sides.pop() if sides else None
+    values: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in BENCHMARKS:
+            if len(names) != 1:
+                raise UserError(f"{option} {shortened(text)}: with {len(names)} benchmarks say whose: {option} {names[0]}={text}.")
+            name, value = names[0], text
+        if name not in names:
+            raise UserError(f"{option} {shortened(text)}: {name} is not evaluated here; add it to --benchmarks.")
+        if name in values:
+            raise UserError(f"{option} is given twice for {name}.")
+        values[name] = value
+    return values
 
 
-def _normalised(crop: Image.Image, chosen: dict[str, Any], unit: bool) -> np.ndarray:
-    """Pixels [3, side, side] of a crop, rescaled and normalised as asked for."""
-    values: Any = np.asarray(crop, dtype=np.float32)
-    if unit:
-        values = values / 255
-    if chosen["do_rescale"]:
-        values = values / np.float32(1 / chosen["rescale_factor"])  # 255 in the last digit, as 1 / 255 is not
-    if chosen["do_normalize"]:
-        mean, std = (np.array(chosen[name], dtype=np.float32) for name in ("image_mean", "image_std"))
-        values = (values - mean) / std
-    return values.transpose(2, 0, 1)
+def chosen_benchmarks(text: str, data: Sequence[str]) -> list[str]:
+    """The benchmarks of `--benchmarks`; "all" means those that `--data` names, else those of the embedded set.
+
+    Raises:
+        UserError: an unknown or repeated name, or none.
+    """
+    if text == ALL:
+        named = [name for name in BENCHMARKS if any(value.startswith(f"{name}=") for value in data)]
+        if data and not named:
+            raise UserError(
+                f"--data {data[0]}: say whose it is, --benchmarks NAME with one of {', '.join(BENCHMARKS)}."
+            )
+        folder = embedded_benchmarks()
+        names = named or [name for name, kind in BENCHMARKS.items() if (folder / kind.embedded).exists()]
+        if not names:
+            raise UserError(f"{shown(folder)} does not exist; {BUILD}.")
+        return names
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [get_benchmark(name).name for name in names]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--benchmarks is '{text}'; expected different names of {', '.join(BENCHMARKS)}, or {ALL}.")
+    return names
+
+
+def embedded_file(benchmark: Benchmark) -> Path:
+    """The benchmark's file in the embedded data set.
+
+    Raises:
+        UserError: the data set has not been built.
+    """
+    path = embedded_benchmarks() / benchmark.embedded
+    if not path.exists():
+        raise UserError(f"no --data given, and {shown(path)} does not exist; {BUILD}.")
+    return Path(shown(path))
+
+
+def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
+    """Check the models, by default the newest one; their names must differ, because results are filed under them.
+
+    Raises:
+        UserError: one is not whole, or two have one name.
+    """
+    models = [check_model(folder) for folder in folders or [newest_model()]]
+    names = [model.name for model in models]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise UserError(
+            f"several models are called {first_few(doubled)}, so their results would share a folder; rename one, or "
+            "evaluate them one after the other, each with its own --output."
+        )
+    return models
+
+
+def plan_runs(
+    names: Sequence[str],
+    folders: Sequence[Path],
+    data: Sequence[str],
+    images: Sequence[str],
+    output: Path,
+    batch_size: int,
+    max_new_tokens: int | None,
+    limit: int | None,
+    blind: bool,
+    rules: Sequence[str],
+    protocols: Sequence[str],
+) -> list[Run]:
+    """Check all inputs, the cheap ones first, before a model is loaded.
+
+    Args:
+        names: the benchmarks.
+        folders: the model folders; none for the newest.
+        data: benchmark files, or none for the embedded ones.
+        images: folders of image files.
+        output: results go to `OUTPUT/BENCHMARK/MODEL`.
+        batch_size: questions answered at once.
+        max_new_tokens: limit of an answer's length, or None for the protocol's.
+        limit: number of questions of each benchmark, or None for all.
+        blind: ask without images.
+        rules: how to score, or none for the official rules.
+        protocols: how to ask, or none for the default protocols.
+
+    Returns:
+        A run for each model and benchmark, the benchmarks of one model together.
+
+    Raises:
+        UserError: on the first thing that is wrong.
+    """
+    for name, value in {"--batch-size": batch_size, "--max-new-tokens": max_new_tokens, "--limit": limit}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; expected 1 or more.")
+    files = {name: Path(path).expanduser() for name, path in assign("--data", data, names).items()}
+    image_folders = {name: Path(path).expanduser() for name, path in assign("--images", images, names).items()}
+    rule, protocol = assign("--rule", rules, names), assign("--protocol", protocols, names)
+    benchmarks = [get_benchmark(name, rule.get(name), protocol.get(name)) for name in names]
+    for given in image_folders.values():
+        if not os.path.isdir(given):
+            raise UserError(f"{shortened(given)}: no such image folder; check --images.")
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"{output}: is a file; give a folder for the results with --output.")
+    models = checked_models(folders)
+    loaded = []
+    for benchmark in benchmarks:
+        path, folder = files.get(benchmark.name) or embedded_file(benchmark), image_folders.get(benchmark.name)
+        before, samples = stamps(path), benchmark.load(path, folder)
+        loaded.append((benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples, before))
+    runs = [
+        Run(own, model, path, folder, samples, before, output, batch_size, max_new_tokens or own.max_new_tokens, blind)
+        for model in models
+        for own, path, folder, samples, before in loaded
+    ]
+    for run in runs:
+        run.check_prompts()
+    return runs
