@@ -1,4 +1,4 @@
-"""Command line that converts a checkpoint of any known layout: `python -m llava_skip.convert SOURCE OUTPUT`."""
+"""Command line that converts a checkpoint of any known layout: `llava-skip convert SOURCE OUTPUT`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
+from llava_skip.ends import learn_ends
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import UserError
@@ -70,6 +71,7 @@ def convert(
     if has_tokenizer(folder := find_folder(source)):
         tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
         processor = LlavaSkipProcessor.for_config(model.config, tokenizer, template)
+        learn_ends(model, processor)
     if to is Target.llava_hf:
         export_llava_hf(model, output, processor)
     else:

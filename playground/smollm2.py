@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llava_skip_base.console import print_next, program
+from llava_skip_base.console import print_next, print_text, program
 from llava_skip_base.errors import MissingPackageError, UserError
 from llava_skip_base.paths import checkpoints, shown
 
@@ -79,7 +79,7 @@ def dequantise(file: Path, folder: Path) -> None:
 def write() -> None:
     """Write SmolLM2-135M-Instruct beside the runs, from the installed package."""
     folder = ensure_smollm2()
-    print(f"SmolLM2-135M-Instruct is in {shown(folder)}")
+    print_text(f"SmolLM2-135M-Instruct is in {shown(folder)}")
     print_next("llava-skip train --recipe embedded-smollm2-align")
 
 

@@ -10,6 +10,7 @@ from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
+from eval.scoring.pandas_cells import cell_as_text
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import parse_json, write_json
 
@@ -87,7 +88,7 @@ class GQA(Benchmark):
 
     def _is_right(self, prediction: str, gold: str) -> bool:
         if self.chosen_rule == "vlmevalkit":
-            return prediction.strip().lower() == gold.strip().lower()
+            return cell_as_text(prediction).strip().lower() == cell_as_text(gold).strip().lower()
         if self.chosen_rule == "lmms-eval":
             return prediction.strip().lower().translate(_NO_MARKS) == gold.lower().translate(_NO_MARKS)
         return official_form(prediction) == gold

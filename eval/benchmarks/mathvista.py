@@ -15,6 +15,7 @@ from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies, save_replies
+from eval.scoring.pandas_cells import cell_as_text
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.texts import shortened
 
@@ -191,7 +192,7 @@ def extract(response: str, fields: Row) -> str | None:
 def prefetch(response: str, fields: Row) -> str | None:
     """The answer in a response by VLMEvalKit's rule: a choice that it names, or the right number; else None."""
     if fields["question_type"] == "multi_choice":
-        return vlmevalkit(response, _lettered(fields))
+        return vlmevalkit(cell_as_text(response), _lettered(fields))
     # VLMEvalKit takes the number 0 for no answer and asks the judge about it.
     found = is_right_vlmevalkit(response, fields) and float(response) != 0
     return response if found else None
@@ -234,7 +235,7 @@ def is_right(extraction: str, fields: Row) -> bool:
 def is_right_vlmevalkit(extraction: str, fields: Row) -> bool:
     """Compare an answer as VLMEvalKit does: the choice that it names, or an equal number, but never a list."""
     if fields["question_type"] == "multi_choice":
-        choices = _lettered(fields)
+        choices, extraction = _lettered(fields), cell_as_text(extraction)
         gold = next((letter for letter, choice in choices.items() if choice == fields["answer"]), None)
         return vlmevalkit(extraction, choices) == fields.get("answer_option", gold)
     number = {"integer": int, "float": float}.get(fields["answer_type"])

@@ -16,6 +16,7 @@ from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
 from eval.scoring.judge import Judge
 from eval.scoring.matching import CHINESE, Matches, match_choices
+from eval.scoring.pandas_cells import cell_as_text
 from llava_skip_base.errors import UserError, first_few
 
 PASS_STEP = 1_000_000
@@ -108,7 +109,7 @@ class MMBench(Benchmark):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score circularly (official) and plainly (for comparison), overall and by ability of the main row."""
         extract = EXTRACTORS[self.chosen_rule]
-        letters = {s.id: extract(answers[s.id], self.choices(s.fields)) for s in samples}
+        letters = {s.id: extract(self.said(answers[s.id], s.fields), self.choices(s.fields)) for s in samples}
         groups = group(samples)
         graded = {first: passes for first, passes in groups.items() if all(_gold(sample) for sample in passes)}
         counts = _counts(groups, graded, letters, answers)
@@ -124,6 +125,11 @@ class MMBench(Benchmark):
                 return Score("incomplete", self.rule, counts=counts, notes=notes, judge=judge.describe())
             counts["judge"] = {"asked": len(matches.letters), "drawn_at_random": len(matches.drawn)}
             notes += _judge_notes(judge, matches)
+        elif counts["unresolved"]:
+            notes.append(
+                f"{counts['unresolved']} of {counts['rows']} answers name no option by this rule and count as wrong; a "
+                "judge (--judge-url) can read them."
+            )
         scores = {
             split: _split_scores({first: groups[first] for first in firsts}, letters, matches)
             for split, firsts in _by(graded, "split", default="none").items()
@@ -142,9 +148,15 @@ class MMBench(Benchmark):
 
     def choices(self, fields: Row) -> dict[str, str]:
         """The options as the scoring rule sees them; lmms-eval takes "nan" for a text."""
-        if self.chosen_rule == "lmms-eval":
+        if self.chosen_rule.startswith("lmms-eval"):
             return {letter: fields[letter] for letter in "ABCD" if fields.get(letter, "")}
         return options(fields)
+
+    def said(self, answer: str, fields: Row) -> str:
+        """An answer as the scoring rule sees it; VLMEvalKit takes "None" for "nan", unless an option reads so."""
+        if not answer or self.chosen_rule.startswith("lmms-eval") or answer in options(fields).values():
+            return answer
+        return cell_as_text(answer)
 
     def write_submission(self, samples: Sequence[Sample], answers: Mapping[Id, str], path: Path) -> list[str]:
         """Write the workbook that the MMBench server takes (LLaVA's form), after checking that every pass is there."""

@@ -1,11 +1,11 @@
 """MMMU (MMMU/MMMU validation): multiple-choice and open questions of 30 subjects.
 
-Source: MMMU-Benchmark/MMMU `eval_utils.py` and `main_eval_only.py`.
+Source: MMMU-Benchmark/MMMU `eval_utils.py` and `main_eval_only.py`; the rules of others are in `mmmu_peers`.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -15,8 +15,9 @@ from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark
 from eval.reading.images import ImageSource, image_data, row_images
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list, options
-from eval.scoring.extraction import VERSIONS, vlmevalkit
+from eval.scoring.extraction import VERSIONS
 from eval.scoring.judge import Judge
+from eval.scoring.mmmu_peers import is_right_vlmevalkit, lmms_eval_letter
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json
 
@@ -31,6 +32,8 @@ DOMAINS = {
     "Materials Mechanical_Engineering",
 }
 SEED = 42
+LMMS_EVAL_SEED = 0
+LMMS_EVAL_MENDED = "0.7.3"
 MULTIPLE_CHOICE = "multiple-choice"
 _CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (
@@ -44,7 +47,12 @@ class MMMU(Benchmark):
     """MMMU as parquet files, the answer file of its evaluator, its output files, or VLMEvalKit's TSV."""
 
     name = "mmmu"
-    rules = {"official": "mmmu-official", "vlmevalkit": f"mmmu/{VERSIONS['vlmevalkit']}"}
+    rules = {
+        "official": "mmmu-official",
+        "vlmevalkit": f"mmmu/{VERSIONS['vlmevalkit']}",
+        "lmms-eval": "mmmu/lmms-eval-0.7.3",
+        "lmms-eval-0.7.2": "mmmu/lmms-eval-to-0.7.2",
+    }
     protocols = ("official-llava", "lmms-eval")
     max_new_tokens = 1024
     limits = {"lmms-eval": 128}
@@ -99,26 +107,29 @@ class MMMU(Benchmark):
         if all(s.fields["gold"] == ["?"] for s in own):
             notes.append("the file has no gold answers (the test split): write the submission and send it.")
             return Score("unscored", self.rule, counts=self._counts(own, answers, {}), notes=notes)
-        right, drawn = official_hits(own, answers)
+        official = self.chosen_rule == "official"
+        right, drawn = official_hits(own, answers) if official else self._lmms_eval_hits(own, answers)
         counts = self._counts(own, answers, right) | {"drawn_at_random": drawn, "left_out": len(samples) - len(own)}
         bare = [s.id for s in own if s.fields["question_type"] == MULTIPLE_CHOICE and not s.fields["options"]]
         if bare:
             notes.append(
                 f"the options of {first_few(bare)} questions are not in the file: only a bare gold letter is right."
             )
-        if drawn:
+        if drawn and official:
             notes.append(f"{drawn} answers named no option; like the official code, a letter was drawn (seed {SEED}).")
+        elif drawn:
+            notes.append(
+                f"{drawn} answers named no option; a letter was drawn (seed {LMMS_EVAL_SEED}), and lmms-eval, whose "
+                "draws depend on all that it drew before, can draw others."
+            )
+        if self.chosen_rule == "lmms-eval-0.7.2":
+            notes.append(f"lmms-eval counted every open question as wrong until {LMMS_EVAL_MENDED}.")
         score = 100 * sum(right.values()) / len(right)
-        scores = _by_domain(own, right)
+        scores = _by_domain(own, right, 3 if official else 5)
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
 
     def _score_vlmevalkit(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
-        right = {}
-        for sample in samples:
-            choices, gold = sample.fields["options"], sample.fields["gold"]
-            if sample.fields["question_type"] != MULTIPLE_CHOICE:
-                choices, gold = {"A": str(gold[0] if len(gold) == 1 else gold), "B": "Other Answers"}, ["A"]
-            right[sample.id] = vlmevalkit(answers[sample.id], choices) in gold
+        right = {sample.id: is_right_vlmevalkit(answers[sample.id], sample.fields) for sample in samples}
         splits: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
             splits[sample.fields.get("split") or "none"].append(sample)
@@ -127,9 +138,25 @@ class MMMU(Benchmark):
         notes = ["open questions become a choice of two, as in VLMEvalKit; not comparable with the official rule."]
         if len(scores) > 1:
             notes.append(f"the splits {', '.join(scores)} are not mixed; the score is that of {headline}.")
+        bare = [s.id for s in samples if s.fields["question_type"] == MULTIPLE_CHOICE and not s.fields["options"]]
+        if bare:
+            notes.append(
+                f"the options of {first_few(bare)} questions are not in the file, so the rule takes them for open."
+            )
         counts = self._counts(samples, answers, right)
         score = 100 * scores[headline]["Overall"]
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+    def _lmms_eval_hits(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> tuple[dict[Id, bool], int]:
+        right, drawn = _hits(samples, answers, lmms_eval_letter, LMMS_EVAL_SEED)
+        for sample in samples:
+            if sample.fields["question_type"] != MULTIPLE_CHOICE:
+                # lmms-eval does not take a written list apart: the list as a whole is the one reference.
+                references = sample.fields["answer_cell"]
+                references = references if isinstance(references, list) else [references]
+                found = is_right_open(answers[sample.id], references)
+                right[sample.id] = found and self.chosen_rule == "lmms-eval"
+        return right, drawn
 
     def _counts(self, samples: Sequence[Sample], answers: Mapping[Id, str], right: Mapping[Id, bool]) -> dict[str, Any]:
         kinds = Counter(s.fields["question_type"] for s in samples)
@@ -155,15 +182,25 @@ def official_hits(samples: Sequence[Sample], answers: Mapping[Id, str]) -> tuple
     Returns:
         Right or wrong by id, and the number of letters that were drawn.
     """
-    rng, drawn = Random(SEED), 0
-    right: dict[Id, bool] = {}
     # Subjects in alphabetical order, as in the official run, because unreadable answers draw from one generator.
-    for sample in sorted(samples, key=lambda sample: sample.fields["subject"]):
+    ordered = sorted(samples, key=lambda sample: sample.fields["subject"])
+    return _hits(ordered, answers, choose, SEED)
+
+
+def _hits(
+    samples: Sequence[Sample],
+    answers: Mapping[Id, str],
+    read: Callable[[str, Mapping[str, str]], str | None],
+    seed: int,
+) -> tuple[dict[Id, bool], int]:
+    rng, drawn = Random(seed), 0
+    right: dict[Id, bool] = {}
+    for sample in samples:
         gold = sample.fields["gold"]
         if sample.fields["question_type"] != MULTIPLE_CHOICE:
             right[sample.id] = is_right_open(answers[sample.id], gold)
             continue
-        letter = choose(answers[sample.id], sample.fields["options"])
+        letter = read(answers[sample.id], sample.fields["options"])
         if letter is None:
             drawn += 1
             letter = rng.choice(list(sample.fields["options"]))
@@ -237,14 +274,14 @@ def _forms(text: str) -> list[str | float]:
     return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _by_domain(samples: Sequence[Sample], right: Mapping[Id, bool]) -> dict[str, Any]:
+def _by_domain(samples: Sequence[Sample], right: Mapping[Id, bool], digits: int) -> dict[str, Any]:
     subjects: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         subjects[sample.fields["subject"]].append(right[sample.id])
 
     def share(names: Sequence[str]) -> dict[str, Any]:
         hits = [hit for name in names for hit in subjects[name]]
-        return {"num": len(hits), "acc": round(sum(hits) / len(hits), 3)}
+        return {"num": len(hits), "acc": round(sum(hits) / len(hits), digits)}
 
     scores: dict[str, Any] = {}
     for domain, listed in DOMAINS.items():
@@ -297,7 +334,7 @@ def _normal(row: Row) -> Row:
     subject = "_".join(id_.split("_")[1:-1]) or row.get("category", "").replace(" ", "_")
     image = {"image": row["image_1"]} if row.get("image_1") else {}
     kept = {name: cell for name, cell in row.items() if name not in ("ground_truth", "answer", "index2ans")}
-    found = {} if gold is None or gold == "" else {"gold": as_list(gold)}
+    found = {} if gold is None or gold == "" else {"gold": as_list(gold), "answer_cell": gold}
     return {**kept, **image, **found, "options": choices, "question_type": kind, "subject": subject or "none"}
 
 

@@ -6,12 +6,14 @@ VLMEvalKit and lmms-eval score it by rules of their own, whose numbers are not c
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
 from eval.sample import Id, Sample, Score, is_missing, listed_options, options
-from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_static, vlmevalkit
+from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_extractor, vlmevalkit
 from eval.scoring.judge import Judge
+from eval.scoring.pandas_cells import cell_as_text, options_that_stay
 from llava_skip_base.errors import UserError, first_few
 
 # The official file's categories in the order of its score report, with the number of questions of each sub-category.
@@ -74,7 +76,12 @@ class MMStar(Benchmark):
         lacking = [sample.id for sample in samples if is_missing(sample.fields["answer"])]
         if lacking:
             raise UserError(f"{first_few(lacking)} of {len(samples)} rows have no gold answer; give the whole file.")
-        right = {s.id: self._is_right(answers[s.id], s.fields) for s in samples}
+        named = {s.id: self._named(answers[s.id], s.fields) for s in samples}
+        official = self.chosen_rule == "official"
+        golds = {s.id: s.fields["answer"] for s in samples}
+        right = {
+            id_: is_right(answers[id_], gold) if official else gold.strip() in named[id_] for id_, gold in golds.items()
+        }
         hits: Counter[tuple[str, ...]] = Counter()
         totals = _totals(samples)
         for sample in samples:
@@ -93,21 +100,25 @@ class MMStar(Benchmark):
             "lookalike_letters": sum(map(is_lookalike, texts)),
         }
         notes = []
-        if self.chosen_rule != "official":
+        if not any(named.values()):
+            notes.append(f"none of the {len(samples)} answers names an option by this rule, so all count as wrong.")
+        if not official:
             notes.append(
                 f"the rule {self.rule} is not MMStar's own: its numbers are not comparable with published ones."
             )
         score = 100 * scores["final score"]
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
 
-    def _is_right(self, prediction: str, fields: Row) -> bool:
+    def _named(self, prediction: str, fields: Row) -> set[str | None]:
+        """The letters that an answer names; by the official rule each that would be right if it were gold."""
         if self.chosen_rule == "official":
-            return is_right(prediction, fields["answer"])
+            return {letter for letter in ascii_uppercase if is_right(prediction, letter)}
         if self.chosen_rule == "lmms-eval":
-            letter = lmms_eval_static(prediction, dict.fromkeys("ABCD", ""))
+            letter = lmms_eval_extractor(prediction, "ABCD")
         else:
-            letter = vlmevalkit(prediction, question_options(fields))
-        return letter == fields["answer"].strip()
+            listed = question_options(fields)
+            letter = vlmevalkit(cell_as_text(prediction), options_that_stay(listed) if any(listed.values()) else listed)
+        return {letter} - {None}
 
 
 def skip_vision_prompt(fields: Row) -> str:
@@ -138,7 +149,7 @@ def question_options(fields: Row) -> dict[str, str]:
     Returns:
         Text by letter; letters with empty texts where the question has another form.
     """
-    columns = options(fields)
+    columns = {letter: fields[letter] for letter in ascii_uppercase if fields.get(letter)}
     if columns:
         return columns
     lead, _, listed = fields["question"].rpartition("Options:")

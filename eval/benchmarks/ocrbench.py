@@ -25,13 +25,15 @@ OTHERS = (
     "Key Information Extraction",
     "Handwritten Mathematical Expression Recognition",
 )
+# The full-width forms of "!" to "~", and the wide space.
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {0x3000: " "}
 
 
 class OCRBench(Benchmark):
     """OCRBench as OCRBench.json, VLMEvalKit's TSV or the Hugging Face parquet."""
 
     name = "ocrbench"
-    rules = {"official": "ocrbench-official"}
+    rules = {"official": "ocrbench-official", "lmms-eval": "ocrbench/lmms-eval-0.7.3"}
     protocols = ("skip-vision", "vlmevalkit")
     max_new_tokens = 1024
     embedded = "ocrbench.json"
@@ -65,7 +67,8 @@ class OCRBench(Benchmark):
             raise UserError(
                 f"kinds that OCRBench does not have: {first_few(unknown)}; expected {RECOGNITION[0]} and others."
             )
-        hits = {s.id: is_hit(answers[s.id], s.fields) for s in samples}
+        folded = self.chosen_rule == "lmms-eval"
+        hits = {s.id: is_hit(answers[s.id], s.fields, folded) for s in samples}
         by_kind = Counter(s.fields["type"] for s in samples if hits[s.id])
         total = sum(hits.values())
         scores: dict[str, Any] = {"Text Recognition": sum(by_kind[kind] for kind in RECOGNITION)}
@@ -83,9 +86,12 @@ class OCRBench(Benchmark):
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(hits))
 
 
-def is_hit(prediction: str, fields: Row) -> bool:
-    """The official test: a reference occurs in the answer; formulas are compared without spaces and with case."""
-    clean = _formula if _is_formula(fields) else _plain
+def is_hit(prediction: str, fields: Row, folded: bool = False) -> bool:
+    """The official test: a reference occurs in the answer; formulas are compared without spaces and with case.
+
+    `folded` is lmms-eval's addition: full-width letters, digits and marks count as the ASCII ones, but not in formulas.
+    """
+    clean = _formula if _is_formula(fields) else _plain_folded if folded else _plain
     return any(clean(str(reference)) in clean(prediction) for reference in fields["references"])
 
 
@@ -99,6 +105,10 @@ def _formula(text: str) -> str:
 
 def _plain(text: str) -> str:
     return text.lower().strip().replace("\n", " ")
+
+
+def _plain_folded(text: str) -> str:
+    return _plain(text.translate(_FULL_WIDTH))
 
 
 def _identified(rows: Sequence[Row]) -> list[Row]:

@@ -19,6 +19,8 @@ from llava_skip_base.errors import UserError, first_few
 SPLITS = ("adversarial", "popular", "random")
 LABEL_FILE = "coco_pope_"
 QUESTION_FILE = "llava_pope_test.jsonl"
+# What the number of questions of the random split tells; the other splits have 3000 in every release.
+RELEASES = {2910: "the release that LLaVA's questions belong to", 3000: "a later release than LLaVA's questions"}
 
 
 class POPE(Benchmark):
@@ -73,16 +75,19 @@ class POPE(Benchmark):
                 _refuse_others(samples, ids, asked, source)
                 refuse_doubles(ids, source)
                 return {id_: str(row[column]) for id_, row in zip(ids, answered, strict=True)}
-        keys = [_key(_normal(row)) for row in answered]
+        named = [_normal(row) for row in answered]
+        keys = [_key(row) for row in named]
         by_key = {_key(s.fields): s.id for s in samples}
         if set(keys) & by_key.keys():
             refuse_doubles(keys, source)
+            _refuse_other_release(named, samples, source)
             return {by_key.get(key, key): str(row[column]) for key, row in zip(keys, answered, strict=True)}
         if asked == [s.fields["question"] for s in samples]:
             return {s.id: str(row[column]) for s, row in zip(samples, answered, strict=True)}
         raise UserError(
             f"{source}: its rows have neither the ids nor the images of the questions, and its {len(rows)} questions "
-            f"differ from the {len(samples)} labels' line by line; give LLaVA's {QUESTION_FILE} with the label files."
+            f"differ from the {len(samples)} labels' line by line, so they may be of another release"
+            f"{_release_of(samples)}; give LLaVA's {QUESTION_FILE} with the label files of the same release."
         )
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
@@ -165,7 +170,8 @@ def _read_folder(folder: Path) -> list[Row]:
     if lacking:
         raise UserError(
             f"{questions}: {first_few(lacking)} of {len(asked)} questions have no label in "
-            f"{first_few([file.name for file in files])}; give the label files of the same release."
+            f"{first_few([file.name for file in files])}: the label files are of another release{_release_of(labels)}; "
+            f"give those of the questions' release{_release_of(asked)}."
         )
     return [{**row, "label": gold[_key(row)]} for row in asked]
 
@@ -185,8 +191,30 @@ def _refuse_others(samples: Sequence[Sample], ids: Sequence[Id], asked: Sequence
     ]
     if others:
         raise UserError(
-            f"{source}: {first_few(others)} rows have the id of another question; give the data that was asked."
+            f"{source}: {first_few(others)} rows have the id of another question, so the data may be of another release"
+            f"{_release_of(samples)}; give the data that was asked."
         )
+
+
+def _refuse_other_release(answered: Sequence[Row], samples: Sequence[Sample], source: str) -> None:
+    """Refuse answers to the random split of one public release with the labels of another."""
+    numbers = {_random(answered), _random(samples)}
+    if numbers == RELEASES.keys():
+        raise UserError(
+            f"{source}: answers {_random(answered)} questions of the random split, and the labels are of another "
+            f"release{_release_of(samples)}; give the label files of the release that was asked."
+        )
+
+
+def _release_of(rows: Sequence[Row | Sample]) -> str:
+    """Which release has these questions, as a remark; nothing where their number tells none."""
+    number = _random(rows)
+    return f" ({number} in the random split: {RELEASES[number]})" if number in RELEASES else ""
+
+
+def _random(rows: Sequence[Row | Sample]) -> int:
+    fields = [row.fields if isinstance(row, Sample) else row for row in rows]
+    return sum("random" in row.get("category", "").split(",") for row in fields)
 
 
 def _asked(row: Row) -> str:

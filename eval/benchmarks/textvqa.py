@@ -9,6 +9,7 @@ from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, as_row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
+from eval.scoring.pandas_cells import cell_as_text
 from eval.scoring.vqa import normalise_answer, vlmevalkit_form
 from llava_skip_base.errors import UserError, first_few
 
@@ -88,10 +89,10 @@ class TextVQA(Benchmark):
         lacking = [s.id for s in samples if not s.fields["references"]]
         if lacking:
             raise UserError(f"{first_few(lacking)} of {len(samples)} questions have no answers; give a split that has.")
-        form = normalise_answer if self.chosen_rule == "official" else vlmevalkit_form
-        parts: dict[Id, bool | float] = {
-            s.id: soft_accuracy(answers[s.id], s.fields["references"], form) for s in samples
-        }
+        official = self.chosen_rule == "official"
+        form = normalise_answer if official else vlmevalkit_form
+        said = {s.id: answers[s.id] if official else cell_as_text(answers[s.id]) for s in samples}
+        parts: dict[Id, bool | float] = {s.id: soft_accuracy(said[s.id], s.fields["references"], form) for s in samples}
         accuracy = 100 * sum(parts.values()) / len(samples)
         counts = {"questions": len(samples), "empty": sum(not answers[s.id].strip() for s in samples)}
         counts["with_ocr_line"] = sum(bool(s.fields["ocr"]) for s in samples)

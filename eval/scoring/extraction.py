@@ -10,7 +10,7 @@ Sources: open-compass/VLMEvalKit ``matching_util.py``, EvolvingLMMs-Lab/lmms-eva
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 NO_CHOICE = "Z"
 """The letter of an answer that chose none of the options."""
@@ -25,7 +25,7 @@ _REFUSALS = (
     "Cannot determine the answer",
 )
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_ANSWER_IS = re.compile(r"answer\s+is\s*\**\s*([A-D])", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 _TAIL = 4
 
 # lmms-eval: what may be written around a letter, tried in this order.
@@ -53,12 +53,10 @@ _LOOKALIKES = str.maketrans("АВСЕНІΑΒΕΗΙ", "ABCEHIABEHI")
 
 def vlmevalkit(prediction: str, options: Options) -> str | None:
     """Follow VLMEvalKit as of 2026-08: one letter among the last four words, or "answer is X", or one option's text."""
-    if _API_FAILURE in prediction:
-        return None
     letter = _letter_of_words(prediction, options, _TAIL)
-    if letter is None:
-        stated = _ANSWER_IS.search(prediction)
-        letter = stated[1].upper() if stated and stated[1].upper() in options else None
+    stated = None if letter or _API_FAILURE in prediction else _ANSWER_IS.search(prediction)
+    if stated and stated[1].upper() in options:
+        return stated[1].upper()
     if letter is None and len(prediction) <= 2 * sum(len(text) for text in options.values()):
         letter = _letter_of_text(prediction, options)
     return letter
@@ -66,16 +64,14 @@ def vlmevalkit(prediction: str, options: Options) -> str | None:
 
 def vlmevalkit_2024(prediction: str, options: Options) -> str | None:
     """Follow VLMEvalKit from 2024-01 to 2025-07: one letter anywhere, or one option's text."""
-    if _API_FAILURE in prediction:
-        return None
     return _letter_of_words(prediction, options) or _letter_of_text(prediction, options)
 
 
 def lmms_eval(prediction: str, options: Options) -> str | None:
     """Follow lmms-eval's MMBench: a bare letter A to E, then a letter with one affix, or the text of A to D."""
-    if _API_FAILURE in prediction:
-        return None
-    words = prediction.split()
+    prediction = prediction.strip()
+    texts = {letter: options[letter] for letter in "ABCD" if letter in options}
+    words = [] if _API_FAILURE in prediction else prediction.split()
     bare = [letter for letter in "ABCDE" if letter in words]
     # "A" in a longer answer may be the article, which keeps any bare letter from counting.
     if len(bare) == 1 and not ("A" in words and len(words) > 3):
@@ -84,13 +80,21 @@ def lmms_eval(prediction: str, options: Options) -> str | None:
         fixed = [letter for letter in "ABCDE" if f"{before}{letter}{after}" in words]
         if len(fixed) == 1:
             return fixed[0]
-    return _letter_of_text(prediction, {letter: options[letter] for letter in "ABCD" if letter in options})
+    return _letter_of_text(prediction, texts)
 
 
 def lmms_eval_static(prediction: str, options: Options) -> str | None:
+    """Follow lmms-eval's MMBench without a judge: its MMBench rule, and where that finds nothing its extractor."""
+    letters = [letter for letter in "ABCD" if letter in options]
+    return lmms_eval(prediction, options) or lmms_eval_extractor(prediction, letters)
+
+
+def lmms_eval_extractor(prediction: str, letters: Iterable[str]) -> str | None:
     """Follow lmms-eval's regular-expression extractor (2026-08): the best of several forms, then the last of its kind.
 
-    Only the letters of the options matter, not their texts.
+    Args:
+        prediction: the answer.
+        letters: the letters of the options, in alphabetical order; their texts do not matter.
     """
     text = prediction.strip()
     for mark in ",.!?;:'\"":
@@ -98,9 +102,10 @@ def lmms_eval_static(prediction: str, options: Options) -> str | None:
     if not text:
         return None
     padded = f" {text} "
-    found = [candidate for letter in options for candidate in _forms(letter, text.strip(), padded)]
+    letters = list(letters)
+    found = [candidate for letter in letters for candidate in _forms(letter, text.strip(), padded)]
     if not found:
-        found = [(0, padded.rfind(letter), letter) for letter in options if letter in padded]
+        found = [(0, padded.rfind(letter), letter) for letter in letters if letter in padded]
     # The letters are in order and max() keeps the first of equals, as a stable sort does.
     return max(found, key=lambda candidate: candidate[:2])[2] if found else None
 
@@ -130,6 +135,8 @@ def is_lookalike(prediction: str) -> bool:
 
 
 def _letter_of_words(prediction: str, options: Options, tail: int | None = None) -> str | None:
+    if _API_FAILURE in prediction:
+        return None  # the text of an option can still be found in it
     if any(phrase in prediction for phrase in _REFUSALS):
         return NO_CHOICE
     words = prediction.translate(_SEPARATORS).split()

@@ -1,14 +1,17 @@
 """How answers of one or few words are compared: the VQA normalisation, and yes/no questions.
 
-Source: facebookresearch/mmf ``EvalAIAnswerProcessor``, which LLaVA uses for TextVQA (``m4c_evaluator.py``); its
-punctuation rule is also that of VLMEvalKit.
+Sources: facebookresearch/mmf ``EvalAIAnswerProcessor``, which LLaVA uses for TextVQA (``m4c_evaluator.py``), and
+open-compass/VLMEvalKit ``vqa_eval.py``, whose rule for commas and periods between digits differs since 2025-05.
 """
 
 import re
 
+Pattern = re.Pattern[str]
+
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
-_COMMA = re.compile(r"(?<=\d),+(?=\d)")
-_PERIOD = re.compile(r"\.(?!\d)")
+# A comma between digits, and a period that is removed: the official script's, and VLMEvalKit's since 2025-05.
+_OFFICIAL = (re.compile(r"(?<=\d),+(?=\d)"), re.compile(r"\.(?!\d)"))
+_VLMEVALKIT = (re.compile(r"\d,\d"), re.compile(r"(?<!\d)\.(?!\d)"))
 # The original passes a flag where the number of replacements belongs, so it stops after that many periods.
 _PERIODS = int(re.UNICODE)
 _NUMBERS = {
@@ -43,28 +46,32 @@ _CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATIONS} | dict(
 def normalise_answer(text: str) -> str:
     """Bring an answer to the form in which VQA answers are compared."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return vlmevalkit_form(text)
+    return _plain_words(text, *_OFFICIAL)
 
 
 def vlmevalkit_form(text: str) -> str:
     """Bring an answer to the form in which VLMEvalKit compares VQA answers: without the official first steps."""
-    text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    return _plain_words(text, *_VLMEVALKIT)
+
+
+def _plain_words(text: str, comma: Pattern, period: Pattern) -> str:
+    text = _strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip(), comma, period)
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def strip_punctuation(text: str) -> str:
+def _strip_punctuation(text: str, comma: Pattern, period: Pattern) -> str:
     """Remove punctuation next to a space, replace other punctuation by a space, and remove most periods."""
     stripped = text
     for mark in _PUNCTUATION:
         next_to_space = f"{mark} " in text or f" {mark}" in text
-        stripped = stripped.replace(mark, "" if next_to_space or _COMMA.search(text) else " ")
-    return _PERIOD.sub("", stripped, count=_PERIODS)
+        stripped = stripped.replace(mark, "" if next_to_space or comma.search(text) else " ")
+    return period.sub("", stripped, count=_PERIODS)
 
 
 def yes_or_no(text: str) -> str | None:
     """Read "yes" or "no" as VLMEvalKit does: one of them as a word and not the other; else None."""
-    words = strip_punctuation(text.lower()).split()
+    words = _strip_punctuation(text.lower(), *_VLMEVALKIT).split()
     if ("yes" in words) == ("no" in words):
         return None
     return "yes" if "yes" in words else "no"

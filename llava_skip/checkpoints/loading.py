@@ -225,8 +225,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _set_stop_tokens(model: LlavaSkipForConditionalGeneration, folder: Path) -> None:
-    """Take the ids that begin, end and pad; sampling settings in a folder belong to another program."""
+    """Take the ids that begin, end and pad, and the texts that end; a folder's sampling is that of another program."""
     text, saved = model.config.text_config, folder / "generation_config.json"
     ids = read_json(saved) if saved.is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(**{name: ids.get(name, getattr(text, name, None)) for name in names})
+    kept = {name: ids.get(name, getattr(text, name, None)) for name in names}
+    model.generation_config = GenerationConfig(**kept, stop_strings=ids.get("stop_strings"))

@@ -1,10 +1,18 @@
 import pytest
 
 from eval.benchmarks.mmstar import is_right
-from eval.scoring.extraction import EXTRACTORS, is_lookalike, lmms_eval, lmms_eval_static, vlmevalkit, vlmevalkit_2024
+from eval.scoring.extraction import (
+    EXTRACTORS,
+    is_lookalike,
+    lmms_eval,
+    lmms_eval_extractor,
+    lmms_eval_static,
+    vlmevalkit,
+    vlmevalkit_2024,
+)
 
 OPTIONS = {"A": "a red car", "B": "a blue boat", "C": "two dogs", "D": "nothing"}
-RULES = ("vlmevalkit", "vlmevalkit-2024", "lmms-eval", "lmms-eval-static", "mmstar-official")
+RULES = ("vlmevalkit", "vlmevalkit-2024", "lmms-eval", "lmms-eval-extractor", "mmstar-official")
 
 # An answer, and for each of RULES the letter it extracts, or the gold letter that MMStar's own rule counts as right.
 MEASURED = [
@@ -44,14 +52,16 @@ def test_measured_behaviour(prediction: str, letters: str, rule: str) -> None:
     expected = letters.split()[RULES.index(rule)]
     if rule == "mmstar-official":
         assert [letter for letter in "ABCD" if is_right(prediction, letter)] == [expected] * (expected != "-")
+    elif rule == "lmms-eval-extractor":
+        assert (lmms_eval_extractor(prediction, OPTIONS) or "-") == expected
     else:
         assert (EXTRACTORS[rule](prediction, OPTIONS) or "-") == expected
 
 
 def test_letters_that_are_no_options_do_not_count() -> None:
     options = {"A": "cat", "B": "dog"}
-    assert vlmevalkit("C", options) is vlmevalkit_2024("C", options) is lmms_eval_static("C", options) is None
-    assert lmms_eval("C", options) == "C"  # its letters are always A to E
+    assert vlmevalkit("C", options) is vlmevalkit_2024("C", options) is lmms_eval_extractor("C", options) is None
+    assert lmms_eval("C", options) == lmms_eval_static("C", options) == "C"  # its letters are always A to E
     assert vlmevalkit("E", {"A": "x", "E": "y"}) == "E"
 
 
@@ -71,15 +81,56 @@ def test_a_letter_must_be_among_the_last_four_words_since_2025() -> None:
 
 
 @pytest.mark.parametrize("rule", ["vlmevalkit", "vlmevalkit-2024", "lmms-eval"])
-def test_api_failure_is_no_answer(rule: str) -> None:
-    assert EXTRACTORS[rule]("Failed to obtain answer via API. A", {"A": "answer via", "B": "obtain the dog"}) is None
+def test_api_failure_gives_no_letter_but_its_words_can_be_an_option(rule: str) -> None:
+    options = {"A": "a cat that sleeps", "B": "a dog"}
+    assert EXTRACTORS[rule]("Failed to obtain answer via API. The answer is A", options) is None
+    assert EXTRACTORS[rule]("Failed to obtain answer via API. A (a dog)", options) == "B"
+    assert EXTRACTORS[rule]("Failed to obtain answer via API", {"A": "the answer", "B": "via API"}) == "B"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("dog", "B"),  # the text of an option
+        ("A dog", "A"),  # a bare letter, which the extractor reads too
+        ("There is A dog in it", "B"),  # its text, where the extractor takes the article
+        ("C: it is the bird, not a dog", "C"),  # two texts, but a letter with a mark
+        ("cat or dog, so (D)", "D"),
+        ("`C`", "C"),  # only the extractor reads the rest
+        ("\u9009D", "D"),
+        ("E", "E"),  # never a gold letter, so wrong without asking the extractor
+        ("none of them", None),
+    ],
+)
+def test_static_rule_asks_the_extractor_last(prediction: str, letter: str | None) -> None:
+    options = {"A": "cat", "B": "dog", "C": "bird", "D": "fish"}
+    assert lmms_eval_static(prediction, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("answer is B and so on and on", "B"),
+        ("The ANSWER\n is \t**b** and so on and on", "B"),
+        ("the answer is ***B and so on and on", "B"),
+        ("the answer is Because of so many things", "B"),  # the first letter of a word is one as well
+        ("The answer is ** B ** because of so many things", None),
+        ("The answer isB because of so many things", None),
+        ("The answer is: B because of so many things", None),
+        ("The answer is (B) because of so many things", None),
+        ("Theansweris B because of so many things", None),
+        ("The answer is D because of so many things", None),  # which is no option
+    ],
+)
+def test_stated_letter_needs_spaces_then_stars_then_the_letter(prediction: str, letter: str | None) -> None:
+    assert vlmevalkit(prediction, {"A": "cat", "B": "dog"}) == letter
 
 
 def test_an_answer_of_100_kb_is_read_quickly_and_whole() -> None:
     text = "word " * 20_000
     assert vlmevalkit(f"{text}B", OPTIONS) == "B"
     assert vlmevalkit(f"B {text}", OPTIONS) is None
-    assert lmms_eval_static(f"{text}B", OPTIONS) == "B"
+    assert lmms_eval_extractor(f"{text}B", OPTIONS) == lmms_eval_static(f"{text}B", OPTIONS) == "B"
 
 
 @pytest.mark.parametrize("text", ["\u0410", "\u0412.", "\uff21", "\uff08\uff22\uff09", "(\u0395)", "\u24b7"])

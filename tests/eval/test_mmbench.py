@@ -202,6 +202,35 @@ def test_the_rule_decides(write_tsv: Callable[..., Path], mmbench_rows: Rows, ru
     assert len(score.per_sample) == 2
 
 
+def test_static_rule_scores_the_text_of_an_option(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = PERFECT | {7: "cat", 1000007: "it is the cat", 9: "snow"}
+    assert MMBench("lmms-eval-static").score(samples, answers).score == 100.0
+    assert MMBench("lmms-eval-static").score(samples, answers | {9: "snow or `C`"}).score == 100.0
+    assert MMBench("lmms-eval-static").score(samples, answers | {9: "C would be snow, D not"}).score == 100.0
+    assert MMBench("lmms-eval-static").score(samples, answers | {9: "E"}).score == 50.0
+
+
+def test_a_note_says_how_many_answers_were_not_read(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = {id_: f"\u7b54\u6848\u662f{letter}\u3002" for id_, letter in PERFECT.items()}
+    score = MMBench().score(samples, answers)
+    assert (score.score, score.counts["unresolved"]) == (0.0, 5)
+    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong; a judge")
+    score = MMBench("lmms-eval-static").score(samples, answers)  # whose extractor knows Chinese phrases
+    assert (score.score, score.notes) == (100.0, [])
+
+
+def test_an_answer_that_pandas_reads_as_missing_is_no_text(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    for row in mmbench_rows:
+        row |= {letter: {"cat": "no", "dog": "yes"}.get(row[letter], row[letter]) for letter in "AB"}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = PERFECT | {7: "None", 1000007: "no"}
+    assert MMBench("lmms-eval").score(samples, answers).scores["dev"]["hits"] == 2  # "none" holds "no"
+    assert MMBench().score(samples, answers).scores["dev"]["hits"] == 1
+    assert MMBench().score(samples, answers | {7: "none"}).scores["dev"]["hits"] == 2
+
+
 def test_edition_is_told() -> None:
     def rows(groups: int, passes: int, question: str, first: int = 0) -> list[Any]:
         base = {"question": question, "A": "x", "B": "y", "answer": "A"}

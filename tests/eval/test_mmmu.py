@@ -9,6 +9,7 @@ import pytest
 from eval.benchmarks.mmmu import MMMU, choose, is_right_open, key_statements, named_images
 from eval.reading.images import ImageSource
 from eval.score import score_file
+from eval.scoring.mmmu_peers import is_right_vlmevalkit, lmms_eval_letter
 from llava_skip_base.errors import UserError
 
 CHOICES = {"A": "a red car", "B": "a blue boat", "C": "two dogs"}
@@ -120,6 +121,87 @@ def test_vlmevalkit_file(write_tsv: Callable[..., Path], rule: str, hits: int) -
         hits += Random(42).choice("AB") == "A"
     assert score.counts["hits"] == hits + (rule == "vlmevalkit")  # which reports the splits apart
     assert score.score == pytest.approx(100 * hits / 3)
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "right"),
+    [
+        ("A", "A", True),
+        ("B", "B", True),  # the letter of "Other Answers", and the gold letter
+        ("B", "A", False),  # the letter of the gold answer, which is not the gold letter
+        ("C", "C", False),  # C is no letter of two options, so its text means A
+        ("Z", "no idea", True),  # the letter of no choice
+        ("b", "it is b", True),
+        ("7", "7", True),
+        ("AB", "AB", True),
+        ("NA", "NA", False),  # a gold answer that pandas loses
+        ("none", "none", True),
+        ("API", "Failed to obtain answer via API", True),
+        ("seven", "Failed to obtain answer via API", False),
+    ],
+)
+def test_vlmevalkits_open_questions(gold: str, prediction: str, right: bool) -> None:
+    fields = {"answer_cell": gold, "options": {}, "question_type": "open"}
+    assert is_right_vlmevalkit(prediction, fields) is right
+
+
+@pytest.mark.parametrize("word", ["NA", "N/A", "null", "NULL", "nan", "NaN", "None", "n/a", "<NA>"])
+def test_vlmevalkit_loses_options_that_pandas_reads_as_missing(write_tsv: Callable[..., Path], word: str) -> None:
+    row = {"question": "?", "A": "cat", "B": word, "C": "dog", "D": "", "answer": "B", "prediction": "B"}
+    rows = [
+        {"index": 0, "id": "validation_Art_1", **row},
+        {"index": 1, "id": "validation_Art_2", **row, "answer": "A", "prediction": "A or B"},
+        # Without an option A the question becomes an open one, whose A is the gold answer.
+        {"index": 2, "id": "validation_Art_3", **row, "A": word, "B": "cat", "answer": "C", "prediction": "C"},
+        {"index": 3, "id": "validation_Art_4", **row, "A": word, "B": "cat", "answer": "C", "prediction": "A"},
+    ]
+    score = score_file(MMMU("vlmevalkit"), write_tsv(rows), None, False, None)
+    assert list(score.per_sample.values()) == [False, True, True, False]
+
+
+def test_vlmevalkit_keeps_a_small_none(write_tsv: Callable[..., Path]) -> None:
+    rows = [{"index": 0, "question": "?", "A": "cat", "B": "none", "answer": "B", "prediction": "none"}]
+    assert score_file(MMMU("vlmevalkit"), write_tsv(rows), None, False, None).score == 100
+    rows[0]["prediction"] = "None"  # pandas reads it as missing, and VLMEvalKit as "nan"
+    assert score_file(MMMU("vlmevalkit"), write_tsv(rows), None, False, None).score == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("(A) or rather (B)", "B"),
+        ("A B", "B"),
+        ("made in USA (B)", "B"),
+        ("made in USA or so", "A"),  # a word that ends in the letter
+        ("It is B. So", "B"),
+        ("It is B.", "B"),
+        ("A. or B. so", "A"),  # of several without the letter alone, the first
+        ("B: boat", None),
+        ("I think that it shows two dogs here", "C"),
+        ("two dogs", None),
+        *[(text, None) for text in ("", "b", "**B**")],
+    ],
+)
+def test_lmms_evals_letter(response: str, letter: str | None) -> None:
+    assert lmms_eval_letter(response, CHOICES) == letter
+
+
+@pytest.mark.parametrize(("rule", "open_hits"), [("lmms-eval", 1), ("lmms-eval-0.7.2", 0)])
+def test_lmms_evals_rule(write_tsv: Callable[..., Path], rule: str, open_hits: int) -> None:
+    rows = [
+        {"index": 0, "id": "validation_Math_1", "options": "['cat', 'dog']", "answer": "A", "prediction": "a USA dog"},
+        {"index": 1, "id": "validation_Math_2", "options": "['cat', 'dog']", "answer": "B", "prediction": "what"},
+        {"index": 2, "id": "validation_Art_1", "options": "[]", "answer": "7", "prediction": "It is 7"},
+        # A written list is one reference, which no answer holds.
+        {"index": 3, "id": "validation_Art_2", "options": "[]", "answer": "['7', 'seven']", "prediction": "It is 7"},
+    ]
+    score = score_file(MMMU(rule), write_tsv([{"question": "?", **row} for row in rows]), None, False, None)
+    drawn = Random(0).choice("AB") == "B"
+    assert list(score.per_sample.values()) == [True, drawn, bool(open_hits), False]
+    assert score.scores["Overall"] == {"num": 4, "acc": round((1 + drawn + open_hits) / 4, 5)}
+    assert score.counts["drawn_at_random"] == 1
+    assert any("lmms-eval, whose draws depend" in note for note in score.notes)
+    assert any("every open question as wrong" in note for note in score.notes) is (not open_hits)
 
 
 def test_first_of_several_images(write_tsv: Callable[..., Path], encoded_image: Callable[..., str]) -> None:

@@ -119,6 +119,26 @@ def test_the_rules_differ(write_tsv: Callable[..., Path], mmstar_rows: Rows, rul
     assert bool(score.notes) is (rule != "official")
 
 
+@pytest.mark.parametrize("rule", ["official", "vlmevalkit", "lmms-eval"])
+def test_a_note_says_that_no_answer_was_read(write_tsv: Callable[..., Path], mmstar_rows: Rows, rule: str) -> None:
+    samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
+    answers = dict.fromkeys(range(5), "\u7b2c\u4e00\u4e2a")
+    score = MMStar(rule).score(samples, answers)
+    assert (score.score, "none of the 5 answers names an option" in score.notes[0]) == (0.0, True)
+    assert not any("none of" in note for note in MMStar(rule).score(samples, answers | {3: "B"}).notes)
+
+
+def test_options_that_pandas_reads_as_missing(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
+    for row in mmstar_rows:
+        row |= {"A": "cat", "B": "NA", "C": "none", "D": "dog", "answer": "B"}
+    mmstar_rows[1]["answer"] = "A"
+    mmstar_rows[2]["answer"] = "C"
+    samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
+    answers = {0: "B", 1: "A, not B", 2: "none", 3: "None", 4: "NA"}
+    # B is no option for VLMEvalKit, whose pandas reads its text as missing, and an answer "None" is read as "nan".
+    assert [id_ for id_, hit in MMStar("vlmevalkit").score(samples, answers).per_sample.items() if hit] == [1, 2]
+
+
 def test_lmms_evals_averages_have_no_weights(write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
     samples = MMStar().load(write_tsv(mmstar_rows), with_images=False)
     score = MMStar("lmms-eval").score(samples, {0: "A", 1: "B", 2: "A", 3: "A", 4: "A"})

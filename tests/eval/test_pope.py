@@ -120,6 +120,55 @@ def test_questions_without_a_label_are_refused(llava_folder: Path) -> None:
         POPE().load(llava_folder / "answers", with_images=False)
 
 
+def release(folder: Path, numbers: tuple[int, int]) -> Path:
+    """A question file and the label files of two releases: numbers of questions and of labels in the random split."""
+    rows = [{"question_id": n, "image": f"{n}.jpg", "text": f"Is there a thing {n}?", "label": "no"} for n in range(99)]
+    for split in SPLITS[:2]:
+        write_json_lines(folder / f"coco_pope_{split}.json", rows)
+    asked, labelled = ([{**rows[0], "image": f"{n}.jpg"} for n in range(number)] for number in numbers)
+    write_json_lines(folder / "coco_pope_random.json", [{**row, "text": "Is it?"} for row in labelled])
+    questions = [{**row, "category": split} for split in SPLITS[:2] for row in rows]
+    questions += [{**row, "category": "random"} for row in asked]
+    return write_json_lines(
+        folder / "llava_pope_test.jsonl", [{**row, "question_id": n} for n, row in enumerate(questions)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "labels", "asked"),
+    [
+        ((2910, 3000), "3000 in the random split: a later release", "2910 in the random split: the release that LLaVA"),
+        ((3000, 2910), "2910 in the random split: the release that LLaVA", "3000 in the random split: a later release"),
+        ((10, 12), "", ""),
+    ],
+)
+def test_label_files_of_another_release(tmp_path: Path, numbers: tuple[int, int], labels: str, asked: str) -> None:
+    release(tmp_path, numbers)
+    with pytest.raises(
+        UserError, match="questions have no label in .*: the label files are of another release"
+    ) as info:
+        POPE().load(tmp_path, with_images=False)
+    message = str(info.value)
+    assert labels in message and asked in message
+    assert message.count("in the random split") == 2 * bool(labels)
+
+
+def test_answers_of_another_release(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in release(tmp_path, (2910, 3000)).read_text().splitlines()]
+    answers = [
+        {"image": row["image"], "category": row["category"], "question": "Is it?", "answer": "no"} for row in rows
+    ]
+    (tmp_path / "llava_pope_test.jsonl").unlink()
+    path = write_json_lines(tmp_path / "own" / "answers.jsonl", answers[198:])
+    with pytest.raises(
+        UserError, match="answers 2910 questions of the random split, and the labels are of another rel"
+    ):
+        score_file(POPE(), path, tmp_path / "coco_pope_random.json", True, None)
+    path = write_json_lines(path, [{"question_id": n, "prompt": "Is it?", "text": "no"} for n in range(2910)])
+    with pytest.raises(UserError, match="may be of another release .3000 in the random split: a later release"):
+        score_file(POPE(), path, tmp_path / "coco_pope_random.json", False, None)
+
+
 @pytest.mark.parametrize("place", ["llava_pope_test.jsonl", "coco/coco_pope_random.json"])
 def test_questions_are_not_taken_for_answers(llava_folder: Path, place: str) -> None:
     with pytest.raises(UserError, match="is a file of questions"):

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from eval.benchmarks.gqa import GQA
-from eval.benchmarks.ocrbench import OCRBench, is_hit
+from eval.benchmarks.ocrbench import OTHERS, RECOGNITION, OCRBench, is_hit
 from eval.benchmarks.textvqa import TextVQA, asked_question, soft_accuracy
 from eval.score import score_file
-from eval.scoring.vqa import normalise_answer, yes_or_no
+from eval.scoring.vqa import normalise_answer, vlmevalkit_form, yes_or_no
 from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
@@ -41,8 +41,29 @@ def test_vqa_normalisation(text: str, plain: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "official", "peer"),
+    [
+        ("5.", "5", "5."),
+        ("no. 5.", "no 5", "no 5."),
+        ("x.5", "x.5", "x.5"),
+        ("x. 5", "x 5", "x 5"),
+        ("5.x", "5x", "5.x"),
+        ("1,,2", "12", "1 2"),
+        ("1,2", "12", "12"),
+        ("x/y 1,2", "x y 12", "xy 12"),  # one comma between digits: all marks go
+        ("x/y 1,,2", "x y 12", "x y 1 2"),
+        ("(3)", "3", "3"),
+    ],
+)
+def test_periods_and_commas_between_digits(text: str, official: str, peer: str) -> None:
+    assert (normalise_answer(text), vlmevalkit_form(text)) == (official, peer)
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
+        ("yes/x 1,2", None),  # one comma between digits: the stroke goes
+        ("yes/x 1,,2", "yes"),
         ("Yes.", "yes"),
         ("The answer is no", "no"),
         ("yes or no", None),
@@ -187,6 +208,39 @@ def test_gqa_rules_differ_in_spaces_and_marks(write_tsv: Callable[..., Path], ru
     said = [("red", " Red"), ("t-shirt", "T shirt"), ("t-shirt", "tshirt!")]
     rows = [{"index": n, "question": "?", "answer": a, "prediction": text} for n, (a, text) in enumerate(said)]
     assert score_file(GQA(rule), write_tsv(rows), None, False, None).score == score
+
+
+@pytest.mark.parametrize(("rule", "prediction", "score"), [("official", "None.", 100), ("vlmevalkit", "none", 100)])
+@pytest.mark.parametrize("benchmark", [TextVQA, GQA])
+def test_vlmevalkit_loses_answers_that_pandas_reads_as_missing(
+    write_tsv: Callable[..., Path], benchmark: Any, rule: str, prediction: str, score: float
+) -> None:
+    gold = "none" if benchmark is GQA else str(["none"] * 10)
+    row = {"index": 5, "question": "?", "answer": gold}
+    for text, wanted in ((prediction, score), ("None", score * (rule == "official"))):
+        predictions = write_tsv([{**row, "prediction": text}])
+        assert score_file(benchmark(rule), predictions, None, False, None).score == wanted
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "kind", "official", "folded"),
+    [
+        ("\uff28\uff25\uff2c\uff2c\uff2f\uff01", ["hello!"], 6, False, True),
+        ("it is 12.5", ["\uff11\uff12\uff0e\uff15"], 6, False, True),
+        ("a\u3000b", ["a b"], 7, False, True),
+        ("\u2460", ["1"], 6, False, False),  # a digit in a circle is no full-width form
+        ("\uff21+\uff22", ["A+B"], 9, False, False),  # formulas are not folded
+        ("A + B", ["A+B"], 9, True, True),
+    ],
+)
+def test_lmms_eval_folds_full_width_ascii(
+    write_tsv: Callable[..., Path], prediction: str, references: list[str], kind: int, official: bool, folded: bool
+) -> None:
+    rows = [{"index": 0, "question": "?", "answer": str(references), "prediction": prediction}]
+    rows[0]["category"] = (*RECOGNITION, *OTHERS)[kind]
+    for rule, hit in (("official", official), ("lmms-eval", folded)):
+        score = score_file(OCRBench(rule), write_tsv(rows), None, False, None)
+        assert (score.scores["Final Score"], score.rule) == (hit, OCRBench.rules[rule])
 
 
 @pytest.mark.parametrize(
