@@ -157,6 +157,8 @@ def writing(path: Path) -> Iterator[None]:
     """Around the writing of a path that the user chose: what the system refuses is a UserError."""
     try:
         yield
+    except UserError:
+        raise  # of what is read meanwhile
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another path, or make room.") from error
 
