@@ -216,7 +216,7 @@ def test_a_note_says_how_many_answers_were_not_read(write_tsv: Callable[..., Pat
     answers = {id_: f"\u7b54\u6848\u662f{letter}\u3002" for id_, letter in PERFECT.items()}
     score = MMBench().score(samples, answers)
     assert (score.score, score.counts["unresolved"]) == (0.0, 5)
-    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong; a judge")
+    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong;")
     score = MMBench("lmms-eval-static").score(samples, answers)  # whose extractor knows Chinese phrases
     assert (score.score, score.notes) == (100.0, [])
 
@@ -268,6 +268,14 @@ def test_judge_reads_only_what_matters(unread: Any, judge_server: Any, tmp_path:
     assert score.judge == judge.describe()
     assert MMBench().score(samples, answers, judge).score == 50.0
     assert len(server.requests) == 1  # what it said is kept
+
+
+def test_static_rule_asks_no_judge(unread: Any, judge_server: Any, tmp_path: Path) -> None:
+    samples, answers = unread
+    server = judge_server(["B"])
+    score = MMBench("lmms-eval-static").score(samples, answers, Judge(server.url, tmp_path, "tiny", "j"))
+    assert (score.judge, score.rule, server.requests) == (None, MMBench.rules["lmms-eval-static"], [])
+    assert score.score == 0.0
 
 
 def test_judge_that_settles_nothing(unread: Any, judge_server: Any, tmp_path: Path) -> None:
