@@ -231,6 +231,25 @@ def test_an_answer_that_pandas_reads_as_missing_is_no_text(write_tsv: Callable[.
     assert MMBench().score(samples, answers | {7: "none"}).scores["dev"]["hits"] == 2
 
 
+def test_an_option_that_reads_like_nothing_can_be_answered(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    for row in mmbench_rows:  # question 7: None is right; question 9: N is right
+        row |= {letter: {"cat": "None", "snow": "N"}.get(row[letter], row[letter]) for letter in "ABC"}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    assert MMBench().score(samples, PERFECT | {7: "None", 1000007: "None"}).score == 100.0
+    # An absent answer is no "nan", which would hold the text of the option N.
+    assert MMBench().score(samples, PERFECT | {9: "", 1000009: "", 2000009: ""}).score == 50.0
+
+
+@pytest.mark.parametrize("rule", ["lmms-eval", "lmms-eval-static"])
+def test_lmms_eval_takes_nan_for_a_text(write_tsv: Callable[..., Path], mmbench_rows: Rows, rule: str) -> None:
+    for row in mmbench_rows:
+        row |= {letter: {"dog": "banana", "": "nan"}.get(row[letter], row[letter]) for letter in "ABCD"}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = PERFECT | {7: "no banana", 1000007: "no banana"}  # names banana and nan, so neither
+    assert MMBench(rule).score(samples, answers).counts["unresolved"] == 2
+    assert MMBench().score(samples, answers).counts["unresolved"] == 0
+
+
 def test_edition_is_told() -> None:
     def rows(groups: int, passes: int, question: str, first: int = 0) -> list[Any]:
         base = {"question": question, "A": "x", "B": "y", "answer": "A"}
