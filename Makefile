@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 ENV := set -euo pipefail; . scripts/env.sh;
 
-.PHONY: help setup test test-slow check format bench conformance
+.PHONY: help setup test test-slow fuzz check format bench conformance
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -14,6 +14,9 @@ test: ## the tests, under 8 minutes on 2 cores
 
 test-slow: ## the tests that take minutes
 	@$(ENV) $$PYTHON -m pytest -q -m slow $(ARGS)
+
+fuzz: ## damaged input of every kind for every reader, ROUNDS= times as long as in the tests
+	@$(ENV) FUZZ_ROUNDS=$(or $(ROUNDS),20) $$PYTHON -m pytest -q tests/fuzz $(ARGS)
 
 check: ## lint, format and types
 	@$(ENV) $$PYTHON -m ruff check . && $$PYTHON -m ruff format --check . && $$PYTHON -m mypy

@@ -20,7 +20,6 @@ REQUIRED = [
     # training
     "accelerate>=1.10,<2",
     "datasets>=4,<6",
-    "ijson>=3.3,<4",
     "peft>=0.18,<1",
     "psutil>=5.9",
     "pyyaml>=6",
@@ -34,6 +33,7 @@ REQUIRED = [
     "tokenizers>=0.22",
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
+GGUF = ["gguf>=0.17,<1"]
 DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
 
 setup(
@@ -59,8 +59,9 @@ setup(
         "train": TRAIN,
         "flash-attn": ["flash-attn>=2.7"],
         "qlora": ["bitsandbytes>=0.46.1,<1"],
+        "gguf": GGUF,
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
-        "all": [*TRAIN, *DEV],
+        "all": [*TRAIN, *GGUF, *DEV],
     },
 )

@@ -9,11 +9,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 from scipy import stats
 
 from eval.showing.results import Result
-from llava_skip_base.console import make_app, make_table, output_console, print_next, run_app
+from llava_skip_base.console import PlainTable, make_app, make_table, output_console, print_next, print_text, run_app
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 
@@ -143,11 +142,11 @@ _COMPARED = ("benchmark", "data", "protocol", "rule", "max_new_tokens", "judge")
 
 def _key(result: Result) -> tuple[object, ...]:
     facts = result.facts
-    limits = facts.get("generation", {}).get("max_new_tokens")
+    limits = (facts.get("generation") or {}).get("max_new_tokens")
     return (facts["benchmark"], facts["data"]["sha256"], facts["protocol"], facts["rule"], limits, facts.get("judge"))
 
 
-def comparison_table(a: Result, b: Result, found: Comparison) -> Table:
+def comparison_table(a: Result, b: Result, found: Comparison) -> PlainTable:
     """The comparison for the terminal."""
     headings = ("", "score", f"mean of questions, {CONFIDENCE:.0%} interval")
     models = (("A", a, found.a), ("B", b, found.b))
@@ -169,10 +168,9 @@ def run(
     """Compare two models on a benchmark: difference, confidence interval, paired test."""
     results = Result.load(a), Result.load(b)
     found = compare(*aligned(*results))
-    console = output_console()
-    console.print(comparison_table(*results, found))
+    output_console().print(comparison_table(*results, found))
     verdict = "within noise" if found.within_noise else "more than noise"
-    console.print(f"The difference is {verdict} at the {CONFIDENCE:.0%} level (p = {found.p:.3g}).", highlight=False)
+    print_text(f"The difference is {verdict} at the {CONFIDENCE:.0%} level (p = {found.p:.3g}).")
     if json:
         named = {name: {"folder": str(r.folder), **r.facts} for name, r in zip(("a", "b"), results, strict=True)}
         method = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED}

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from eval.sample import Score
 from eval.scoring.judge import Judge
+from llava_skip_base.console import print_text
 
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL; OPENAI_BASE_URL by default.")]
 JudgeModel = Annotated[str, typer.Option(help="Model that grades.")]
@@ -25,8 +25,8 @@ def make_judge(url: str | None, model: str, runs: int, folder: Path, label: str,
     return Judge(url, folder, label, model, runs, **options) if url else None
 
 
-def print_outcome(name: str, score: Score, path: Path, console: Console) -> None:
+def print_outcome(name: str, score: Score, path: Path) -> None:
     """Print what a reader must know about a number, and the path of its result; `name` is put before each note."""
     for note in score.notes:
-        console.print(f"note: {name}{note}", markup=False, soft_wrap=True)
-    console.print(f"{score.status}; written to {path}", markup=False, soft_wrap=True)
+        print_text(f"note: {name}{note}")
+    print_text(f"{score.status}; written to {path}")

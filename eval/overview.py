@@ -3,6 +3,7 @@
 A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, and pages with every question and answer.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
-from llava_skip_base.console import make_app, make_table, output_console, run_app
+from llava_skip_base.console import make_app, make_table, output_console, print_text, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
+from llava_skip_base.texts import plain
 
 MOST_AXES = 24
 FOLDER = "overview"
@@ -129,8 +131,13 @@ def markdown(overview: Overview, charts: Sequence[str]) -> str:
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_markdown_text, row)) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def _markdown_text(text: str) -> str:
+    """A text in which nothing is markup, in one line."""
+    return re.sub(r"([\\`*_\[\]<>&|~$#!])", r"\\\1", " ".join(plain(text).split()))
 
 
 def write_overview(results: Sequence[Result], folder: Path) -> Overview:
@@ -148,7 +155,7 @@ def print_overview(overview: Overview, folder: Path, console: Console) -> None:
     """Show the table of scores, and the page with the rest."""
     header, *rows = overview.cells()
     console.print(make_table("scores", header, rows, right=len(header) - 1))
-    console.print(f"questions, answers and charts in {folder / 'index.html'}", markup=False, soft_wrap=True)
+    print_text(f"questions, answers and charts in {folder / 'index.html'}")
 
 
 def run(

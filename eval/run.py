@@ -21,11 +21,12 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import Result
 from eval.showing.score_table import score_table
-from llava_skip_base.console import make_app, output_console, print_error, print_next, run_app
+from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
-from llava_skip_base.files import write_json
+from llava_skip_base.files import write_json, writing
 from llava_skip_base.paths import results, shown
+from llava_skip_base.texts import plain
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -53,7 +54,7 @@ def answer_all(
             run, log = runs[job.run], logs[job.run]
             answers = run.new_answers(job, texts, log)
             log.append(answers)
-            progress.set_description(f"{run.benchmark.name}: {run.name}", refresh=False)
+            progress.set_description(plain(f"{run.benchmark.name}: {run.name}"), refresh=False)
             progress.update(len(answers))
             left[job.run] -= 1
             if not left[job.run]:
@@ -64,10 +65,11 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
     """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
-    write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
-    score = run.benchmark.score(run.samples, answers, judge)
-    write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
-    write_json(run.folder / "results.json", run.result(score, numerics))
+    with writing(run.folder):
+        write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
+        score = run.benchmark.score(run.samples, answers, judge)
+        write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
+        write_json(run.folder / "results.json", run.result(score, numerics))
     return score
 
 
@@ -91,25 +93,26 @@ def evaluate(
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
         before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
-            console.print(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
+            print_text(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
 
         def finish(number: int) -> None:
             run = runs[number]
+            facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
             try:
                 score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
+                seconds = round(time.monotonic() - start, 1)
+                with writing(run.folder):
+                    write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
             except UserError as error:
                 outcomes[number] = error
                 return
-            facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
-            seconds = round(time.monotonic() - start, 1)
-            write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
             console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
 
         answer_all(runs, logs, processes, numerics, finish)
     return [outcomes[number] for number in range(len(runs))]
 
 
-def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console: Console) -> int:
+def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError]) -> int:
     """Print what a reader must know about each score, and the path of its result.
 
     Returns:
@@ -122,7 +125,7 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError], console
             print_error(f"{name}{outcome}")
             code = USER_ERROR
             continue
-        options.print_outcome(name, outcome, run.folder / "results.json", console)
+        options.print_outcome(name, outcome, run.folder / "results.json")
         if outcome.status == "incomplete":
             code = code or NOT_SCORED
     return code
@@ -167,10 +170,11 @@ def run(
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
     finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
     folder = output / FOLDER
+    code = conclude(runs, outcomes)
     if finished:
-        print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
-    code = conclude(runs, outcomes, console)
-    if finished:
+        with writing(folder):
+            overview = write_overview([Result.load(place) for place in finished], folder)
+        print_overview(overview, folder, console)
         print_next(
             f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
         )

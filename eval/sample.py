@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +55,21 @@ class Score:
     per_sample: dict[Id, bool | float] = field(default_factory=dict)
 
 
+_TEXT = r"""[rRuU]?(?:'[^'\\\n]*(?:\\.[^'\\\n]*)*'|"[^"\\\n]*(?:\\.[^"\\\n]*)*")"""
+_TEXTS = re.compile(rf"\s*\[\s*(?:(?:{_TEXT}|,)\s*)*\]\s*", re.DOTALL)
+"""A list of texts as Python prints it; nothing else is given to Python's own reader, which deep nesting would end."""
+
+
+def printed_texts(text: str) -> list[str] | None:
+    """The texts of a list that Python printed; None if it is no such list."""
+    if not _TEXTS.fullmatch(text):
+        return None
+    try:
+        return list(ast.literal_eval(text.strip()))
+    except (ValueError, SyntaxError):
+        return None
+
+
 def as_list(cell: Any) -> list[Any]:
     """A cell that holds a list, or a list as Python prints it; any other cell is a list with one item.
 
@@ -61,11 +77,8 @@ def as_list(cell: Any) -> list[Any]:
     benchmarks print hold texts.
     """
     if isinstance(cell, str) and cell[:1] == "[":
-        try:
-            written = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
-            written = None  # text that only starts with a bracket
-        if isinstance(written, list) and all(isinstance(item, str) for item in written):
+        written = printed_texts(cell)  # None for text that only starts with a bracket
+        if written is not None:
             return written
     if isinstance(cell, list):
         return cell

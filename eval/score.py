@@ -43,6 +43,7 @@ def score_file(
         UserError: if the files do not fit together.
     """
     rows = plain_rows(benchmark.read_predictions(predictions))
+    benchmark.check_texts(rows, str(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
@@ -55,7 +56,8 @@ def score_file(
     if not data:
         notes.append("no --data was given: rows that the prediction file lacks altogether can go unnoticed.")
     if submission:
-        notes += benchmark.write_submission(samples, answers, submission)
+        with writing(submission):
+            notes += benchmark.write_submission(samples, answers, submission)
     score = benchmark.score(samples, answers, judge)
     score.counts.update(counts)
     score.notes[:0] = notes
@@ -134,9 +136,8 @@ def run(
     described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
     with writing(output):
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
-    console = output_console()
-    console.print(score_table(f"{chosen.name}: {predictions.name}", score))
-    options.print_outcome("", score, output, console)
+    output_console().print(score_table(f"{chosen.name}: {predictions.name}", score))
+    options.print_outcome("", score, output)
     again = "give what the notes ask for, and run it again"
     print_next("llava-skip eval shows every question of a model" if score.status == "scored" else again)
     raise typer.Exit(0 if score.status == "scored" else NOT_SCORED)

@@ -98,6 +98,12 @@ class ForgettingCache(Cache):
         self.in_chunks = False
         self.chunk_tokens = 0
         self._kept: Tensor | None = None
+        self._dropped: Tensor | None = None  # [B, at most seen], see `_note_dropped`; later tokens are stored
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Keys and values of each layer, as the caches of transformers give them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
 
     @contextmanager
     def chunked_prefill(self) -> Iterator[None]:
@@ -116,7 +122,17 @@ class ForgettingCache(Cache):
         if self._kept is None:
             return
         earlier = self.get_query_offset() - self.chunk_tokens
-        index, valid = align_right(nn.functional.pad(self._kept, (earlier, 0), value=True))
+        self._note_dropped(self._kept, self.seen - self.chunk_tokens)
+        self._keep(nn.functional.pad(self._kept, (earlier, 0), value=True))
+
+    def _note_dropped(self, kept: Tensor, before: int) -> None:
+        """Remember which tokens [B, T] that come after `before` others are not stored, or stored as padding."""
+        earlier = kept.new_zeros(kept.shape[0], 0) if self._dropped is None else self._dropped
+        self._dropped = torch.cat([nn.functional.pad(earlier, (0, before - earlier.shape[1])), ~kept], dim=1)
+
+    def _keep(self, kept: Tensor) -> None:
+        """Keep these of the stored tokens [B, K], packed to the right."""
+        index, valid = align_right(kept)
         self.mask = _unless_all(valid if self.mask is None else valid & self.mask.gather(1, index))
         for layer in self.layers:
             selection = _for_heads(index, layer.keys)
@@ -142,6 +158,8 @@ class ForgettingCache(Cache):
         else:
             self.selection, valid = align_right(kept)
             width = self.selection.shape[1]
+        if (staying := route.real if kept is None else kept) is not None:
+            self._note_dropped(staying, self.seen)
         self.mask = _join(before, stored, _unless_all(valid), width, hidden_states)
         return _join(before, stored, route.real, new, hidden_states)
 
@@ -188,19 +206,35 @@ class ForgettingCache(Cache):
         self._change_masks(lambda mask: mask[indices])
 
     def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.mask, self._kept = (None if mask is None else change(mask) for mask in (self.mask, self._kept))
+        for name in ("mask", "_kept", "_dropped"):
+            if (mask := getattr(self, name)) is not None:
+                setattr(self, name, change(mask))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, as assisted decoding does with rejected tokens."""
-        super().crop(tokens_to_remove)
-        self.seen += tokens_to_remove
-        if self.mask is not None and tokens_to_remove:
-            self.mask = self.mask[:, :tokens_to_remove]
+        """Take back the last `-tokens_to_remove` tokens that were seen, as if they had never come.
+
+        Of those, the forgotten ones are not stored: each sample gives up as many stored tokens as it has among them.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a number of tokens to remove, as 0 or less; got {tokens_to_remove}.")
+        left, stored = max(0, self.seen + tokens_to_remove), self.get_query_offset()
+        if self._dropped is None or self._dropped.shape[1] <= left:
+            super().crop(left - self.seen)
+            self.mask = None if self.mask is None else self.mask[:, : stored + left - self.seen]
+        else:
+            removed = self.seen - left - self._dropped[:, left:].sum(dim=1, keepdim=True)
+            real = self._dropped.new_ones(len(removed), stored) if self.mask is None else self.mask
+            self._keep(real & (real.flip(1).cumsum(dim=1).flip(1) > removed))
+            self._dropped = self._dropped[:, :left]
+        if self._kept is not None:
+            self._kept = self._kept[:, : max(0, self.chunk_tokens + left - self.seen)]
+        self.chunk_tokens, self.seen = max(0, self.chunk_tokens + left - self.seen), left
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen, self.mask, self.selection = 0, None, None
+        self.seen, self.chunk_tokens = 0, 0
+        self.mask, self.selection, self._kept, self._dropped = None, None, None, None
 
 
 def _for_heads(index: Tensor, like: Tensor) -> Tensor:

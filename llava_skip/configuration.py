@@ -248,6 +248,11 @@ class LlavaSkipConfig(LlavaConfig):
         return None if self.skip is None else _parse_skip(json.dumps(self.skip, sort_keys=True))
 
     @property
+    def forgets(self) -> bool:
+        """Whether a cache drops tokens after the prefill."""
+        return (skip := self.skip_config) is not None and skip.forget_cache
+
+    @property
     def resampler_config(self) -> ResamplerConfig | None:
         """The validated `resampler` entry, None without one."""
         return None if self.resampler is None else ResamplerConfig.from_dict(self.resampler)

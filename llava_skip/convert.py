@@ -1,4 +1,4 @@
-"""Command line that converts a checkpoint of any known layout: `python -m llava_skip.convert SOURCE OUTPUT`."""
+"""Command line that converts a checkpoint of any known layout: `llava-skip convert SOURCE OUTPUT`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
+from llava_skip.ends import learn_ends
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip_base.console import hide_bars_in_files, print_next, program
+from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import UserError
 
 
@@ -65,11 +66,12 @@ def convert(
     model = load_checkpoint(
         source, preset, dtype.torch_dtype, vision_tower=vision_tower, projector=projector, lora=lora, log=False
     )
-    print(model.load_report)
+    print_text(model.load_report)
     processor = None
     if has_tokenizer(folder := find_folder(source)):
         tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
         processor = LlavaSkipProcessor.for_config(model.config, tokenizer, template)
+        learn_ends(model, processor)
     if to is Target.llava_hf:
         export_llava_hf(model, output, processor)
     else:
@@ -77,8 +79,8 @@ def convert(
         if processor is not None:
             processor.save_pretrained(output)
     if processor is None:
-        print(f"{source} has no tokenizer: no processor is written.")
-    print(f"written to {output}")
+        print_text(f"{source} has no tokenizer: no processor is written.")
+    print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}, or llava-skip train --recipe finetune --model {output}")
 
 

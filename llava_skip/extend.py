@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from llava_skip.checkpoints.extension import EXTENSIONS, extend_resampler
 from llava_skip.checkpoints.files import read_tensors
-from llava_skip_base.console import print_next, program
+from llava_skip_base.console import print_next, print_text, program
 from llava_skip_base.errors import UserError
 
 
@@ -33,7 +33,7 @@ def extend(
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().clone() for name, tensor in extended.items()}, file)
     scales = ", ".join(f"windows of {w} with {q} queries" for _, w, q in EXTENSIONS[rule].scales())
-    print(f"{len(weights)} tensors -> {len(extended)}: {scales}; written to {output}")
+    print_text(f"{len(weights)} tensors -> {len(extended)}: {scales}; written to {output}")
     print_next(f"llava-skip train --projector {output} with a preset of the extended resampler")
 
 

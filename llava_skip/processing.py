@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
+from llava_skip.ends import ends_of
 from llava_skip.vision import get_front_end
 from llava_skip_base.errors import UserError
 
@@ -135,6 +136,27 @@ class LlavaSkipProcessor(ProcessorMixin):
         if images:
             sample |= {name: encoded[name] for name in ("pixel_values", "crop_counts") if name in encoded}
         return sample
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """The texts of `generate`'s outputs [B, T], prompt and answer; without the end of the answer, as with others.
+
+        `generate` stops with the token that completes an end. That token may be an ordinary one, which is not left
+        out as a special one is.
+        """
+        ends = ends_of(self).texts if skip_special_tokens else ()
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+        texts = []
+        for row in rows if isinstance(rows[0], list) else [rows]:
+            shorter = [token for token in row if token not in special][:-1]
+            text, before = (
+                self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) for ids in (row, shorter)
+            )
+            completed = [text.rindex(end) for end in ends if text.count(end) > before.count(end)]
+            texts.append(text[: min(completed, default=None)])
+        return texts
 
     def render_conversation(self, messages: Messages) -> tuple[str, list[Span]]:
         """A conversation as the chat template renders it: text, one `<image>` an image, and its supervised spans."""

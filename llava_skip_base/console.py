@@ -1,7 +1,12 @@
-"""What the programs print: tables, the message of a user's mistake, figures as files."""
+"""What the programs print: tables, the message of a user's mistake, figures as files.
+
+Names, ids and answers come from files of others. They are shown as they are written: nothing in them is markup, and
+characters that a terminal would obey are shown as their codes.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,44 +17,69 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import USER_ERROR
+from llava_skip_base.texts import plain, shortened
 
 FILE_WIDTH = 160
 """Columns of a table whose output is no terminal; rich would cut it at 80."""
 
+LONGEST_LABEL = 60
+"""Characters of a chart's label."""
+
+
+def chart_label(value: Any) -> str:
+    """A value as the label of a chart: no formula, no hidden entry of a legend, and not too long."""
+    text = plain(shortened(value, LONGEST_LABEL)).replace("$", r"\$")
+    return f"\u200a{text}" if text.startswith("_") else text
+
+
+def print_text(value: Any) -> None:
+    """Print a value as plain text."""
+    print(plain(value))
+
 
 def output_console() -> Console:
     """The console of standard output; wide where the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False, emoji=False, highlight=False)
 
 
-def make_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[Any]], right: int = 0) -> Table:
+class PlainTable(Table):
+    """A table whose cells are shown as they are written."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; each cell is shown by `plain`, but a `Text` as it is."""
+        super().add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells), **options)
+
+
+def make_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[Any]], right: int = 0) -> PlainTable:
     """A table for the terminal.
 
     Args:
         title: above the table.
         headings: of the columns; columns of names and values need none ("", "").
-        rows: the cells, shown by `str`.
+        rows: the cells.
         right: the last `right` columns are aligned to the right.
     """
-    table = Table(title=title, show_header=any(headings), title_justify="left")
+    shown = None if title is None else Text(plain(title), style="table.title")
+    table = PlainTable(title=shown, show_header=any(headings), title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number >= len(headings) - right else "left")
+        table.add_column(Text(plain(heading)), justify="right" if number >= len(headings) - right else "left")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*row)
     return table
 
 
 def print_next(text: str) -> None:
     """The last line of a program: what a user would do next."""
-    print(f"next: {text}")
+    print_text(f"next: {text}")
 
 
 def print_error(message: Any) -> None:
     """Print `error: message` to standard error."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {plain(message)}\n")
     sys.stderr.flush()
 
 
@@ -98,7 +128,22 @@ def make_app(function: Callable[..., Any]) -> typer.Typer:
 def _expanded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_expanded, value))
-    return value.expanduser() if isinstance(value, Path) else value
+    return _usable(value.expanduser()) if isinstance(value, Path) else value
+
+
+def _usable(path: Path) -> Path:
+    """A path of the command line, which need not exist.
+
+    Raises:
+        UserError: the system cannot look it up, for example because it is too long.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{shortened(path)}: cannot be looked up ({error.strerror}); check the path.") from error
+    return path
 
 
 def program(function: Callable[..., Any]) -> None:

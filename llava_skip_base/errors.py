@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llava_skip_base.texts import shortened
+
 
 class UserError(ValueError):
     """A wrong option, file or model. The message says what was seen, what was expected and what to change."""
@@ -23,5 +25,5 @@ class MissingPackageError(ImportError, UserError):
 
 def first_few(values: Sequence[Any], limit: int = 5) -> str:
     """The number of `values`, and the first `limit` of them, for an error message."""
-    names = ", ".join(str(value) for value in values[:limit])
+    names = ", ".join(shortened(value, 200) for value in values[:limit])
     return f"{len(values)} ({names}{', ...' if len(values) > limit else ''})"

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.texts import shortened
 
 _FILES = (".bin", ".safetensors", ".json", ".jsonl", ".parquet", ".arrow")
 """Endings of local files, which hub names do not have."""
+DEEPEST = 100
+"""Levels of JSON from outside. Deeper values would end in the middle of a run, when they are written."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that stands for one half of a character outside of Unicode's first plane."""
 
 
 def read_text(path: Path) -> str:
@@ -31,16 +38,61 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
 
 
+def parse_json(text: str, halves: bool = False, **options: Any) -> Any:
+    """The value of a JSON text, which may come from anybody.
+
+    Args:
+        text: the JSON.
+        halves: half characters are not looked for: the caller does it in what it reads.
+        **options: of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON (a `JSONDecodeError`), is nested more than `DEEPEST` levels, has a number of more
+            digits than Python converts, or holds half a character, which could not be written again.
+    """
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
+        raise
+    if is_deep_json(text, value):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+    if not halves and _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise ValueError(f"holds half a character, \\u{code:x} without its other half") from None
+    return value
+
+
+def is_deep_json(text: str, value: Any) -> bool:
+    """Whether the value of a JSON text is nested more than `DEEPEST` levels."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return False
+    level, depth = [value], 0
+    while level and depth < DEEPEST:
+        parts = (
+            whole.values() if isinstance(whole, dict) else whole for whole in level if isinstance(whole, dict | list)
+        )
+        level, depth = [part for own in parts for part in own if isinstance(part, dict | list)], depth + 1
+    return bool(level)
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is not JSON.
+        UserError: it is not JSON, see `parse_json`.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); correct it or write it again.") from error
 
 
@@ -55,8 +107,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error}); correct the line.") from error
         yield number, value
 
@@ -94,6 +146,8 @@ def writing(path: Path) -> Iterator[None]:
     """Around the writing of a path that the user chose: what the system refuses is a UserError."""
     try:
         yield
+    except UserError:
+        raise  # of what is read meanwhile
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another path, or make room.") from error
 
@@ -111,6 +165,17 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 def write_json_lines(path: Path, records: Iterable[Any]) -> None:
     """Write a JSON-lines file in one step."""
     write_text(path, json_lines(records))
+
+
+def image_path(folder: str | Path, name: str) -> Path:
+    """The path of an image that data names; it must be below the image folder, whose links are followed.
+
+    Raises:
+        UserError: the name is absolute or goes up.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{shortened(name)} leaves the image folder {folder}")
+    return Path(folder) / name
 
 
 def is_hub_name(text: str) -> bool:

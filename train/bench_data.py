@@ -24,7 +24,7 @@ import psutil
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.console import make_table, one_message, output_console, print_text
 from llava_skip_base.files import write_json
 from llava_skip_base.machine import usable_cores
 from train.arguments import ModelArguments
@@ -176,7 +176,7 @@ def main() -> None:
         figures = measure(model, arguments)
     write_json(Path(arguments.report).expanduser(), figures)
     show(figures)
-    print(f"The figures are in {arguments.report}; docs/data.md has those of other machines.")
+    print_text(f"The figures are in {arguments.report}; docs/data.md has those of other machines.")
 
 
 if __name__ == "__main__":

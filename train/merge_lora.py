@@ -1,4 +1,4 @@
-"""Merge a trained LoRA adapter into its model: `python -m train.merge_lora ADAPTER --output DIR`."""
+"""Merge a trained LoRA adapter into its model: `llava-skip merge-lora ADAPTER --output DIR`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 
 from llava_skip.checkpoints.files import check_tensors, is_adapter
 from llava_skip.convert import Precision, new_folder
-from llava_skip_base.console import hide_bars_in_files, print_next, program
+from llava_skip.ends import learn_ends
+from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import MissingFileError
 from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
@@ -61,9 +62,11 @@ def merge(
         check_tensors(file)
     hide_bars_in_files()
     model = PeftModel.from_pretrained(load_base(adapter, base, dtype.torch_dtype), adapter).merge_and_unload()
+    processor = AutoProcessor.from_pretrained(adapter)
+    learn_ends(model, processor)
     model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
-    print(f"written to {output}")
+    processor.save_pretrained(folder)
+    print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}")
 
 

@@ -23,9 +23,10 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.front_end import Box
-from llava_skip_base.console import make_table, one_message, output_console
+from llava_skip_base.console import make_table, one_message, output_console, print_text
 from llava_skip_base.errors import UserError
 from llava_skip_base.paths import shown
+from llava_skip_base.texts import plain
 from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import ConversationDataset, load_records
@@ -53,7 +54,7 @@ def coloured(sample: dict, processor: LlavaSkipProcessor) -> Text:
     for (supervised, is_image), run in groupby(pairs, lambda pair: (pair[1] != IGNORE_INDEX, pair[0] == image)):
         tokens = [token for token, _ in run]
         words = f"[{len(tokens)} image tokens]" if is_image else processor.tokenizer.decode(tokens)
-        text.append(words, style=IMAGE if is_image else SUPERVISED if supervised else NOT_SUPERVISED)
+        text.append(plain(words), style=IMAGE if is_image else SUPERVISED if supervised else NOT_SUPERVISED)
     return text
 
 
@@ -116,13 +117,13 @@ def show(index: int, model_arguments: ModelArguments, data: DataArguments, outpu
             draw(crops, boxes, processor).save(drawn[-1])
             rows.append((drawn[-1], words))
     console = output_console()
-    console.rule(Text(sample["record_id"]))
+    console.rule(Text(plain(sample["record_id"])))
     console.print(coloured(sample, processor))
     console.print(make_table(None, ("", ""), rows))
     if drawn:
-        print(f"Open {shown(drawn[0])} to see the image as the model does.")
+        print_text(f"Open {shown(drawn[0])} to see the image as the model does.")
     else:
-        print("llava-skip train with the same arguments trains on it.")
+        print_text("llava-skip train with the same arguments trains on it.")
 
 
 def main() -> None:

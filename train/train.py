@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
 import torch
 from transformers import set_seed
 
+from llava_skip.ends import learn_ends
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
@@ -28,12 +29,13 @@ from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
 from train.reporting.result import draw_loss, show_result
+from train.resilience.finite import NotFinite
 from train.resilience.preemption import Preemption
 from train.resilience.resume import CheckpointError
 from train.resilience.run_folder import RESULT, RunFolder
 from train.resilience.watchdog import Watchdog
 from train.run import Run, check, check_same_records, parse
-from train.trainer import NonFiniteLoss, SkipTrainer
+from train.trainer import SkipTrainer
 
 FIND_RECORDS = (
     " llava-skip validate-data with the same arguments finds all such records; training then refuses them at its "
@@ -51,13 +53,14 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     Raises:
         UserError: the model cannot be loaded, or a record that was not checked before the run cannot be trained on.
         CheckpointError: a checkpoint could not be written.
-        NonFiniteLoss: the loss is NaN or infinite.
+        NotFinite: the loss, the gradient or the weights are NaN or infinite.
     """
     arguments = run.arguments
     set_seed(arguments.seed)
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
+    learn_ends(model, run.processor)
     preemption = Preemption()
     trainer = SkipTrainer(
         model=model,
@@ -93,7 +96,8 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
         "parameters": sum(whole for whole, _ in run.parts.values()),
-        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else 0,
+        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else int(counts["faulty"]),
+        "unread_columns": run.unread,
         "history": history,
         **counts,
     }
@@ -112,6 +116,7 @@ def _tell(error: Exception) -> None:
     """Say what ended the run: rank 0 for all; the others wait 30 s, and report only if they are still alive then."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, when rank 0 has ended; in training it only asks
         time.sleep(30)
     print_error(f"rank {rank} on {socket.gethostname()}: {error}" if rank else error)
 
@@ -158,9 +163,12 @@ def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     except RecordError as error:  # of one rank
         print_error(f"{error}{FIND_RECORDS}")
         code = USER_ERROR
-    except (CheckpointError, NonFiniteLoss) as error:
+    except CheckpointError as error:
         print_error(error)
-        code = NOT_SAVED if isinstance(error, CheckpointError) else TRAINING_ERROR
+        code = NOT_SAVED
+    except NotFinite as error:
+        (_tell if error.of_all_ranks else print_error)(error)
+        code = TRAINING_ERROR
     except UserError as error:  # of all ranks
         _tell(error)
         code = USER_ERROR

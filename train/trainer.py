@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import seed_worker
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
 from train.reporting.callbacks import JsonLines, LogLine, Progress
 from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
+from train.resilience.finite import FiniteChecks
 from train.resilience.resume import ResumableTrainer
-
-
-class NonFiniteLoss(UserError):
-    """The loss is NaN or infinite, and all further updates would be useless."""
 
 
 class SkipTrainer(ResumableTrainer):
@@ -52,12 +50,32 @@ class SkipTrainer(ResumableTrainer):
             peak_tflops(self.args.device, self.args.peak_tflops),
             self.accelerator.gather,
         )
-        self._loss: tuple[Tensor, Any] | None = None
+        self._finite = FiniteChecks(self)
+        self._records: list[Any] = []
+        """Names of the records of the micro batch."""
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         if sys.stderr.isatty() and not self.args.disable_tqdm:
             self.add_callback(Progress)
         self.add_callback(LogLine)
         self.add_callback(JsonLines)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; what computes the norm of the gradient, which Trainer asks for at every step, has it checked."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.clip_grad_norm_ = partial(self._clip, self.accelerator.clip_grad_norm_)
+
+    def _clip(self, clip: Callable[..., Any], parameters: Iterable[nn.Parameter], limit: float) -> Any:
+        """The gradient's norm; a gradient that is not finite stays as it is, so that the tensors can be named."""
+        if self.is_deepspeed_enabled:  # it has made the step, or left it out
+            self._finite.note_norm(norm := clip(parameters, limit))
+            return norm
+        self.accelerator.unscale_gradients()
+        given = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in given if parameter.grad is not None)
+        self._finite.note_norm(norm)
+        if limit < math.inf:
+            nn.utils.clip_grads_with_norm_(given, limit, norm.nan_to_num(nan=0.0, posinf=math.inf))
+        return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, over groups by learning rate and weight decay.
@@ -89,27 +107,36 @@ class SkipTrainer(ResumableTrainer):
         """Forward and backward of a micro batch, whose `record_ids` (list) are named if its loss is not finite.
 
         Raises:
-            NonFiniteLoss: the loss is not finite; `nonfinite_loss.rank<N>.json` in the run's folder has the records.
+            NotFinite: its loss is not, or the gradient of the step before was not.
         """
         inputs = dict(inputs)
-        record_ids = inputs.pop("record_ids", None)
+        self._records = inputs.pop("record_ids", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._check_finite(record_ids)
+        self._finite.check_loss()
         return loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Of a stream, which divides its own records; by modality and length for a set with lengths; else Trainer's."""
         if isinstance(self.train_dataset, ConversationStream):
             return stream_loader(self.train_dataset, self.args, self.data_collator)
+        run, begun = self.args, self.args.layout
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+        else:
+            batches = begun.processes * begun.accumulation
+            loader = self._loader(self.train_dataset, ModalityLengthSampler(lengths, begun.batch, batches, run.seed))
+        if begun == run.own_layout:
+            return loader
+        rounds = Rounds(order_of(loader), begun.round, run.own_layout.round, run.dataloader_drop_last)
+        return self._loader(Relaid(self.train_dataset), rounds)
+
+    def _loader(self, dataset: Any, sampler: Sampler) -> DataLoader:
         run = self.args
-        batches = run.world_size * run.gradient_accumulation_steps
         loader = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_size=run.train_batch_size,
-            sampler=ModalityLengthSampler(lengths, run.train_batch_size, batches, run.seed),
+            sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=run.dataloader_num_workers,
             pin_memory=run.dataloader_pin_memory,
@@ -128,26 +155,8 @@ class SkipTrainer(ResumableTrainer):
         for name in COUNTED:
             inputs.pop(name, None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._loss = _copied(loss)
+        self._finite.note_loss(loss, self._records)
         return loss
-
-    def _check_finite(self, record_ids: list[Any] | None) -> None:
-        # The device has the backward pass in its queue by now, so that it works on while this waits for the loss.
-        assert self._loss is not None
-        copy, copied = self._loss
-        if copied is not None:
-            copied.synchronize()
-        if math.isfinite(copy.item()):
-            return
-        step, rank = self.state.global_step + 1, self.args.process_index
-        path = Path(self.args.output_dir) / f"nonfinite_loss.rank{rank}.json"
-        rate = self.optimizer.param_groups[0]["lr"]
-        found = {"loss": str(copy.item()), "learning_rate": rate, "record_ids": record_ids}
-        write_json(path, found | {"step": step, "rank": rank}, sort_keys=True)
-        raise NonFiniteLoss(
-            f"the loss of step {step} is {copy.item()} on rank {rank}; {path} has the ids of its records. Look at "
-            "them, lower the learning rate, or use --bf16 true instead of --fp16."
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; with the metrics of the window that ends, over all ranks."""
@@ -174,7 +183,12 @@ class SkipTrainer(ResumableTrainer):
             self._meter.totals = self.before["counts"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, on all ranks; with the run's arguments in the same folder."""
+        """Trainer's, on all ranks; with the run's arguments in the same folder.
+
+        Raises:
+            NotFinite: the weights are not; nothing is written.
+        """
+        self._finite.check_weights()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -186,13 +200,3 @@ class SkipTrainer(ResumableTrainer):
         """Sums over all ranks since the run's first step, and rates from them. Every rank must call it."""
         totals = self._meter.so_far()
         return {name: totals[name] for name in (*COUNTS, "seconds")} | rates(totals)
-
-
-def _copied(loss: Tensor) -> tuple[Tensor, Any]:
-    """A copy of the loss on the CPU, and the event after which it is there; None if it is there at once."""
-    copy = loss.detach().to("cpu", non_blocking=True)
-    if loss.device.type != "cuda":
-        return copy, None
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event

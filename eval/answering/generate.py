@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from transformers import (
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.answering.models import SavedModel
+from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
 from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip.ends import ends_of
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
@@ -83,19 +85,26 @@ class Generator:
             options["attn_implementation"] = numerics.attn
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
-        self.processor: Any = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
+        self.processor: Any = self.tokenizer
         hide_bars_in_files()
         with _readable(model.folder):
             if self.takes_images:
                 self.processor = AutoProcessor.from_pretrained(model.folder)
-            loaded: Any = auto.from_pretrained(model.folder, **options)
         if not getattr(self.processor, "chat_template", None):
             raise UserError(
                 f"{model.folder}: its processor has no chat template; save it with the one it was trained on "
-                "(python -m llava_skip.convert SOURCE OUTPUT --template NAME does)."
+                "(llava-skip convert SOURCE OUTPUT --template NAME does)."
             )
+        check_template(model.folder, self.processor, self.takes_images)
+        with _readable(model.folder):
+            loaded: Any = auto.from_pretrained(model.folder, **options)
+        self.folder = model.folder
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self.model = loaded.to(device).eval()
+        config = self.model.generation_config
+        self.ends = ends_of(self.processor).with_strings(config.stop_strings)  # an older folder names only the ids
+        self.ends.save_in(config)
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:
@@ -107,7 +116,7 @@ class Generator:
             max_new_tokens: limit of an answer's length.
 
         Returns:
-            The answers, without special tokens and surrounding spaces.
+            The answers, without their end, special tokens and surrounding spaces.
 
         Raises:
             UserError: the batch does not fit into the GPU's memory, or a language model is given an image.
@@ -122,6 +131,7 @@ class Generator:
         padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
         if self.takes_images:
             padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
+        render(self.folder, self.processor, conversations)  # its errors and its time, before it is called with images
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -132,13 +142,19 @@ class Generator:
         )
         inputs = {name: self._to_device(value) for name, value in inputs.items()}
         try:
-            output = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+            output = self.model.generate(
+                **inputs, tokenizer=self.tokenizer, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens
+            )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
             ) from error
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        stops = set(self.model.generation_config.eos_token_id or ())
+        new = [
+            list(takewhile(lambda token: token not in stops, row))
+            for row in output[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
+        return [self.ends.cut(text).strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -1,5 +1,6 @@
 """Which model answers which questions: the inputs of an evaluation, checked before anything heavy is loaded."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,11 +13,12 @@ from eval.answering.workers import Job
 from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
 from eval.reading.images import PLACEHOLDER
-from eval.reading.tables import sha256
+from eval.reading.tables import Stamps, sha256, stamps
 from eval.sample import Sample, Score
 from eval.versions import versions
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.paths import embedded_benchmarks, shown
+from llava_skip_base.texts import shortened
 
 if TYPE_CHECKING:
     from eval.answering.generate import Numerics
@@ -37,6 +39,7 @@ class Run:
         images: folder of image files, or None for the one next to the data.
         samples: the questions.
         output: folder of all results.
+        stamps: of the benchmark file before it was read.
         batch_size: questions answered at once.
         max_new_tokens: limit of an answer's length.
         blind: whether the questions are asked without their images.
@@ -47,6 +50,7 @@ class Run:
     data: Path
     images: Path | None
     samples: list[Sample]
+    stamps: Stamps
     output: Path
     batch_size: int
     max_new_tokens: int
@@ -78,8 +82,15 @@ class Run:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Hash of the benchmark file."""
-        return sha256([self.data])
+        """Hash of the benchmark file.
+
+        Raises:
+            UserError: it has changed since its questions were read.
+        """
+        found = sha256([self.data]) if stamps(self.data) else ""
+        if stamps(self.data) != self.stamps:
+            raise UserError(f"{self.data}: has been replaced or changed since its questions were read; start again.")
+        return found
 
     def identity(self, numerics: "Numerics") -> dict[str, Any]:
         """What the answers depend on; an interrupted run continues only if all of it is unchanged."""
@@ -264,20 +275,20 @@ def plan_runs(
     rule, protocol = assign("--rule", rules, names), assign("--protocol", protocols, names)
     benchmarks = [get_benchmark(name, rule.get(name), protocol.get(name)) for name in names]
     for given in image_folders.values():
-        if not given.is_dir():
-            raise UserError(f"{given}: no such image folder; check --images.")
-    if output.exists() and not output.is_dir():
+        if not os.path.isdir(given):
+            raise UserError(f"{shortened(given)}: no such image folder; check --images.")
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{output}: is a file; give a folder for the results with --output.")
     models = checked_models(folders)
     loaded = []
     for benchmark in benchmarks:
         path, folder = files.get(benchmark.name) or embedded_file(benchmark), image_folders.get(benchmark.name)
-        samples = benchmark.load(path, folder)
-        loaded.append((benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples))
+        before, samples = stamps(path), benchmark.load(path, folder)
+        loaded.append((benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples, before))
     runs = [
-        Run(own, model, path, folder, samples, output, batch_size, max_new_tokens or own.max_new_tokens, blind)
+        Run(own, model, path, folder, samples, before, output, batch_size, max_new_tokens or own.max_new_tokens, blind)
         for model in models
-        for own, path, folder, samples in loaded
+        for own, path, folder, samples, before in loaded
     ]
     for run in runs:
         run.check_prompts()

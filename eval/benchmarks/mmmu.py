@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from eval.benchmark import LETTER_INSTRUCTION, SHORT_INSTRUCTION, Benchmark
-from eval.reading.images import ImageSource, row_images
+from eval.reading.images import ImageSource, image_data, row_images
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list, options
 from eval.scoring.extraction import VERSIONS
@@ -58,7 +58,8 @@ class MMMU(Benchmark):
     limits = {"lmms-eval": 128}
     embedded = "mmmu.tsv"
     columns = ("question_type", "gold")
-    list_columns = frozenset({"gold"})
+    optional_columns = ("options",)
+    list_columns = frozenset({"gold", "options"})
     public_names = {"gold": "answer (or ground_truth)"}
     id_columns = ("id", "index", "question_id")
     answer_columns = ("prediction", "response", "parsed_pred", "text")
@@ -308,8 +309,7 @@ def named_images(row: Row, first: ImageSource) -> tuple[ImageSource, ...]:
     text = "\n".join([row.get("question", ""), *row["options"].values()])
     images = []
     for number in sorted({int(found) for found in re.findall(r"<image (\d+)>", text)} or {1}):
-        cell = row.get(f"image_{number}")
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        data = image_data(row.get(f"image_{number}"))
         images.append(ImageSource(first.sample, data) if data else replace(first, number=number - 1))
     return tuple(images)
 
@@ -342,7 +342,7 @@ def _choices(row: Row) -> dict[str, str]:
     if isinstance(row.get("index2ans"), dict):
         return {letter: str(text) for letter, text in row["index2ans"].items()}
     if isinstance(row.get("options"), dict):
-        return row["options"]
+        return {str(letter): str(text) for letter, text in row["options"].items()}
     listed = as_list(row.get("options", ""))
     if listed:
         return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}

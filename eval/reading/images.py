@@ -1,8 +1,8 @@
 """Images of benchmark rows: base64 text, raw bytes or files, of any mode, given to the model as RGB."""
 
-import ast
 import base64
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
+from eval.sample import printed_texts
 from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.files import image_path
+from llava_skip_base.texts import shortened
 
 PLACEHOLDER = "<image>"
 """Marks where in a prompt an image goes."""
@@ -52,7 +55,9 @@ class ImageSource:
             return io.BytesIO(self.data)
         text = self.data.read() if isinstance(self.data, StoredText) else self.data
         if text.startswith("["):  # VLMEvalKit's cell of several images
-            texts = ast.literal_eval(text)
+            texts = printed_texts(text)
+            if texts is None:
+                raise ValueError("it starts with a bracket, and is no list of base64 texts")
             if self.number >= len(texts):
                 raise ValueError(f"image {self.number + 1} of {len(texts)} is asked for")
             text = texts[self.number]
@@ -62,6 +67,8 @@ class ImageSource:
     def _readable(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise  # the benchmark file has changed
         except FileNotFoundError as error:
             raise UserError(f"{self.sample}: image file {error.filename} does not exist; check --images.") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
@@ -72,25 +79,31 @@ def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:
     """The image of each row, after a check that it can be opened.
 
     It is taken from `image` (base64, bytes, a Hugging Face `{"bytes": ...}` cell, or the index of the row that has
-    the image) or else from a file named in `imagename` or `image_path`, below `folder`.
+    the image) or else from a file named in `imagename` or `image_path`, which must be below `folder`.
 
     Raises:
         UserError: naming the samples whose image is missing or broken.
     """
     owners = {row["index"]: row["image"] for row in rows if "index" in row and _is_base64(row.get("image"))}
-    found, lacking = [], []
+    found, lacking, outside = [], [], []
     for row in rows:
-        image = _image(row, folder, owners)
+        try:
+            image = _image(row, folder, owners)
+        except UserError as error:
+            outside.append(f"{_name(row)}: {error}")
+            continue
         if image:
             found.append(image)
         else:
             lacking.append(_name(row))
+    if outside:
+        raise UserError(f"images of {first_few(outside)} samples are refused; name files below the folder of --images.")
     if lacking:
         raise UserError(
             f"{first_few(lacking)} of {len(rows)} samples have no image: expected base64 in 'image', the index of the "
             "row that has the image, or a file name in 'imagename' or 'image_path'."
         )
-    missing = [str(image.data) for image in found if isinstance(image.data, Path) and not image.data.is_file()]
+    missing = [str(image.data) for image in found if isinstance(image.data, Path) and not os.path.isfile(image.data)]
     if missing:
         raise UserError(
             f"{first_few(missing)} image files do not exist; looked in {folder}, set --images to their folder."
@@ -105,14 +118,20 @@ def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:
 
 def _image(row: Row, folder: Path, owners: dict[str, str | StoredText]) -> ImageSource | None:
     cell = row.get("image")
+    data = image_data(cell)
+    if isinstance(data, str) and len(data) <= REFERENCE_LENGTH:
+        data = owners.get(data)
+    if data:
+        return ImageSource(_name(row), data)
+    name = row.get("imagename") or row.get("image_path") or (cell.get("path") if isinstance(cell, dict) else None)
+    return ImageSource(_name(row), image_path(folder, name)) if name and isinstance(name, str) else None
+
+
+def image_data(cell: object) -> str | bytes | StoredText | None:
+    """What a cell holds of an image itself, by itself or as Hugging Face stores it; None if it holds none."""
     if isinstance(cell, dict):
         cell = cell.get("bytes")
-    if isinstance(cell, str) and 0 < len(cell) <= REFERENCE_LENGTH:
-        cell = owners.get(cell)
-    if cell:
-        return ImageSource(_name(row), cell)
-    name = row.get("imagename") or row.get("image_path")
-    return ImageSource(_name(row), folder / name) if name else None
+    return cell if cell and isinstance(cell, str | bytes | StoredText) else None
 
 
 def _is_base64(cell: object) -> bool:
@@ -120,4 +139,4 @@ def _is_base64(cell: object) -> bool:
 
 
 def _name(row: Row) -> str:
-    return f"sample {row.get('index') or row.get('question_id') or row.get('id')}"
+    return f"sample {shortened(row.get('index') or row.get('question_id') or row.get('id'))}"

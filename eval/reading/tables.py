@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import read_json_lines, read_text, write_bytes
+from llava_skip_base.files import parse_json, read_json_lines, read_text, write_bytes
+from llava_skip_base.texts import shortened
 
 Row = dict[str, Any]
+Stamps = list[tuple[str, int, int, int]]
 
 # A cell this short cannot be an image: VLMEvalKit stores there the index of the row that has the image.
 REFERENCE_LENGTH = 64
+LARGEST_WORKBOOK = 2_000_000_000
+# What openpyxl, zipfile and the XML parser raise about damaged workbooks, besides errors of their own.
+_RAISED_BY_OPENPYXL = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
 CELL_LIMIT = 32_767  # characters that Excel keeps in one cell
 # What decides the answers: the files of a folder that are hashed, images left out.
 HASHED_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
@@ -39,6 +49,7 @@ class StoredText:
         path: the file.
         start: first byte of the cell's row.
         size: bytes of the row.
+        checksum: of these bytes.
         column: index of the cell in the row.
         delimiter: what separates the cells.
     """
@@ -46,15 +57,29 @@ class StoredText:
     path: Path
     start: int
     size: int
+    checksum: int
     column: int
     delimiter: str
 
     def read(self) -> str:
-        """The cell's text."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            row = file.read(self.size).decode()
-        return next(csv.reader(io.StringIO(row, newline=""), delimiter=self.delimiter))[self.column]
+        """The cell's text.
+
+        Raises:
+            UserError: the file is gone or has changed since its rows were read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                row = file.read(self.size)
+        except FileNotFoundError:
+            row = b""
+        if zlib.crc32(row) != self.checksum:
+            raise UserError(
+                f"{self.path}: has been replaced or changed since it was read, so its images are no longer those of "
+                "the questions; put the file back, or start again with another --output."
+            )
+        text = io.StringIO(row.decode(), newline="")
+        return next(csv.reader(text, delimiter=self.delimiter))[self.column]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -66,10 +91,10 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: the file is missing, empty, malformed or of another format.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give one of its files.")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path.")
+    if not os.path.isfile(path):
+        raise UserError(f"{shortened(path)}: no such file; check the path.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
@@ -77,6 +102,10 @@ def read_rows(path: Path) -> list[Row]:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except UserError:
+        raise  # some are also OSErrors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file.") from error
     if not rows:
         raise UserError(f"{path}: holds no rows.")
     return rows
@@ -96,6 +125,12 @@ def sha256(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def stamps(path: Path) -> Stamps:
+    """What changes when a file that `sha256` reads is written or replaced; empty if there is none."""
+    files = [(file, file.stat()) for file in _hashed_files(path)] if os.path.exists(path) else []
+    return [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in files]
 
 
 def _hashed_files(path: Path) -> list[Path]:
@@ -168,11 +203,11 @@ def _column_names(path: Path, header: Iterable[str]) -> list[str]:
 
 
 class _Lines:
-    """The lines of an open UTF-8 file, counting the bytes that have been read."""
+    """The lines of an open UTF-8 file, which knows the place and the checksum of the row that is read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.read = 0
+        self.read = self.start = self.checksum = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -183,7 +218,16 @@ class _Lines:
             raise StopIteration
         encoding = "utf-8" if self.read else "utf-8-sig"
         self.read += len(line)
+        self.checksum = zlib.crc32(line, self.checksum)
         return line.decode(encoding)
+
+    def next_row(self) -> None:
+        """Begin a row."""
+        self.start, self.checksum = self.read, 0
+
+    def stored(self, path: Path, column: int, delimiter: str) -> StoredText:
+        """A cell of the row."""
+        return StoredText(path, self.start, self.read - self.start, self.checksum, column, delimiter)
 
 
 def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
@@ -193,16 +237,16 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = _column_names(path, next(reader, []))
-            start = lines.read
+            lines.next_row()
             for row in reader:
                 if row:
                     _check_width(path, reader.line_num, row, names)
                     cells: list[Any] = list(row)
                     for column in (number for number, name in enumerate(names) if name == "image"):
                         if len(row[column]) > REFERENCE_LENGTH:
-                            cells[column] = StoredText(path, start, lines.read - start, column, delimiter)
+                            cells[column] = lines.stored(path, column, delimiter)
                     yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
-                start = lines.read
+                lines.next_row()
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; is a quote open or the file cut?") from error
 
@@ -216,25 +260,38 @@ def _check_width(path: Path, line: int, row: list[str], names: list[str]) -> Non
 
 
 def _read_xlsx(path: Path) -> Iterator[Row]:
-    import openpyxl  # only a few prediction files need it, and it is slow to import
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        # Formulas are read as their text: an answer that starts with "=" was written by the model, not by a person.
-        book = openpyxl.load_workbook(path, read_only=True, data_only=False)
-    except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
-    book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
-    lines = book.active.iter_rows(values_only=True)
+    lines = iter(_sheet(path))
     names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
     for line in lines:
         if any(value is not None for value in line):
             cells = [*line, *[None] * (len(names) - len(line))]
             yield {name: cell_text(cell) for name, cell in zip(names, cells, strict=False) if name}
-    book.close()
 
 
-def _row(path: Path, where: str, value: Any) -> Row:
+def _sheet(path: Path) -> list[tuple[Any, ...]]:
+    """The values of a workbook's active sheet."""
+    import openpyxl  # only a few prediction files need it, and it is slow to import
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        with zipfile.ZipFile(path) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > LARGEST_WORKBOOK:
+            raise UserError(f"{path}: holds {size:,} bytes when it is unpacked, too many; save it as tsv.")
+        # Formulas are read as their text: an answer that starts with "=" was written by the model, not by a person.
+        book = openpyxl.load_workbook(path, read_only=True, data_only=False)
+        book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
+        lines = list(book.active.iter_rows(values_only=True))
+        book.close()
+    except UserError:
+        raise
+    except (InvalidFileException, zipfile.BadZipFile, zlib.error, *_RAISED_BY_OPENPYXL) as error:
+        raise UserError(f"{path}: not an Excel workbook ({shortened(error)}); save it again as xlsx.") from error
+    return lines
+
+
+def as_row(path: Path, where: str, value: Any) -> Row:
+    """A JSON object as a row; `where` is its place in the file, for messages."""
     if not isinstance(value, dict):
         raise UserError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
     return {column_name(name): cell_text(cell) for name, cell in value.items()}
@@ -242,7 +299,7 @@ def _row(path: Path, where: str, value: Any) -> Row:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, value in read_json_lines(path):
-        yield _row(path, f"line {number}", value)
+        yield as_row(path, f"line {number}", value)
 
 
 class _DoubledKeys(ValueError):
@@ -257,8 +314,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path), object_pairs_hook=_object)
+        value = parse_json(text, object_pairs_hook=_object)
     except _DoubledKeys as error:
         raise UserError(f"{path}: ids or fields occur more than once: {error}; remove the repeated ones.") from error
     except json.JSONDecodeError as error:
@@ -266,13 +324,15 @@ def _read_json(path: Path) -> Iterator[Row]:
             yield from _read_jsonl(path)
             return
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file cut?") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); correct it.") from error
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}
-            yield {"id": key, **_row(path, key, fields)}
+            yield {"id": key, **as_row(path, shortened(key), fields)}
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield _row(path, f"item {number}", item)
+            yield as_row(path, f"item {number}", item)
     else:
         raise UserError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
 
@@ -286,7 +346,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
-                yield _row(path, "row", value)
+                yield as_row(path, "row", value)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
 

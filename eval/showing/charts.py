@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_skip_base.console import figure
+from llava_skip_base.console import chart_label, figure
 
 Scores = Mapping[str, Sequence[float | None]]
 FEWEST_AXES = 3
@@ -30,10 +30,10 @@ def draw_bars(axes: Any, models: Sequence[str], scores: Scores) -> None:
     for number, model in enumerate(models):
         centres = [group + (number - (len(models) - 1) / 2) * width for group in range(len(scores))]
         heights = [values[number] or 0.0 for values in scores.values()]
-        drawn = axes.bar(centres, heights, width, label=model)
+        drawn = axes.bar(centres, heights, width, label=chart_label(model))
         labels = ["-" if values[number] is None else f"{values[number]:.1f}" for values in scores.values()]
         axes.bar_label(drawn, labels, fontsize=7)
-    axes.set_xticks(range(len(scores)), list(scores))
+    axes.set_xticks(range(len(scores)), list(map(chart_label, scores)))
 
 
 def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
@@ -47,9 +47,9 @@ def radar(path: Path, models: Sequence[str], scores: Scores) -> None:
     with figure(path, (7, 6), subplot_kw={"projection": "polar"}) as axes:
         for number, model in enumerate(models):
             values = [values[number] or 0.0 for values in scores.values()]
-            axes.plot([*angles, angles[0]], [*values, values[0]], label=model, linewidth=1.5)
+            axes.plot([*angles, angles[0]], [*values, values[0]], label=chart_label(model), linewidth=1.5)
             axes.fill(angles, values, alpha=0.1)
-        axes.set_xticks(angles, list(scores), fontsize=8)
+        axes.set_xticks(angles, list(map(chart_label, scores)), fontsize=8)
         axes.tick_params(axis="x", pad=22)
         axes.set_ylim(0, 100)
         axes.figure.legend(loc="outside upper center", ncols=3, frameon=False)

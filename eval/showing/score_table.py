@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.table import Table
-
 from eval.sample import Score
-from llava_skip_base.console import make_table
+from llava_skip_base.console import PlainTable, make_table
 
 
-def score_table(title: str, score: Score) -> Table:
+def score_table(title: str, score: Score) -> PlainTable:
     """The values of a score for the terminal, the headline last."""
     values = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in _flat(score.scores)]
     table = make_table(title, ("part", "value"), values, right=1)

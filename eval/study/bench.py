@@ -23,7 +23,7 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
-from llava_skip_base.console import figure, make_table, output_console, print_next, program
+from llava_skip_base.console import chart_label, figure, make_table, output_console, print_next, program
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from llava_skip_base.paths import results, shown
@@ -156,7 +156,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.bar([c + 0.2 for c in centres], ideal, 0.4, label="FLOP ideal", color="lightgray")
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(list(centres), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
-        axes.set(ylabel="time, dense = 1", title=title)
+        axes.set(ylabel="time, dense = 1", title=chart_label(title))
         axes.legend()
 
 

@@ -14,7 +14,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.presets import PRESETS, SIZES, dense_preset, preset_config
 from llava_skip.routing import Route
-from llava_skip_base.console import program
+from llava_skip_base.console import print_text, program
 from llava_skip_base.files import write_text
 from llava_skip_base.paths import home, shown
 
@@ -84,7 +84,7 @@ def run(
     for size in SIZES:
         page += COLUMNS.format(size=size) + "".join(line(preset, size) for preset in PRESETS)
     write_text(output, page)
-    typer.echo(f"Open {shown(output)}.")
+    print_text(f"Open {shown(output)}.")
 
 
 def main() -> None:

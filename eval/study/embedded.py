@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import llava_skip  # noqa: F401  registers the configuration
 from eval.showing.charts import draw_bars
 from llava_skip.flops import image_cost
-from llava_skip_base.console import figure, program
+from llava_skip_base.console import chart_label, figure, print_text, program
 from llava_skip_base.files import read_json, write_text
 from llava_skip_base.paths import home, shown
 
@@ -71,7 +71,7 @@ def run(
     )
     write_text(output, header + "\n".join(lines) + "\n" + FOOTER.format(text=TEXT_TOKENS))
     draw([trained[name] for name in names], [scored[name] for name in names], output.with_suffix(".png"))
-    print(f"Open {shown(output)}; the chart is {shown(output.with_suffix('.png'))}.")
+    print_text(f"Open {shown(output)}; the chart is {shown(output.with_suffix('.png'))}.")
 
 
 def draw(runs: list[dict[str, Any]], scores: list[dict[str, float]], path: Path) -> None:
@@ -79,7 +79,9 @@ def draw(runs: list[dict[str, Any]], scores: list[dict[str, float]], path: Path)
     with figure(path, (10, 3.6), ncols=2) as (left, right):
         for run in runs:
             steps = [entry["step"] for entry in run["history"]]
-            left.plot(steps, [entry["loss"] for entry in run["history"]], label=run["preset"], linewidth=1.2)
+            left.plot(
+                steps, [entry["loss"] for entry in run["history"]], label=chart_label(run["preset"]), linewidth=1.2
+            )
         groups = {title: [own[name] for own in scores] for name, title in TITLES.items()}
         draw_bars(right, [run["preset"] for run in runs], groups)
         left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="training on the embedded images")

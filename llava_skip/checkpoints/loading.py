@@ -16,7 +16,16 @@ from transformers.utils import logging as transformers_logging
 import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import merge_lora
 from llava_skip.checkpoints.files import find_folder, read_model_weights
-from llava_skip.checkpoints.names import EMBEDDING, HEAD, LANGUAGE_MODEL, LINEAR_PROJECTOR, POSITIONS, PROJECTOR, TOWER
+from llava_skip.checkpoints.names import (
+    EMBEDDING,
+    HEAD,
+    LANGUAGE_MODEL,
+    LINEAR_PROJECTOR,
+    POSITIONS,
+    PROJECTOR,
+    TOWER,
+    native_name,
+)
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import Source, configure, open_source
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
@@ -24,6 +33,7 @@ from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.vision.clip import resize_positions
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
+from llava_skip_base.texts import plain
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +97,7 @@ def load_checkpoint(
     _set_stop_tokens(model, source.folder)
     model.load_report = report
     if log and not report.is_exact:
-        logger.warning("%s", report)
+        logger.warning("%s", plain(report))
     return model.eval()
 
 
@@ -121,7 +131,7 @@ def _tower_weights(source: Source, weights: dict[str, Tensor]) -> dict[str, Tens
     if source.tower is None or any(name.startswith(TOWER) for name in weights):
         return {}
     stored = read_model_weights(find_folder(source.tower, "vision tower"))
-    names = {name: name.removeprefix("vision_model.") for name in stored}
+    names = {name: native_name(name).removeprefix(TOWER).removeprefix("vision_model.") for name in stored}
     tower = {f"{TOWER}{own}": stored[name] for name, own in names.items() if own.startswith(_TOWER_PARTS)}
     source.report.notes.append(
         f"vision tower of {source.tower}, {len(tower)} tensors of {len(stored)} (the rest is CLIP's text side)."
@@ -215,8 +225,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _set_stop_tokens(model: LlavaSkipForConditionalGeneration, folder: Path) -> None:
-    """Take the ids that begin, end and pad; sampling settings in a folder belong to another program."""
+    """Take the ids that begin, end and pad, and the texts that end; a folder's sampling is that of another program."""
     text, saved = model.config.text_config, folder / "generation_config.json"
     ids = read_json(saved) if saved.is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(**{name: ids.get(name, getattr(text, name, None)) for name in names})
+    kept = {name: ids.get(name, getattr(text, name, None)) for name in names}
+    model.generation_config = GenerationConfig(**kept, stop_strings=ids.get("stop_strings"))

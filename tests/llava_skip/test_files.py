@@ -125,6 +125,40 @@ def test_mistakes_are_named(tmp_path):
         next(lines)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000 + "]" * 200_000, "nested more than 100 levels deep"),
+        ('{"a": ' * 101 + "1" + "}" * 101, "nested more than 100 levels deep"),
+        ("[" + "7" * 5000 + "]", "a number has more than 4300 digits"),
+        (r'["\ud83d"]', r"holds half a character, \\ud83d without its other half"),
+        (r'{"\udc00": 1}', r"holds half a character, \\udc00"),
+    ],
+)
+def test_json_that_would_end_a_program_later_is_named(tmp_path, text, message):
+    path = tmp_path / "file.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"file\.jsonl is not valid JSON \({message}"):
+        files.read_json(path)
+    path.write_text(f"1\n{text}\n")
+    with pytest.raises(UserError, match=rf"file\.jsonl, line 2: not valid JSON \({message}"):
+        list(files.read_json_lines(path))
+
+
+def test_json_at_the_limits_is_read():
+    assert files.parse_json('{"a": ' * 100 + "1" + "}" * 100)
+    assert files.parse_json("1" * 4300) == int("1" * 4300)
+    assert files.parse_json(r'["\ud83d\ude00", "\\ud83d", NaN]')[:2] == ["\U0001f600", r"\ud83d"]
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "a/..", "//x.png", "../" * 2000])
+def test_an_image_is_below_its_folder(tmp_path, name):
+    with pytest.raises(UserError, match=r"leaves the image folder") as caught:
+        files.image_path(tmp_path, name)
+    assert len(str(caught.value)) < 400
+    assert files.image_path(tmp_path, "a/..b/x.png") == tmp_path / "a/..b/x.png"
+
+
 @pytest.mark.parametrize("source", ["openai/clip-vit-large-patch14-336", "Qwen/Qwen2.5-7B", "lmsys/vicuna-7b-v1.5"])
 def test_hub_names(source):
     assert files.local_path(source) is None and files.find_local(source, "model") is None

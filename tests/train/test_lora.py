@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_skip  # noqa: F401  (registers the Auto classes)
@@ -40,7 +40,7 @@ def data(folders):
 
 @pytest.fixture(scope="module")
 def adapter(folders, data):
-    sources = ["--model", str(folders / "llm"), "--vision_tower", str(folders / "clip"), "--template", "v1"]
+    sources = ["--model", str(folders / "llm"), "--vision_tower", str(folders / "clip"), "--template", "v0"]
     train(folders / "run", *data, *sources, "--lora_enable", "true", "--lora_r", "4", "--learning_rate", "5e-2")
     return folders / "run"
 
@@ -77,6 +77,7 @@ def test_merged_logits_are_those_of_the_adapter(adapter, inputs, tmp_path):
     merged = logits_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), inputs)
     assert (adapted - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+    assert read_json(tmp_path / "merged/generation_config.json")["stop_strings"] == ["###"]
     AutoProcessor.from_pretrained(tmp_path / "merged")
 
 
@@ -90,6 +91,23 @@ def test_peft_and_the_library_read_an_adapter_over_a_saved_model(adapter, inputs
     adapted = logits_of(PeftModel.from_pretrained(saved, tmp_path / "run"), inputs)
     assert (adapted - logits_of(load_checkpoint(native), inputs)).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(load_checkpoint(native, lora=tmp_path / "run"), inputs), adapted)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "strings"),
+    [("v0", ["<|end_of_text|>"], ["###"]), ("llama3", ["<|eot_id|>", "<|end_of_text|>"], None)],
+)
+def test_a_run_saves_where_its_template_ends_an_answer(folders, data, tmp_path, template, ends, strings):
+    words = AutoTokenizer.from_pretrained(folders / "digits" / "tokenizer")
+    words.eos_token = "<|end_of_text|>"  # as LLaMA-3's base, not its chat model
+    words.save_pretrained(tmp_path / "words")
+    language_model(tmp_path / "llm", tmp_path / "words")
+    sources = ["--model", str(tmp_path / "llm"), "--vision_tower", str(folders / "clip"), "--template", template]
+    train(tmp_path / "run", *data, *sources)
+    for folder in ("run", "run/checkpoint-2"):
+        saved = read_json(tmp_path / folder / "generation_config.json")
+        assert saved["eos_token_id"] == words.convert_tokens_to_ids(ends)
+        assert saved.get("stop_strings") == strings
 
 
 def test_merging_refuses_what_it_cannot_merge(adapter, folders, tmp_path):

@@ -39,6 +39,9 @@ def stand_ins(tmp_path_factory):
         "checkpoints/pretrain": folder / "sv-llava-256",
         "checkpoints/joined": folder / "sv-llava-256",
         "checkpoints/pretrain-cos": folder / "sv-cos",
+        "checkpoints/sv-llava-256": folder / "sv-llava-256",
+        "checkpoints/smollm2": folder / "llm",
+        "checkpoints/embedded-smollm2-align": folder / "sv-llava-256",
         "lmsys/vicuna-7b-v1.5": language_model(folder / "llm", digits / "tokenizer"),
         "openai/clip-vit-large-patch14-336": vision_tower(folder / "clip"),
         "mm_projector.bin": folder / "mm_projector.bin",
@@ -59,6 +62,7 @@ def elsewhere(stand_ins, tmp_path, monkeypatch):
     (home / "playground" / "data" / "digits").symlink_to(stand_ins["home"] / "digits")
     monkeypatch.setenv("LLAVA_SKIP_HOME", str(home))
     monkeypatch.setattr("playground.data.build.ensure_built", lambda: home / "playground" / "data" / "digits")
+    monkeypatch.setattr("playground.smollm2.ensure_smollm2", lambda: home / "checkpoints" / "smollm2")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
     return home
@@ -180,4 +184,4 @@ def test_flags_of_llava_override_a_recipe(elsewhere):
 @pytest.mark.parametrize("name", recipe_names())
 def test_other_programs_take_what_they_know_of_a_recipe(elsewhere, name):
     model, data = read_command_line((ModelArguments, DataArguments), ["--recipe", name, "--data", "own.json"])
-    assert data.data == "own.json" and model.lora_enable == (name in ("lora", "qlora"))
+    assert data.data == "own.json" and model.lora_enable == (name in ("lora", "qlora", "embedded-smollm2"))

@@ -123,7 +123,7 @@ def test_damaged_checkpoints_are_passed_over_and_renamed(attempt, given, undistu
     damage(output / "checkpoint-9")
     (output / "checkpoint-6/checkpoint.json").unlink()
     end = attempt(given)
-    assert "checkpoint-9 is damaged (optimizer.pt has 5 bytes, not" in end["output"]
+    assert "checkpoint-9 is damaged (optimizer.pt with its 5 bytes is not what was written" in end["output"]
     assert "checkpoint-6 is damaged (it has no checkpoint.json): passed over" in end["output"]
     assert f"continuing from {output / 'checkpoint-3'}" in end["output"]
     assert (output / "damaged-checkpoint-9").is_dir()
@@ -135,7 +135,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(attempt
     damage(tmp_path / "run/checkpoint-3")
     end = attempt(given)
     assert end["code"] == USER_ERROR and "Loading weights" not in end["output"]
-    assert "No checkpoint of OUTPUT" in end["output"] and "checkpoint-3: optimizer.pt has 5 bytes" in end["output"]
+    assert "No checkpoint of OUTPUT" in end["output"] and "checkpoint-3: optimizer.pt with its 5 bytes" in end["output"]
 
 
 def test_another_number_of_processes_is_refused_before_weights_are_loaded(attempt, given, tmp_path):

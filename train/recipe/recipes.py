@@ -1,15 +1,16 @@
 """Recipes: the arguments of a known run as YAML, which flags override.
 
-A recipe has arguments by their names, and three keys of its own: `base` names a recipe that it starts from,
-`samples_per_step` is the number of samples of a step on all processes, and `{embedded}` and `{checkpoints}` in a text
-stand for the folders of the embedded data set and of the runs.
+A recipe has arguments by their names, and two keys of its own: `base` names a recipe that it starts from, and
+`samples_per_step` is the number of samples of a step on all processes. In a text `{embedded}`, `{smollm2}` and
+`{checkpoints}` stand for the folders of the embedded data set, of the real small language model and of the runs; the
+first two are written when they are not there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,28 @@ def _as_word(value: Any) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         return str(value)
-    if "{embedded}" in value:
-        from playground.data.build import ensure_built
+    for name, folder in _FOLDERS.items():
+        if name in value:
+            value = value.replace(name, shown(folder()))
+    return value
 
-        ensure_built()
-    return value.replace("{embedded}", shown(embedded_data())).replace("{checkpoints}", shown(checkpoints()))
+
+def _embedded() -> Path:
+    from playground.data.build import ensure_built
+
+    ensure_built()
+    return embedded_data()
+
+
+def _smollm2() -> Path:
+    from playground.smollm2 import ensure_smollm2
+
+    return ensure_smollm2()
+
+
+_FOLDERS: dict[str, Callable[[], Path]] = {
+    "{embedded}": _embedded,
+    "{smollm2}": _smollm2,
+    "{checkpoints}": checkpoints,
+}
+"""What names in a recipe stand for."""

@@ -1,9 +1,4 @@
-"""Checkpoints that are whole or do not count, and runs that continue from them with the same losses and weights.
-
-A checkpoint counts once it has a manifest, which is written last, when every process has written its files. Until then
-the file `.unfinished` in the run's folder has its name. The sizes in the manifest show whether a checkpoint is still
-whole.
-"""
+"""Runs that continue from their checkpoints with the same losses and weights."""
 
 from __future__ import annotations
 
@@ -11,153 +6,26 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, sort_checkpoints, speed_metrics
 
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_json, read_text, write_json, write_text
-
-MANIFEST = "checkpoint.json"
-"""Lists the files of a whole checkpoint; written last."""
-UNFINISHED = ".unfinished"
-"""File in the run's folder with the name of the checkpoint that is being written."""
+from llava_skip_base.files import write_text
+from train.resilience.checkpoint import MANIFEST, UNFINISHED, Manifest, flush, seal
+from train.resilience.loading import only_data
+from train.resilience.restart import finish, is_redivided, read_universal, zero_stage
 
 
 class CheckpointError(UserError):
     """A checkpoint could not be written."""
-
-
-@dataclass
-class Manifest:
-    """What a checkpoint consists of.
-
-    Attributes:
-        step: optimizer steps done.
-        world_size: processes that wrote it.
-        zero_stage: DeepSpeed's ZeRO stage; None without DeepSpeed.
-        progress: sums over the steps done that transformers does not save, see `ResumableTrainer.progress`.
-        files: path in the checkpoint -> bytes.
-    """
-
-    step: int
-    world_size: int
-    zero_stage: int | None
-    progress: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> Manifest:
-        """The manifest of a checkpoint.
-
-        Raises:
-            MissingFileError: the checkpoint has none.
-            UserError: it is not JSON, or has other fields.
-        """
-        content, names = read_json(checkpoint / MANIFEST), {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or content.keys() != names:
-            raise UserError(f"it must have the fields {', '.join(sorted(names))}")
-        return cls(**content)
-
-
-def seal(checkpoint: Path, manifest: Manifest) -> None:
-    """Flush every file of a checkpoint to the disk, then write the manifest with their sizes."""
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        manifest.files[str(file.relative_to(checkpoint))] = file.stat().st_size
-    write_json(checkpoint / MANIFEST, asdict(manifest), sort_keys=True)
-
-
-def find_fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole, in words; None if it is."""
-    if not (checkpoint / MANIFEST).is_file():
-        return f"it has no {MANIFEST}"
-    try:
-        manifest = Manifest.read(checkpoint)
-    except UserError as error:
-        return f"its {MANIFEST} cannot be read: {error}"
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-    return None
-
-
-def find_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a message about each newer one that was passed over.
-
-    A checkpoint that was being written is deleted, and a damaged one is renamed to `damaged-checkpoint-N`, so that
-    neither counts any more. Only one process calls this.
-
-    Raises:
-        UserError: there are checkpoints, and all are damaged.
-    """
-    messages = _delete_unfinished(output)
-    checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(output)))]
-    faults: dict[Path, str] = {}
-    for checkpoint in checkpoints:
-        fault = find_fault(checkpoint)
-        if fault is None:
-            for damaged, why in faults.items():
-                messages.append(f"{damaged.name} is damaged ({why}): passed over, renamed to damaged-{damaged.name}.")
-                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
-            return checkpoint, messages
-        faults[checkpoint] = fault
-    if faults:
-        text = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
-        raise UserError(
-            f"No checkpoint of OUTPUT {output} is whole ({text}): restore one, or delete them to start from step 0."
-        )
-    return None, messages
-
-
-def _delete_unfinished(output: Path) -> list[str]:
-    """Delete the checkpoint that was being written when the run ended; a message if there is one."""
-    marker = output / UNFINISHED
-    if not marker.is_file():
-        return []
-    checkpoint, messages = output / Path(read_text(marker)).name, []
-    if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
-        shutil.rmtree(checkpoint)
-        messages = [f"{checkpoint.name} was being written when the run ended: passed over and deleted."]
-    marker.unlink()
-    return messages
-
-
-def check_fits(checkpoint: Path, world_size: int, zero_stage: int | None) -> None:
-    """Refuse a checkpoint that another number of processes, or another ZeRO stage, has divided.
-
-    Raises:
-        UserError: says what to do.
-    """
-    manifest = Manifest.read(checkpoint)
-    was = (manifest.world_size, manifest.zero_stage)
-    if was != (world_size, zero_stage):
-        raise UserError(
-            f"{checkpoint} was written by {_described(*was)}, and this run has {_described(world_size, zero_stage)}: "
-            f"continue it as it was, or start another run from its weights (--model {checkpoint}, another OUTPUT)."
-        )
-
-
-def zero_stage(arguments: TrainingArguments) -> int | None:
-    """DeepSpeed's ZeRO stage; None without DeepSpeed."""
-    plugin = getattr(arguments, "deepspeed_plugin", None)
-    return None if plugin is None else plugin.zero_stage
-
-
-def _described(world_size: int, zero_stage: int | None) -> str:
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    return f"{processes} {'without DeepSpeed' if zero_stage is None else f'under ZeRO-{zero_stage}'}"
 
 
 class ResumableTrainer(Trainer):
@@ -182,6 +50,8 @@ class ResumableTrainer(Trainer):
         self._logged_loss = 0.0
         """Sum of the losses up to the last log entry, mean over the processes."""
         self._logged_step = 0
+        self._redivided: Path | None = None
+        """The checkpoint that this process started from, if other processes or another ZeRO stage have written it."""
         self._saving: str | None = None
         """Name of the checkpoint that is being written."""
 
@@ -190,12 +60,17 @@ class ResumableTrainer(Trainer):
 
         Raises:
             CheckpointError: a checkpoint could not be written.
+            UserError: a state of the checkpoint is more than data.
         """
         if resume_from_checkpoint:
             manifest = Manifest.read(Path(resume_from_checkpoint))
             self.before, self.continued_from_step = manifest.progress, manifest.step
+            if is_redivided(manifest, self.args):
+                self._redivided = Path(resume_from_checkpoint)
+                read_universal(self.args)
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with only_data(self.is_deepspeed_enabled):
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk: RuntimeError is torch's for it
             if self._saving is None:
                 raise
@@ -228,6 +103,8 @@ class ResumableTrainer(Trainer):
 
     def continue_sums(self) -> None:
         """Set the sums to those of the checkpoint, or to zero; training begins."""
+        if self._redivided:
+            finish(self._redivided, self)
         self._began = time.perf_counter()
         self._new_loss = torch.tensor(self.before.get("loss", 0.0), device=self.args.device)
         self._logged_loss = self.before.get("loss_sum", 0.0)
@@ -270,9 +147,12 @@ class ResumableTrainer(Trainer):
     def finish_checkpoint(self) -> None:
         """Write the manifest of a checkpoint whose files are written, and delete older ones. Every process calls it."""
         assert self._saving is not None
-        manifest = Manifest(self.state.global_step, self.args.world_size, zero_stage(self.args), self.progress())
-        if self.is_world_process_zero():  # progress() has waited for all processes, so all files are written
-            output = Path(self.args.output_dir)
+        run, output = self.args, Path(self.args.output_dir)
+        manifest = Manifest(self.state.global_step, run.world_size, zero_stage(run), self.progress())
+        # progress() has waited for all processes, so all files are written
+        parts = gather_object([flush(output / self._saving, run.process_index, run.world_size)])
+        if self.is_world_process_zero():
+            manifest.files = {name: written for part in parts for name, written in part.items()}
             seal(output / self._saving, manifest)
             (output / UNFINISHED).unlink()
             rotate_checkpoints(str(output), self._kept_checkpoints)
