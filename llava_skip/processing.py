@@ -13,6 +13,7 @@ from llava_skip.conversation import Messages, Span, load_template, render, super
 from llava_skip.ends import ends_of
 from llava_skip.vision import get_front_end
 from llava_skip_base.errors import UserError
+from llava_skip_base.images import MOST_PIXELS, work_pixels
 
 IMAGE_TOKEN = "<image>"
 
@@ -114,6 +115,24 @@ class LlavaSkipProcessor(ProcessorMixin):
     def length_depends_on_size(self) -> bool:
         """Whether images of different sizes take different numbers of tokens."""
         return self.crop_rows is not None and not self.image_processor.do_pad
+
+    def check_image_size(self, width: int, height: int) -> None:
+        """Refuse an image that would take too much time and memory.
+
+        Raises:
+            UserError: the image processor would make an image of more than `MOST_PIXELS` pixels of it.
+        """
+        images = self.image_processor
+        scales = not images.do_pad and images.do_resize and not hasattr(images, "count_crops")  # tiles have their size
+        side = images.size["shortest_edge"] if scales else None
+        if not (scales or images.do_pad):
+            return
+        if (pixels := work_pixels(width, height, side)) > MOST_PIXELS:
+            what = "padded to a square" if side is None else f"scaled to {side} pixels on its shorter side"
+            raise UserError(
+                f"{width} x {height} pixels would become {pixels / 1e6:,.0f} million, {what}; at most "
+                f"{MOST_PIXELS / 1e6:,.0f} million are made: cut the image, or scale it down."
+            )
 
     def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
         """One training sample: the conversation as the chat template renders it, with labels on the answers.

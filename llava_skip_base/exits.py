@@ -6,6 +6,8 @@ DISAGREES = 1
 """The library does not agree with the golden tensors."""
 FAULTY_RECORDS = 1
 """A data set has records that cannot be trained on."""
+KILLED = 1
+"""A process of a training run was killed by a signal; the launcher names both."""
 USER_ERROR = 2
 """A mistake in the options, the data or the model; one message says what to change."""
 TRAINING_ERROR = 3
@@ -18,3 +20,5 @@ PREEMPTED = 75
 """The run was asked to stop, and stopped: the same command continues it; EX_TEMPFAIL of sysexits.h."""
 EXPLAINED = (USER_ERROR, TRAINING_ERROR, HUNG, NOT_SAVED, PREEMPTED)
 """Codes of a process that has printed why it ended."""
+STOPPED_BY = 128
+"""Added to the number of the signal that stopped a launcher, as shells have it."""

@@ -16,6 +16,8 @@ from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
 from train.recipe.recipes import zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
+from train.resilience.layout import Layout
+from train.training_flags import INHERITED, check_choices, check_zero_file
 
 PARTS = tuple(PART_PREFIXES)
 """Parts of the model that can be trained or frozen; the head belongs to the language model."""
@@ -163,15 +165,19 @@ class DataArguments:
 
 _ABOVE_ZERO = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "logging_steps",
-    "save_steps",
+    "save_steps", "adam_epsilon", "ddp_timeout",
 )  # fmt: skip
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "hang_timeout_seconds")
+_NOT_NEGATIVE = (
+    "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers",
+    "hang_timeout_seconds",
+)  # fmt: skip
 
 
 @dataclass
 class RunArguments(TrainingArguments):
     """transformers' TrainingArguments with LLaVA's defaults, and what to do with an output folder that is in use."""
 
+    # All flags that a run takes: `train.command_line` refuses the others of TrainingArguments.
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "optimisation": (
             "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -183,6 +189,8 @@ class RunArguments(TrainingArguments):
             "output_dir", "overwrite", "save_steps", "save_total_limit", "hang_timeout_seconds", "dry_run",
         ),
         "reporting": ("logging_steps", "report_to", "run_name", "peak_tflops", "disable_tqdm"),
+        "validation": ("eval_strategy", "per_device_eval_batch_size"),
+        "inherited": INHERITED,
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
@@ -192,7 +200,7 @@ class RunArguments(TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up in steps, or as a ratio below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the loss curve."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads all."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: the collator reads all."})
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "none, wandb, tensorboard, ...; several may be named."}
     )
@@ -222,26 +230,52 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
+            setattr(self, name, _read_object(name, getattr(self, name)))
         if self.deepspeed:
             self.deepspeed: Any = zero_file(self.deepspeed)
+            check_zero_file(self.deepspeed)
             prepare_deepspeed()
-        super().__post_init__()
+        self._read_as_transformers_does()
         _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)
+        if wrong := [name for name in ("adam_beta1", "adam_beta2") if getattr(self, name) >= 1]:
+            raise UserError(f"--{wrong[0]} is {getattr(self, wrong[0])}; it must be below 1.")
         self.learning_rates = _read_rates(self.learning_rates)
+        self.layout: Layout = self.own_layout
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns must stay off: records are encoded as they are read.")
-        if self.enable_jit_checkpoint:
-            raise UserError("--enable_jit_checkpoint must stay off: a run saves a checkpoint at SIGTERM without it.")
+
+    def _read_as_transformers_does(self) -> None:
+        """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(f"the arguments do not go together or with this machine: {error}") from error
+
+    @property
+    def own_layout(self) -> Layout:
+        """How these processes divide the samples of a step; `layout` is that with which the run began."""
+        return Layout(self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
 
     @property
     def part_rates(self) -> dict[str, float]:
         """Peak learning rates of the parts that have one of their own."""
         assert isinstance(self.learning_rates, dict)  # __post_init__ has read it
         return self.learning_rates
+
+
+def _read_object(name: str, given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The value of an argument that is a JSON object."""
+    try:
+        content = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise UserError(f"--{name} is {given!r}; it must be a JSON object ({error}).") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"--{name} is {given!r}; it must be a JSON object.")
+    return content
 
 
 def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
@@ -268,12 +302,13 @@ _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes",
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 
 
 def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> dict[str, Any]:
     """Every argument of the run as plain data, to be saved with its results."""
-    return {"model": asdict(model), "data": asdict(data), "training": run.to_dict()}
+    return {"model": asdict(model), "data": asdict(data), "training": run.to_dict(), "layout": asdict(run.layout)}
 
 
 def identity(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from llava_skip_base.errors import UserError
 from train.arguments import KINDS
 from train.llava_flags import EPILOG, FLAGS, plain_name, translate
 from train.recipe.recipes import RECIPE, recipe_names, recipe_words, take_option, with_underscores
+from train.training_flags import refuse_unsupported
 
 _RECIPE_HELP = "A recipe, whose arguments all others override: a YAML file, or one of {}."
 
@@ -39,20 +40,49 @@ def read_command_line(kinds: Sequence[type], words: Sequence[str]) -> tuple[Any,
     Raises:
         UserError: unknown arguments or values, with what to use instead.
     """
+    words = check_names(kinds, words)
+    words = translate(with_recipe(words, [entry.name for kind in kinds for entry in fields(kind)]))
+    _refuse(kinds, words)  # those of the recipe
+    return _parser(kinds).parse_args_into_dataclasses(words)
+
+
+def check_names(kinds: Sequence[type], words: Sequence[str]) -> list[str]:
+    """The words with `_` in names, once all of them are known; no recipe is read.
+
+    Args:
+        kinds: as of `read_command_line`.
+        words: as of `read_command_line`.
+
+    Raises:
+        UserError: an unknown argument, or one that is not supported.
+    """
     given, words = list(words), with_underscores(words)
-    as_given = dict(zip(words, given, strict=True))
     show_help(kinds, words)
-    known = [field.name for kind in kinds for field in fields(kind)]
-    words = translate(with_recipe(words, known))
-    parser = _Parser(kinds, allow_abbrev=False, add_help=False)
-    _, unknown = parser.parse_known_args(words)  # before values are checked: a misspelt name may be what is missing
+    _refuse(kinds, words)
+    _, own = take_option(words, RECIPE)
+    _, unknown = _parser(kinds).parse_known_args(translate(own))
     if unknown:
-        known += [flag.name for flag in FLAGS]
+        as_given = dict(zip(words, given, strict=True))
+        known = [*_names(kinds), *(flag.name for flag in FLAGS)]
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
         named = " ".join(as_given.get(name, name) for name in unknown)
         raise UserError(f"unknown arguments: {named}.{hint} --help lists the arguments.")
-    return parser.parse_args_into_dataclasses(words)
+    return words
+
+
+def _names(kinds: Sequence[type]) -> list[str]:
+    """The names that the dataclasses have, without those of transformers that are not supported."""
+    return [entry.name for kind in kinds for entry in fields(kind) if _group(kind, entry) is not None]
+
+
+def _refuse(kinds: Sequence[type], words: Sequence[str]) -> None:
+    if any(issubclass(kind, TrainingArguments) for kind in kinds):
+        refuse_unsupported(words, [*_names(kinds), *(flag.name for flag in FLAGS)])
+
+
+def _parser(kinds: Sequence[type]) -> _Parser:
+    return _Parser(kinds, allow_abbrev=False, add_help=False)
 
 
 def with_recipe(words: Sequence[str], taken: Sequence[str], processes: int | None = None) -> list[str]:
@@ -86,22 +116,23 @@ def show_help(kinds: Sequence[type], words: Sequence[str]) -> None:
     for kind in kinds:
         groups: dict[str, list[Field[Any]]] = {}
         for entry in fields(kind):
-            groups.setdefault(_group(kind, entry), []).append(entry)
+            if (group := _group(kind, entry)) is not None:
+                groups.setdefault(group, []).append(entry)
         for group, entries in groups.items():
             if group != "inherited" or everything:
                 lines += ["", f"{group}:"]
                 lines += [line for entry in entries for line in _argument(f"--{entry.name}", _help(entry))]
-    more = [] if everything else ["--help-all adds the arguments inherited from transformers' TrainingArguments."]
+    more = [] if everything else ["--help-all adds those of transformers' TrainingArguments that a run takes."]
     print("\n".join([*lines, "", *more, EPILOG]))
     raise SystemExit(0)
 
 
-def _group(kind: type, entry: Field[Any]) -> str:
-    """The group of an argument: named by the dataclass, as a whole or by name."""
-    groups = getattr(kind, "GROUPS", None)
+def _group(kind: type, entry: Field[Any]) -> str | None:
+    """The group of an argument: named by the dataclass, as a whole or by name; None if a run does not take it."""
+    groups = getattr(kind, "GROUPS", "of this program")
     if isinstance(groups, str):
         return groups
-    return next((group for group, names in (groups or {}).items() if entry.name in names), "inherited")
+    return next((group for group, names in groups.items() if entry.name in names), None)
 
 
 def _help(entry: Field[Any]) -> str:

@@ -26,9 +26,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from llava_skip_base.console import one_message
 from llava_skip_base.errors import UserError
-from llava_skip_base.exits import EXPLAINED, PREEMPTED
+from llava_skip_base.exits import EXPLAINED, KILLED, PREEMPTED, STOPPED_BY
 from llava_skip_base.machine import usable_cores
-from llava_skip_base.paths import checkout
+from llava_skip_base.paths import checkout, embedded_tokenizer
 from train.recipe.recipes import RECIPE, recipe_words, take_option, with_underscores
 from train.resilience.exits import STOP_SIGNALS
 
@@ -70,6 +70,11 @@ def torchrun_words(words: list[str]) -> list[str]:
     recipe, others = take_option(with_underscores(words), RECIPE)
     names = {word.partition("=")[0] for word in others if word.startswith("--")}
     if recipe is not None:  # a mistake in it is one message, and the embedded data set is built before processes start
+        if not embedded_tokenizer().exists():  # it may have to be built, which takes longer than these imports
+            from train.arguments import KINDS
+            from train.command_line import check_names
+
+            check_names(KINDS, words)
         recipe_words(recipe, {name.removeprefix("--") for name in names}, processes=processes)
     device = [word for name, value in device_arguments().items() if name not in names for word in (name, value)]
     return [*options, "--nproc_per_node", str(processes), "-m", *WORKER, *words, *device]
@@ -159,7 +164,7 @@ def launch(words: list[str]) -> None:
         sys.stderr.write(
             f"error: stopped by {stop.sigval.name}; the same command continues from the last checkpoint.\n"
         )
-        raise SystemExit(128 + stop.sigval) from None
+        raise SystemExit(STOPPED_BY + stop.sigval) from None
     except ChildFailedError as error:
         rank, failure = find_cause(error.failures)
         if forwarding.asked and failure.exitcode == -forwarding.asked:  # it had nothing to save yet
@@ -167,7 +172,7 @@ def launch(words: list[str]) -> None:
         show_log(failure)
         if failure.exitcode not in EXPLAINED:
             sys.stderr.write(f"{explain(rank, failure)}\n")
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else KILLED) from None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,23 @@ from train.data import (
     load_tables,
     read_sources,
     sample_lengths,
+    unread_columns,
     usable_records,
 )
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
-from train.resilience.run_folder import DROPPED, LOCK, RECORD
+from train.resilience.layout import RECORD, begun_with, continued, described, read_record
+from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
+from train.training_flags import check_optimizer, check_schedule
+
+_BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 @dataclass
 class Run:
-    """A checked run, before any weight is loaded."""
+    """A checked run, before any weight is loaded; `unread` counts the columns of its data that nothing reads."""
 
     model_arguments: ModelArguments
     arguments: RunArguments
@@ -49,6 +54,7 @@ class Run:
     dropped: dict[str, Any] | None
     parts: dict[str, tuple[int, int]]
     resolved: dict[str, Any]
+    unread: dict[str, int] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -57,14 +63,24 @@ class Run:
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """Arguments from the command line.
+    """Arguments from the command line; a run that continues on other processes takes the same samples a step.
 
     Raises:
         UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line(KINDS, command_line)
-    if not run.output_dir:
-        run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
+    output = run.output_dir or shown(checkpoints() / (model.preset or "finetuned"))
+    begun = None
+    if not run.overwrite:
+        begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))
+    if begun is not None:
+        layout = continued(begun, run.own_layout, run.loss_normalization == "micro_batch", Path(output))
+        if layout != run.own_layout:
+            sizes = {_BATCH: layout.batch, _ACCUMULATION: layout.accumulation}
+            words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+            model, data, run = read_command_line(KINDS, [*command_line, *words])
+        run.layout = begun
+    run.output_dir = output
     return model, data, run
 
 
@@ -77,23 +93,31 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     arguments = resolved(model, data, run)
     check_lora(model)
     check_reporters(run)
+    check_optimizer(run)
+    check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
     sources = read_sources(data.data, data.images)
-    records = None if data.streaming else load_tables(sources)
+    table = None if data.streaming else load_tables(sources)
     config, processor = prepare(model)
     check_weights(model)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    if records is None:
+    if table is None:
         stream = ConversationStream(
             sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
         )  # fmt: skip
         return Run(model, run, config, processor, stream, collator, None, parts, arguments)
-    records, errors = usable_records(records, processor, data.max_length, data.data_processes, data.drop_faulty)
+    records, errors = usable_records(table, processor, data.max_length, data.data_processes, data.drop_faulty)
     dropped = dropped_findings(records, errors) if errors else None
     check_dropped(Path(run.output_dir), dropped, run.overwrite)
+    unread = unread_columns(table, processor, data.max_length)
     lengths = None
     if data.group_by_modality_length:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
@@ -103,7 +127,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         raise UserError(
             f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
         )
-    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments)
+    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments, unread)
 
 
 def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool) -> None:
@@ -152,12 +176,12 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
         return
     if not output.is_dir():
         raise UserError(f"OUTPUT {output} is a file: give a folder.")
-    record = output / RECORD
-    if not record.is_file():
+    record = read_record(output)
+    if record is None:
         if any(path.name != LOCK for path in output.iterdir()):
             raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
-    before, now = _flat(identity(read_json(record))), _flat(identity(as_json(arguments)))
+    before, now = _flat(identity(record)), _flat(identity(as_json(arguments)))
     if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
         raise UserError(

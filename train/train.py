@@ -96,7 +96,8 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
         "parameters": sum(whole for whole, _ in run.parts.values()),
-        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else 0,
+        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else int(counts["faulty"]),
+        "unread_columns": run.unread,
         "history": history,
         **counts,
     }
@@ -115,6 +116,7 @@ def _tell(error: Exception) -> None:
     """Say what ended the run: rank 0 for all; the others wait 30 s, and report only if they are still alive then."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, when rank 0 has ended; in training it only asks
         time.sleep(30)
     print_error(f"rank {rank} on {socket.gethostname()}: {error}" if rank else error)
 

@@ -103,7 +103,7 @@ def test_unknown_parts_and_flags_are_refused():
         ("--max_grad_norm -1", "--max_grad_norm is -1.0; it must be 0 or more"),
         ("--shuffle_buffer 0", "--shuffle_buffer is 0; it must be above 0"),
         ("--lora_dropout -0.1", "--lora_dropout is -0.1; it must be 0 or more"),
-        ("--enable_jit_checkpoint true", "--enable_jit_checkpoint must stay off"),
+        ("--enable_jit_checkpoint true", "--enable_jit_checkpoint of transformers is not supported"),
     ],
 )
 def test_numbers_that_make_no_run_are_refused(words, message):
@@ -151,7 +151,7 @@ def test_trainable_parts_are_an_argument(tmp_path):
 
 def test_a_checkpoint_of_another_program_is_to_be_converted_first(tmp_path, tokenizer_folder):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "mm_vision_tower": "clip", "hidden_size": 64}')
-    with pytest.raises(ValueError, match="layout 'original LLaVA'. Convert it first.*llava_skip.convert"):
+    with pytest.raises(ValueError, match="layout 'original LLaVA'. Convert it first.*llava-skip convert"):
         prepare(ModelArguments(model=str(tmp_path), tokenizer=tokenizer_folder, template="v1"))
 
 

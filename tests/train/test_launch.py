@@ -80,9 +80,13 @@ def test_help_is_printed_once_in_groups(bare, monkeypatch, capsys):
             main()
         shown[option] = capsys.readouterr().out
     groups = re.findall(r"^(\w+):$", shown["--help"], re.MULTILINE)
-    assert sorted(groups) == ["data", "model", "optimisation", "reporting", "resilience"]
-    assert "--vision_tower" in shown["--help"] and "--torch_compile " not in shown["--help"]
-    assert "--torch_compile " in shown["--help-all"] and shown["--help"].count("--recipe NAME") == 1
+    assert sorted(groups) == ["data", "model", "optimisation", "reporting", "resilience", "validation"]
+    assert "--vision_tower" in shown["--help"] and "--adam_epsilon " not in shown["--help"]
+    assert (
+        "--torch_compile " not in shown["--help-all"]
+        and "--adam_epsilon " in shown["--help-all"]
+        and shown["--help"].count("--recipe NAME") == 1
+    )
 
 
 @pytest.mark.parametrize(

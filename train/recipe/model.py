@@ -94,10 +94,12 @@ def _check_attention(implementation: str | None, config: LlavaSkipConfig) -> Non
         return
     with torch.device("meta"):
         model = LlavaSkipForConditionalGeneration(config)
-    try:
-        model.set_attn_implementation(implementation)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--attn_implementation {implementation} cannot be used: {error}") from error
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            try:  # this call alone says what a part cannot do, or which package it needs
+                part.get_correct_attn_implementation(implementation)
+            except (ValueError, ImportError) as error:
+                raise UserError(f"--attn_implementation {implementation} cannot be used: {error}") from error
 
 
 def build_model(
@@ -148,7 +150,7 @@ def _load(
         options["attn_implementation"] = arguments.attn_implementation
     try:
         return LlavaSkipForConditionalGeneration.from_pretrained(source, config=config, **options)
-    except (OSError, ImportError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # a file that cannot be read; packages were looked for before
         raise UserError(f"{source} cannot be loaded: {error}") from error
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from datasets.utils import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 from llava_skip_base.errors import UserError
@@ -38,11 +39,14 @@ def check_reporters(arguments: RunArguments) -> None:
     """Check before any weight is loaded that the packages of --report_to are installed and wandb has an account.
 
     Raises:
-        UserError: one of them is not; the message says what to install or to set.
+        UserError: one of them is not, or is unknown; the message says what to install or to set.
     """
     for name in arguments.report_to:
         if name in _PACKAGES and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs a package: pip install {name}.")
+    ready = get_available_reporting_integrations()
+    if missing := [name for name in arguments.report_to if name not in ready]:
+        raise UserError(f"--report_to {missing[0]} is unknown, or its package is not installed; here are {ready}.")
     online = os.environ.get("WANDB_MODE", "online") == "online"
     if "wandb" in arguments.report_to and online and os.environ.get("RANK", "0") == "0":
         _check_account()
