@@ -20,7 +20,6 @@ REQUIRED = [
     # training
     "accelerate>=1.10,<2",
     "datasets>=4,<6",
-    "ijson>=3.3,<4",
     "peft>=0.18,<1",
     "psutil>=5.9",
     "pyyaml>=6",

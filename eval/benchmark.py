@@ -18,6 +18,17 @@ LETTER_INSTRUCTION = "Answer with the option's letter from the given choices dir
 SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
 
+TEXT_COLUMNS = frozenset(
+    "index question_id questionid id pid question prompt text hint category l2_category split image_path imagename "
+    "image_name image_id imageid image_source label type question_type answer_type answer_option precision unit query "
+    "dataset dataset_name isbalanced subject ocr picture doc_id".split()
+) | {*ascii_uppercase}
+"""Columns of which every benchmark, where it reads them, takes texts; lists, objects or bytes there are refused."""
+_NOT_TEXT = (list, dict, bytes)
+LONGEST_ID = 1000
+"""Digits of an id that is taken for a number."""
+
+
 class Benchmark(ABC):
     """How to read, ask and score one benchmark.
 
@@ -30,7 +41,8 @@ class Benchmark(ABC):
         limits: the generation limits of the protocols that differ from the default.
         embedded: its file in the embedded data set.
         columns: columns without which a file is not this benchmark.
-        list_columns: the ones of `columns` that may hold lists.
+        optional_columns: columns that a file may lack.
+        list_columns: the ones of both that may hold lists.
         public_names: what public files call a column that `normalise` renames, for messages.
         id_columns: columns that may hold a row's id; the first one found does.
         answer_columns: columns that may hold the answers of a prediction file; the first one found does.
@@ -45,6 +57,7 @@ class Benchmark(ABC):
     limits: ClassVar[Mapping[str, int]] = {}
     embedded: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    optional_columns: ClassVar[tuple[str, ...]] = ()
     list_columns: ClassVar[frozenset[str]] = frozenset()
     public_names: ClassVar[Mapping[str, str]] = {}
     id_columns: ClassVar[tuple[str, ...]] = ("index", "question_id", "id")
@@ -102,7 +115,9 @@ class Benchmark(ABC):
         Raises:
             UserError: the file is not this benchmark's, or an image cannot be opened.
         """
-        rows = self.normalise(self.read(data))
+        rows = self.read(data)
+        self.check_texts(rows, str(data))
+        rows = self.normalise(rows)
         self.check_columns(rows, str(data))
         samples = self.samples(rows)
         if not with_images:
@@ -118,8 +133,19 @@ class Benchmark(ABC):
         """
         return [(image,) for image in row_images(rows, folder)]
 
+    def check_texts(self, rows: Sequence[Row], source: str) -> None:
+        """Refuse rows, as they were read, that hold something else where benchmarks have texts."""
+        odd = {name for row in rows for name, cell in row.items() if isinstance(cell, _NOT_TEXT)} & TEXT_COLUMNS
+        self._refuse_nested(odd - self.list_columns, source)
+
+    def _refuse_nested(self, columns: set[str], source: str) -> None:
+        if columns:
+            names = ", ".join(sorted(columns))
+            raise UserError(f"{source}: the columns {names} hold images, lists or objects; expected texts.")
+
     def check_columns(self, rows: Sequence[Row], source: str) -> None:
         """Refuse rows that lack a column, saying which columns there are."""
+        self.check_texts(rows, source)
         lacking = [name for name in self.columns if any(name not in row for row in rows)]
         if not any(name in rows[0] for name in self.id_columns):
             lacking.append(self.id_columns[0])
@@ -130,10 +156,10 @@ class Benchmark(ABC):
                 f"{source}: lacks the columns {', '.join(lacking)}, which {self.name} needs; a row has "
                 f"{', '.join(first)}. Give a whole benchmark file (for saved predictions: with --data)."
             )
-        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, list | dict)}
-        nested &= {*self.columns, *ascii_uppercase} - self.list_columns
-        if nested:
-            raise UserError(f"{source}: the columns {', '.join(sorted(nested))} hold lists or objects; expected texts.")
+        own = {*self.columns, *self.optional_columns, *ascii_uppercase}
+        nested = {name for row in rows for name, cell in row.items() if isinstance(cell, _NOT_TEXT)} & own
+        images = {name for row in rows for name in nested if is_image(row.get(name))}
+        self._refuse_nested(nested - self.list_columns | images, source)
 
     def samples(self, rows: Sequence[Row]) -> list[Sample]:
         """Turn normalised rows into samples without their images, in file order.
@@ -160,7 +186,7 @@ class Benchmark(ABC):
                 f"a row has no id: expected a value in {' or '.join(self.id_columns)}, saw {first_few(list(row))}."
             )
         text = str(value).removesuffix(".0")
-        return int(text) if text.isascii() and text.isdigit() else text
+        return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_ID else text
 
     def question(self, id_: Id) -> Id:
         """The id of the question that a row asks, where several rows ask one question."""
@@ -290,4 +316,8 @@ def match(
 
 def is_image(cell: Any) -> bool:
     """Whether a cell holds an image, which is no part of a sample's fields."""
-    return isinstance(cell, bytes | StoredText) or (isinstance(cell, dict) and "bytes" in cell)
+    if isinstance(cell, list):
+        return any(map(is_image, cell))
+    if isinstance(cell, dict):
+        return "bytes" in cell or any(map(is_image, cell.values()))
+    return isinstance(cell, bytes | StoredText)

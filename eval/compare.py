@@ -142,7 +142,7 @@ _COMPARED = ("benchmark", "data", "protocol", "rule", "max_new_tokens", "judge")
 
 def _key(result: Result) -> tuple[object, ...]:
     facts = result.facts
-    limits = facts.get("generation", {}).get("max_new_tokens")
+    limits = (facts.get("generation") or {}).get("max_new_tokens")
     return (facts["benchmark"], facts["data"]["sha256"], facts["protocol"], facts["rule"], limits, facts.get("judge"))
 
 

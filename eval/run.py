@@ -24,7 +24,7 @@ from eval.showing.score_table import score_table
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
-from llava_skip_base.files import write_json
+from llava_skip_base.files import write_json, writing
 from llava_skip_base.paths import results, shown
 from llava_skip_base.texts import plain
 
@@ -65,10 +65,11 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
     """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
-    write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
-    score = run.benchmark.score(run.samples, answers, judge)
-    write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
-    write_json(run.folder / "results.json", run.result(score, numerics))
+    with writing(run.folder):
+        write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
+        score = run.benchmark.score(run.samples, answers, judge)
+        write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
+        write_json(run.folder / "results.json", run.result(score, numerics))
     return score
 
 
@@ -96,14 +97,15 @@ def evaluate(
 
         def finish(number: int) -> None:
             run = runs[number]
+            facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
             try:
                 score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
+                seconds = round(time.monotonic() - start, 1)
+                with writing(run.folder):
+                    write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
             except UserError as error:
                 outcomes[number] = error
                 return
-            facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
-            seconds = round(time.monotonic() - start, 1)
-            write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
             console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
 
         answer_all(runs, logs, processes, numerics, finish)
@@ -168,10 +170,11 @@ def run(
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
     finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
     folder = output / FOLDER
-    if finished:
-        print_overview(write_overview([Result.load(place) for place in finished], folder), folder, console)
     code = conclude(runs, outcomes)
     if finished:
+        with writing(folder):
+            overview = write_overview([Result.load(place) for place in finished], folder)
+        print_overview(overview, folder, console)
         print_next(
             f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
         )

@@ -43,6 +43,7 @@ def score_file(
         UserError: if the files do not fit together.
     """
     rows = plain_rows(benchmark.read_predictions(predictions))
+    benchmark.check_texts(rows, str(predictions))
     samples = benchmark.load(data, with_images=False) if data else own_samples(benchmark, rows, predictions)
     graded = benchmark.score_graded(samples, rows)
     if graded is not None:
@@ -55,7 +56,8 @@ def score_file(
     if not data:
         notes.append("no --data was given: rows that the prediction file lacks altogether can go unnoticed.")
     if submission:
-        notes += benchmark.write_submission(samples, answers, submission)
+        with writing(submission):
+            notes += benchmark.write_submission(samples, answers, submission)
     score = benchmark.score(samples, answers, judge)
     score.counts.update(counts)
     score.notes[:0] = notes

@@ -68,7 +68,7 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
 
     Args:
         template: Jinja, with or without `generation` blocks.
-        messages: `{"role": ..., "content": ...}` turns.
+        messages: `{"role": ..., "content": ...}` turns; an answer with `"supervised": False` has no span.
         special_tokens: the variables of templates for special tokens (`bos_token`, `eos_token`, ...).
 
     Raises:
@@ -85,10 +85,26 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
 
     try:
         if _GENERATION.search(template):
-            return rendered(messages, mark=True)
-        return _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, special_tokens.get("eos_token"))
+            text, spans = rendered(messages, mark=True)
+        else:
+            eos_token = special_tokens.get("eos_token")
+            text, spans = _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, eos_token)
     except TemplateError as error:
         raise UserError(f"The conversation template refuses this conversation: {error}") from error
+    return text, _wanted_spans(messages, spans)
+
+
+def _wanted_spans(messages: Messages, spans: list[Span]) -> list[Span]:
+    """The spans of the answers that are to be supervised."""
+    wanted = [message.get("supervised") is not False for message in messages if message["role"] == "assistant"]
+    if all(wanted):
+        return spans
+    if len(spans) != len(wanted):
+        raise UserError(
+            f"The conversation template has {len(spans)} supervised texts for {len(wanted)} answers, so one answer "
+            "alone cannot be left out: name a template of the library with --template."
+        )
+    return [span for span, is_wanted in zip(spans, wanted, strict=True) if is_wanted]
 
 
 def _spans_by_prefixes(

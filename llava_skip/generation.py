@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llava_skip.arguments import features_config
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
 from llava_skip.routing import skipped_tokens
@@ -151,15 +152,21 @@ class SkippingGenerationMixin(GenerationMixin):
         ids, embeddings = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
         if ids is None and embeddings is None:  # transformers starts with the token that begins a sequence
             ids = torch.full((1, 1), -1, device=self.device)
-        is_image = self.model.find_images(ids if embeddings is None else None, embeddings)
+        is_image = self._find_images(ids, embeddings)
         if embeddings is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(is_image, dtype=torch.long)  # of the ids, where both are given
+        self._encode_images(kwargs)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         width = is_image.shape[1] if mask is None else mask.shape[1]
         if width < is_image.shape[1]:
             raise UserError(f"attention_mask has {width} columns for a prompt of {is_image.shape[1]} tokens.")
         is_image = nn.functional.pad(is_image, (width - is_image.shape[1], 0))  # a second turn may give new ids alone
         position, before = 0 if cache is None else int(cache.get_seq_length()), None
+        if 0 < width <= position:
+            raise UserError(
+                f"The cache has {position} tokens, ids and attention_mask {width}: give generate the ids of the whole "
+                "conversation, or at least the whole mask, of the tokens in the cache and the new ones."
+            )
         if position > 0:
             before = is_image & (torch.arange(width, device=is_image.device) < position)
             self._drop_earlier_images(kwargs, before[is_image])
@@ -174,25 +181,46 @@ class SkippingGenerationMixin(GenerationMixin):
         num_ids = (0 if ids is None else ids.shape[1]) + is_image.shape[1] - width
         return Prompt(is_image, skipped, skipped_before, num_ids, position)
 
+    def _find_images(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """The image tokens [B, T] of what is given; of embeddings that hold the images already, the ids say where.
+
+        Raises:
+            UserError: both have image tokens, but at different places.
+        """
+        if embeddings is None or ids is None or not (known := self.model.find_images(ids, None)).any():
+            return self.model.find_images(ids if embeddings is None else None, embeddings)
+        found = self.model.find_images(None, embeddings)
+        known = nn.functional.pad(known, (found.shape[1] - known.shape[1], 0))
+        if bool(found.any()) and bool((wrong := found != known).any()):
+            raise UserError(f"The image tokens of input_ids and inputs_embeds differ in {int(wrong.sum())} positions.")
+        return known
+
+    def _encode_images(self, kwargs: dict[str, Any]) -> None:
+        """Replace the pixels in the arguments of `generate` by their blocks."""
+        config = features_config(self.config, kwargs)
+        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "crop_counts")}
+        if given["pixel_values"] is None:
+            return
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if encoded.get("image") is not None:
+            raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
+        blocks = self.model.encode_images(**given, config=config)
+        kwargs["mm_encoder_outputs"] = {**encoded, "image": BaseModelOutputWithPooling(pooler_output=blocks)}
+
     def _drop_earlier_images(self, kwargs: dict[str, Any], earlier: Tensor) -> None:
-        """Encode the images; if a second turn gives all of them again, leave out those that the cache has.
+        """If a second turn gives all images again, leave out those that the cache has.
 
         Args:
             kwargs: of `generate`; changed in place.
             earlier: for each image token of the prompt, whether it is in the cache.
         """
-        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "crop_counts")}
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        if given["pixel_values"] is not None:
-            if encoded.get("image") is not None:
-                raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
-            encoded = {**encoded, "image": self.model.get_image_features(**given, return_dict=True)}
         if encoded.get("image") is None:
             return
         tokens = torch.cat(list(encoded["image"].pooler_output))
         if len(tokens) == len(earlier):
-            encoded = {**encoded, "image": BaseModelOutputWithPooling(pooler_output=[tokens[~earlier]])}
-        kwargs["mm_encoder_outputs"] = encoded
+            left = BaseModelOutputWithPooling(pooler_output=[tokens[~earlier]])
+            kwargs["mm_encoder_outputs"] = {**encoded, "image": left}
 
     def prepare_inputs_for_generation(
         self,

@@ -24,6 +24,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from llava_skip.arguments import check_whole_mask, read_arguments
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
@@ -66,22 +67,38 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        crop_counts: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Images -> `pooler_output`, the blocks [N, L, D] that replace their image tokens.
+        """Images -> `pooler_output`, see `encode_images`, and what the whole tower gives, as in transformers' LLaVA.
+
+        The tower's layers after the features run for `last_hidden_state` alone, which no forward needs.
+        """
+        config = read_arguments(self.config, kwargs)
+        blocks = self.encode_images(pixel_values, crop_counts, config)
+        outputs = self.vision_tower.outputs(pixel_values, **kwargs)
+        outputs.pooler_output = blocks
+        return outputs
+
+    def encode_images(
+        self, pixel_values: Tensor, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
+    ) -> Tensor | list[Tensor]:
+        """Images -> the blocks [N, L, D] that replace their image tokens.
 
         It is a list of N tensors [L, D] where images have different lengths. Arguments as those of
         `FrontEnd.encode`.
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
-        groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, self.config)
+        groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
-            return BaseModelOutputWithPooling(pooler_output=blocks[0])
+            return blocks[0]
         rows = {
             p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.indices, block, strict=True)
         }
-        return BaseModelOutputWithPooling(pooler_output=[rows[place] for place in sorted(rows)])
+        return [rows[place] for place in sorted(rows)]
 
     def block(self, tokens: Tensor) -> Tensor:
         """Visual tokens [N, P, D], the retained first -> tokens of the language model [N, L, D]."""
@@ -118,16 +135,18 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`."""
+        config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
-        features = self._image_features(pixel_values, crop_counts, mm_encoder_outputs)
-        nothing = self._no_picture() if features is None and self.training and torch.is_grad_enabled() else None
+        features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
         found = self.find_images(input_ids, inputs_embeds)
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            skip, seen = self.config.skip_config, _num_seen(past_key_values)
-            images = ImageTokens.of_forward(found, skip, prompt_images, generated, seen)
-            inputs_embeds = self._place(features, inputs_embeds, images, found, nothing)
+            check_whole_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
+            seen = _num_seen(past_key_values)
+            images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, seen)
+            self._check_images(images, found, features, input_ids is None, prompt_images is None)
+            inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -148,17 +167,20 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             cache = ForgettingCache() if self.config.forgets else DynamicCache(config=self.config.text_config)
         return use_cache, cache
 
-    def _image_features(
-        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None
-    ) -> Tensor | None:
-        """The blocks of all images [N * L, D]: encoded now, or before (`generate` does, once for all beams)."""
+    def _images(
+        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The blocks of all images [N * L, D], encoded now, or before (`generate` does, once for all beams).
+
+        In training without images, also a zero in their place, see `_no_picture`.
+        """
         if encoded and pixel_values is not None:
             raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
         if pixel_values is not None:
-            encoded = {"image": self.get_image_features(pixel_values, crop_counts, return_dict=True)}
+            return torch.cat(list(self.encode_images(pixel_values, crop_counts, config)), dim=0), None
         if encoded and encoded.get("image") is not None:
-            return torch.cat(list(encoded["image"].pooler_output), dim=0)
-        return None
+            return torch.cat(list(encoded["image"].pooler_output), dim=0), None
+        return None, self._no_picture() if self.training and torch.is_grad_enabled() else None
 
     def find_images(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the image tokens are [B, T], in ids [B, T] or in their embeddings [B, T, D]."""
@@ -169,23 +191,33 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _place(
-        self,
-        features: Tensor | None,
-        embeddings: Tensor,
-        images: ImageTokens,
-        found: Tensor,
-        nothing: Tensor | None,
-    ) -> Tensor:
-        """Replace the image tokens by the blocks of the images [N * L, D], in order; or add `nothing`.
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """[B, T, 1] bool, the image tokens; as in transformers' LLaVA, whose arguments these are."""
+        found = self.find_images(input_ids, None if input_ids is not None else inputs_embeds)
+        images = ImageTokens.of_forward(found, self.config.skip_config)
+        self._check_images(images, found, image_features.flatten(0, -2), embeddings=False, whole=True)
+        return found.unsqueeze(-1)
 
-        Raises:
-            UserError: the image tokens that were `found` [B, T] are elsewhere than `images` says, or not those of the
-                images.
+    def _check_images(
+        self, images: ImageTokens, found: Tensor, features: Tensor | None, embeddings: bool, whole: bool
+    ) -> None:
+        """Raise UserError if the image tokens of a forward are not those of the images.
+
+        Args:
+            images: where image tokens must be.
+            found: [B, T] bool, where they are.
+            features: [N * L, D], the images; None if there are none.
+            embeddings: whether embeddings were given, which may hold the images already.
+            whole: whether no image may be cut.
         """
-        length, is_image = 0 if features is None else features.shape[0], images.in_new
+        is_image, length = images.in_new, 0 if features is None else len(features)
         differ = (is_image != found)[:, : images.new - images.generated]
-        num_tokens, num_wrong = torch.stack([is_image.sum(), differ.sum()]).tolist()
+        size = 1 if images.skip is None or not whole else images.skip.length
+        cut = is_image.sum(dim=1) % size
+        counts = torch.stack([is_image.sum(), found.sum(), differ.sum(), cut.sum()]).tolist()
+        num_tokens, num_found, num_wrong, num_cut = counts
+        if embeddings and features is None and num_found == 0:
+            return
         if num_wrong:
             raise UserError(
                 f"prompt_images and the tokens of this forward differ in {num_wrong} positions: its columns are the "
@@ -196,9 +228,11 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
                 f"The text has {num_tokens} image tokens, the images fill {length} "
                 f"({self.config.image_seq_length} an image): give text and images to the processor together."
             )
-        if features is not None:
-            return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings))
-        return embeddings if nothing is None else embeddings + nothing
+        if num_cut:
+            raise UserError(
+                f"A sample has a part of an image, whose block is {size} tokens: give whole images, or the image "
+                "tokens of the whole prompt so far as prompt_images."
+            )
 
     def _mask(
         self,
@@ -226,7 +260,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         """
         pixel_values, crop_counts = self.front_end.blank(self.config)
         pixel_values = pixel_values.to(self.device, self.dtype)
-        return 0.0 * self.get_image_features(pixel_values, crop_counts, return_dict=True).pooler_output.mean()
+        return 0.0 * torch.as_tensor(self.encode_images(pixel_values, crop_counts)).mean()
 
 
 def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
@@ -234,6 +268,13 @@ def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
     if skip is None or not skip.spans:
         return None
     return SummaryLayer(config.text_config.hidden_size, skip.summary_start, len(skip.spans))
+
+
+def _place(features: Tensor | None, embeddings: Tensor, images: ImageTokens, nothing: Tensor | None) -> Tensor:
+    """Replace the image tokens by the blocks of the images [N * L, D], in order; or add `nothing`."""
+    if features is not None:
+        return embeddings.masked_scatter(images.in_new.unsqueeze(-1), features.to(embeddings))
+    return embeddings if nothing is None else embeddings + nothing
 
 
 def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:
@@ -262,6 +303,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     """LLaVA whose skipped visual tokens bypass the FFN; with `config.skip=None`, the dense LLaVA."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
@@ -269,12 +311,9 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: Tensor, crop_counts: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `LlavaSkipModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, crop_counts, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -288,6 +327,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -295,8 +335,8 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         """Logits [B, T, V] or a loss; arguments as in transformers' LLaVA.
 
         With `labels` [B, T] (-100 where there is none), `loss` is the mean cross entropy of the tokens that have a
-        label (or their sum over `num_items_in_batch`). In training only these reach the head, and `logits` is None,
-        unless `logits_to_keep` asks for it.
+        label (or their sum over `num_items_in_batch`); `shift_labels` [B, T] are the labels of each token's next one.
+        In training only these reach the head, and `logits` is None, unless `logits_to_keep` asks for it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -311,16 +351,20 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             **kwargs,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None:
-            loss = self._supervised_loss(hidden_states, labels, num_items_in_batch)
-        if labels is None or logits_to_keep is not None or not self.training:
+        if labels is not None or shift_labels is not None:
+            loss = self._supervised_loss(hidden_states, labels, shift_labels, num_items_in_batch)
+        if loss is None or logits_to_keep is not None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
-    def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    def _supervised_loss(
+        self, hidden_states: Tensor, labels: Tensor | None, targets: Tensor | None, items: Tensor | int | None
+    ) -> Tensor:
         """Next-token cross entropy over the tokens whose next token has a label; 0 if none has."""
-        targets = labels[:, 1:]
+        if targets is None:
+            assert labels is not None  # one of them is given
+            hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
+        logits = self.lm_head(hidden_states[supervised]).float()
         total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
         return total / (supervised.sum().clamp(min=1) if items is None else items)

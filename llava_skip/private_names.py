@@ -45,6 +45,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         reason="device_map reads the name of the skipping decoder layer from this attribute alone",
     ),
     PrivateName(
+        "transformers.PreTrainedModel._tp_plan",
+        used_in="llava_skip.modeling",
+        reason="tensor parallelism reads how the head is cut from this class attribute alone",
+    ),
+    PrivateName(
         "transformers.PreTrainedModel._tied_weights_keys",
         used_in="llava_skip.modeling",
         reason="tie_weights and save_pretrained read which weight is the embedding from this class attribute alone",

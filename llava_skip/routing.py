@@ -51,6 +51,7 @@ class ImageTokens:
             skip: the sizes of an image's block; None for a dense model.
             prompt_images: [B, P] bool, the image tokens of the prompt as far as this forward has it; its last column is
                 the last new token that is not generated. None: the new tokens are prompt, with whole images.
+                Embeddings that hold the images already need it.
             generated: number of new tokens that come after the prompt. An image token among them is text.
             seen: number of tokens before the new ones. Those that `prompt_images` does not reach back to are no image
                 tokens, as the vectors that prompt tuning puts before a prompt.

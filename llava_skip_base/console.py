@@ -6,6 +6,7 @@ characters that a terminal would obey are shown as their codes.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,7 +128,22 @@ def make_app(function: Callable[..., Any]) -> typer.Typer:
 def _expanded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_expanded, value))
-    return value.expanduser() if isinstance(value, Path) else value
+    return _usable(value.expanduser()) if isinstance(value, Path) else value
+
+
+def _usable(path: Path) -> Path:
+    """A path of the command line, which need not exist.
+
+    Raises:
+        UserError: the system cannot look it up, for example because it is too long.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{shortened(path)}: cannot be looked up ({error.strerror}); check the path.") from error
+    return path
 
 
 def program(function: Callable[..., Any]) -> None:

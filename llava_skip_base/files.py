@@ -38,8 +38,13 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """The value of a JSON text, which may come from anybody; `options` are those of `json.loads`.
+def parse_json(text: str, halves: bool = False, **options: Any) -> Any:
+    """The value of a JSON text, which may come from anybody.
+
+    Args:
+        text: the JSON.
+        halves: half characters are not looked for: the caller does it in what it reads.
+        **options: of `json.loads`.
 
     Raises:
         ValueError: it is not JSON (a `JSONDecodeError`), is nested more than `DEEPEST` levels, has a number of more
@@ -53,9 +58,9 @@ def parse_json(text: str, **options: Any) -> Any:
         if "integer string conversion" in str(error):
             raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
         raise
-    if _is_deep(value):
+    if is_deep_json(text, value):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
-    if _HALF.search(text):
+    if not halves and _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -64,7 +69,10 @@ def parse_json(text: str, **options: Any) -> Any:
     return value
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep_json(text: str, value: Any) -> bool:
+    """Whether the value of a JSON text is nested more than `DEEPEST` levels."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return False
     level, depth = [value], 0
     while level and depth < DEEPEST:
         parts = (
@@ -138,6 +146,8 @@ def writing(path: Path) -> Iterator[None]:
     """Around the writing of a path that the user chose: what the system refuses is a UserError."""
     try:
         yield
+    except UserError:
+        raise  # of what is read meanwhile
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another path, or make room.") from error
 

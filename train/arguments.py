@@ -16,6 +16,7 @@ from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
 from train.recipe.recipes import zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
+from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
 
 PARTS = tuple(PART_PREFIXES)
@@ -268,6 +269,7 @@ class RunArguments(TrainingArguments):
         if wrong := [name for name in ("adam_beta1", "adam_beta2") if getattr(self, name) >= 1]:
             raise UserError(f"--{wrong[0]} is {getattr(self, wrong[0])}; it must be below 1.")
         self.learning_rates = _read_rates(self.learning_rates)
+        self.layout: Layout = self.own_layout
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
@@ -279,6 +281,11 @@ class RunArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise UserError(f"the arguments do not go together or with this machine: {error}") from error
+
+    @property
+    def own_layout(self) -> Layout:
+        """How these processes divide the samples of a step; `layout` is that with which the run began."""
+        return Layout(self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
 
     @property
     def part_rates(self) -> dict[str, float]:
@@ -322,12 +329,13 @@ _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 
 
 def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> dict[str, Any]:
     """Every argument of the run as plain data, to be saved with its results."""
-    return {"model": asdict(model), "data": asdict(data), "training": run.to_dict()}
+    return {"model": asdict(model), "data": asdict(data), "training": run.to_dict(), "layout": asdict(run.layout)}
 
 
 def identity(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,24 @@ from train.data import (
     load_tables,
     read_sources,
     sample_lengths,
+    unread_columns,
     usable_records,
 )
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
-from train.resilience.run_folder import DROPPED, LOCK, RECORD
+from train.resilience.layout import RECORD, begun_with, continued, described, read_record
+from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
 from train.training_flags import check_optimizer, check_schedule
 from train.validation import check_validation, eval_sources, split
+
+_BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 @dataclass
 class Run:
-    """A checked run, before any weight is loaded."""
+    """A checked run, before any weight is loaded; `unread` counts the columns of its data that nothing reads."""
 
     model_arguments: ModelArguments
     arguments: RunArguments
@@ -53,6 +57,7 @@ class Run:
     dropped: dict[str, Any] | None
     parts: dict[str, tuple[int, int]]
     resolved: dict[str, Any]
+    unread: dict[str, int] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -61,14 +66,24 @@ class Run:
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """Arguments from the command line.
+    """Arguments from the command line; a run that continues on other processes takes the same samples a step.
 
     Raises:
         UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line(KINDS, command_line)
-    if not run.output_dir:
-        run.output_dir = shown(checkpoints() / (model.preset or "finetuned"))
+    output = run.output_dir or shown(checkpoints() / (model.preset or "finetuned"))
+    begun = None
+    if not run.overwrite:
+        begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))
+    if begun is not None:
+        layout = continued(begun, run.own_layout, run.loss_normalization == "micro_batch", Path(output))
+        if layout != run.own_layout:
+            sizes = {_BATCH: layout.batch, _ACCUMULATION: layout.accumulation}
+            words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+            model, data, run = read_command_line(KINDS, [*command_line, *words])
+        run.layout = begun
+    run.output_dir = output
     return model, data, run
 
 
@@ -84,11 +99,16 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_optimizer(run)
     check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
     check_validation(data, run)
     sources = read_sources(data.data, data.images)
-    records = None if data.streaming else load_tables(sources)
+    table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
     check_weights(model)
@@ -99,23 +119,25 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         drop_faulty=data.drop_faulty,
     )  # fmt: skip
     dropped: dict[str, Any] = {}
-    if records is not None:
-        records, errors = usable(records)
+    if table is not None:
+        records, errors = usable(table)
         dropped |= dropped_findings(records, errors) if errors else {}
     if held_out is not None:
         held_out, errors = usable(held_out)
         dropped |= {"validation": dropped_findings(held_out, errors)} if errors else {}
     check_dropped(Path(run.output_dir), dropped or None, run.overwrite)
-    if records is not None and data.eval_share:
-        records, held_out = split(records, data.eval_share, run.seed)
-    validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
-    if records is None:
+    unread: dict[str, int] = {}
+    if table is None:
         dataset: Any = ConversationStream(
             sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
         )  # fmt: skip
     else:
+        unread = unread_columns(table, processor, data.max_length)
+        if data.eval_share:
+            records, held_out = split(records, data.eval_share, run.seed)
         dataset = _training_set(records, processor, data, run)
-    return Run(model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments)
+    validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
+    return Run(model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread)
 
 
 def _training_set(
@@ -184,12 +206,12 @@ def check_output(output: Path, arguments: dict[str, Any], overwrite: bool) -> No
         return
     if not output.is_dir():
         raise UserError(f"OUTPUT {output} is a file: give a folder.")
-    record = output / RECORD
-    if not record.is_file():
+    record = read_record(output)
+    if record is None:
         if any(path.name != LOCK for path in output.iterdir()):
             raise UserError(f"OUTPUT {output} holds other files: give an empty folder, or --overwrite true.")
         return
-    before, now = _flat(identity(read_json(record))), _flat(identity(as_json(arguments)))
+    before, now = _flat(identity(record)), _flat(identity(as_json(arguments)))
     if different := sorted(key for key in before | now if before.get(key) != now.get(key)):
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:4])
         raise UserError(

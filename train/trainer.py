@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import seed_worker
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
 from train.reporting.callbacks import JsonLines, LogLine, Progress
@@ -132,15 +133,24 @@ class SkipTrainer(ResumableTrainer):
         """Of a stream, which divides its own records; by modality and length for a set with lengths; else Trainer's."""
         if isinstance(self.train_dataset, ConversationStream):
             return stream_loader(self.train_dataset, self.args, self.data_collator)
+        run, begun = self.args, self.args.layout
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+        else:
+            batches = begun.processes * begun.accumulation
+            loader = self._loader(self.train_dataset, ModalityLengthSampler(lengths, begun.batch, batches, run.seed))
+        if begun == run.own_layout:
+            return loader
+        rounds = Rounds(order_of(loader), begun.round, run.own_layout.round, run.dataloader_drop_last)
+        return self._loader(Relaid(self.train_dataset), rounds)
+
+    def _loader(self, dataset: Any, sampler: Sampler) -> DataLoader:
         run = self.args
-        batches = run.world_size * run.gradient_accumulation_steps
         loader = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_size=run.train_batch_size,
-            sampler=ModalityLengthSampler(lengths, run.train_batch_size, batches, run.seed),
+            sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=run.dataloader_num_workers,
             pin_memory=run.dataloader_pin_memory,

@@ -21,8 +21,11 @@ from train.arguments import DataArguments, ModelArguments
 from train.command_line import read_command_line
 from train.data import load_records
 from train.data.checks import CONVERTED, ERRORS, WARNINGS, Examined, Finding, FullCheck
-from train.data.usable import examine, save_errors
+from train.data.usable import examine, save_findings
 from train.recipe.model import prepare
+
+SHOWN_COLUMNS = 20
+"""Columns that nothing reads of which the table has the names; the report has all."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Findings:
         lost: tokens that the limit would cut.
         lost_supervised: of them, with a label.
         counts: records of each kind.
+        unread: columns that nothing reads, with the number of records that have them.
         offenders: errors and warnings.
     """
 
@@ -58,6 +62,7 @@ class Findings:
     lost: int = 0
     lost_supervised: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     offenders: list[Finding] = field(default_factory=list)
 
     def add(self, examined: Examined) -> None:
@@ -65,6 +70,7 @@ class Findings:
         self.records += 1
         self.images += examined.images
         self.counts.update({finding.kind for finding in examined.findings})
+        self.unread.update(examined.unread)
         self.offenders += [finding for finding in examined.findings if finding.kind not in CONVERTED]
         if (measured := examined.measure) is not None:
             self.samples += 1
@@ -84,7 +90,8 @@ class Findings:
         keys = {"images": "pictures", "tokens": "rows", "supervised": "learnt", "lost_supervised": "lost_learnt"}
         totals = {keys.get(name, name): value for name, value in vars(self).items() if isinstance(value, int)}
         offenders = [{**finding._asdict(), "error": finding.is_error} for finding in self.offenders]
-        return {"totals": totals, "counts": dict(self.counts), "offenders": offenders}
+        unread = dict(self.unread.most_common())
+        return {"totals": totals, "counts": dict(self.counts), "unread_columns": unread, "offenders": offenders}
 
 
 def validate(model: ModelArguments, data: DataArguments) -> Findings:
@@ -98,7 +105,7 @@ def validate(model: ModelArguments, data: DataArguments) -> Findings:
     check, findings = FullCheck(records, processor, data.max_length), Findings()
     for examined in examine(check, data.data_processes, "validating"):
         findings.add(examined)
-    save_errors(check, findings.errors)
+    save_findings(check, findings.errors, findings.unread)
     return findings
 
 
@@ -121,6 +128,10 @@ def show(findings: Findings, max_length: int, report: str) -> None:
             rows.append((f"{findings.counts[kind]:,}", label, kind, example))
     if rows:
         console.print(make_table(f"findings -> {report}", ("records", "", "kind", "for example"), rows))
+    if findings.unread:
+        columns = [(f"{count:,}", name) for name, count in findings.unread.most_common(SHOWN_COLUMNS)]
+        title = f"columns that nothing reads: {len(findings.unread):,}"
+        console.print(make_table(title, ("records", "column"), columns))
     if faulty := len({finding.row for finding in findings.errors}):
         print_text(f"{faulty:,} records cannot be trained on: correct them, or train with --drop_faulty true.")
     else:

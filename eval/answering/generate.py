@@ -22,6 +22,7 @@ from transformers import (
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
 from eval.answering.models import SavedModel
+from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
 from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.ends import ends_of
@@ -90,12 +91,15 @@ class Generator:
         with _readable(model.folder):
             if self.takes_images:
                 self.processor = AutoProcessor.from_pretrained(model.folder)
-            loaded: Any = auto.from_pretrained(model.folder, **options)
         if not getattr(self.processor, "chat_template", None):
             raise UserError(
                 f"{model.folder}: its processor has no chat template; save it with the one it was trained on "
                 "(llava-skip convert SOURCE OUTPUT --template NAME does)."
             )
+        check_template(model.folder, self.processor, self.takes_images)
+        with _readable(model.folder):
+            loaded: Any = auto.from_pretrained(model.folder, **options)
+        self.folder = model.folder
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self.model = loaded.to(device).eval()
         config = self.model.generation_config
@@ -127,6 +131,7 @@ class Generator:
         padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
         if self.takes_images:
             padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
+        render(self.folder, self.processor, conversations)  # its errors and its time, before it is called with images
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,

@@ -90,4 +90,6 @@ def check_model(folder: Path) -> SavedModel:
         raise UserError(f"{folder}: holds no weights ({' or '.join(WEIGHTS)}); did the training finish?")
     if not any(path.name.startswith("tokenizer") for path in texts):
         raise UserError(f"{folder}: holds no tokenizer; save the processor in the same folder.")
+    if not isinstance(parsed["config.json"], dict):
+        raise UserError(f"{folder / 'config.json'}: expected a JSON object; save the model again.")
     return SavedModel(folder, parsed["config.json"], (*texts, *weights))

@@ -12,6 +12,7 @@ from eval.benchmarks.ocrbench import OCRBench
 from eval.benchmarks.pope import POPE
 from eval.benchmarks.textvqa import TextVQA
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import shortened
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (MMBench, MMVet, MMStar, MME, TextVQA, MMMU, MathVista, OCRBench, GQA, POPE)
@@ -26,5 +27,5 @@ def get_benchmark(name: str, rule: str | None = None, protocol: str | None = Non
     """
     kind = BENCHMARKS.get(name.lower().replace("-", "").replace("_", ""))
     if kind is None:
-        raise UserError(f"unknown benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}.")
+        raise UserError(f"unknown benchmark '{shortened(name)}'; choose one of {', '.join(BENCHMARKS)}.")
     return kind(rule, protocol)

@@ -1,6 +1,5 @@
 """GQA (testdev_balanced): one-word answers, right if they are the gold answer."""
 
-import json
 import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from eval.sample import Id, Sample, Score
 from eval.scoring.judge import Judge
 from eval.scoring.pandas_cells import cell_as_text
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import write_json
+from llava_skip_base.files import parse_json, write_json
 
 QUESTIONS = "testdev_balanced_questions.json"
 _NO_MARKS = str.maketrans("", "", string.punctuation)
@@ -59,6 +58,8 @@ class GQA(Benchmark):
                 f"{first_few(lacking)} of {len(samples)} questions have no gold answer; give a split that has."
             )
         balanced = [s for s in samples if s.fields.get("isbalanced", "True") in ("True", "")]
+        if not balanced:
+            raise UserError(f"none of the {len(samples)} questions is of the balanced set; give testdev_balanced.")
         hit = {s.id: self._is_right(answers[s.id], s.fields["answer"]) for s in balanced}
         right: dict[str, list[bool]] = defaultdict(list)
         for sample in balanced:
@@ -102,7 +103,7 @@ def _parts(fields: Row) -> list[str]:
     kinds: Any = fields.get("types", {})
     if isinstance(kinds, str):
         try:
-            kinds = json.loads(kinds.replace("'", '"'))
+            kinds = parse_json(kinds.replace("'", '"'))
         except ValueError:
             kinds = {}
     if not isinstance(kinds, dict) or not kinds.get("structural"):

@@ -14,10 +14,10 @@ from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.extraction import VERSIONS, vlmevalkit
-from eval.scoring.judge import Judge, digest, read_replies
+from eval.scoring.judge import Judge, digest, read_replies, save_replies
 from eval.scoring.pandas_cells import cell_as_text
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import write_json
+from llava_skip_base.texts import shortened
 
 HINTS = {
     "text": "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -58,6 +58,8 @@ class MathVista(Benchmark):
     max_new_tokens = 512
     embedded = "mathvista/testmini.json"
     columns = ("question", "question_type", "answer_type")
+    optional_columns = ("choices",)
+    list_columns = frozenset({"choices"})
     id_columns = ("pid", "index", "question_id", "id")
     answer_columns = ("response", "prediction", "text")
 
@@ -165,6 +167,8 @@ def query(fields: Row) -> str:
     """The prompt of a question, in the form of the released query file."""
     kind = "text" if fields["question_type"] == "multi_choice" else fields["answer_type"]
     kind += fields.get("precision", "") if kind == "float" else ""
+    if kind not in HINTS:
+        raise UserError(f"a question has the kind of answer {shortened(kind)!r}; expected one of {', '.join(HINTS)}.")
     unit = f" (Unit: {fields['unit']})" if fields.get("unit") else ""
     choices = "".join(f"\n({chr(ord('A') + n)}) {choice}" for n, choice in enumerate(fields["choices"]))
     listed = f"\nChoices:{choices}" if choices else ""
@@ -202,11 +206,11 @@ def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge:
     """
     prompts = {s.id: extraction_prompt(s.fields, answers[s.id]) for s in samples}
     path = judge.file("extractions")
-    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()})
+    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()}, extraction=str)
     unasked = [s for s in samples if str(s.id) not in replies]
     for sample, reply in judge.map(lambda sample: judge.ask(prompts[sample.id], 0.0, MAX_TOKENS), unasked):
         replies[str(sample.id)] = {"asked": digest(prompts[sample.id]), "extraction": reply.strip()}
-        write_json(path, replies)
+        save_replies(path, replies)
     return {s.id: replies[str(s.id)]["extraction"] for s in samples if str(s.id) in replies}
 
 
@@ -245,6 +249,8 @@ def normalise_extraction(extraction: str, fields: Row) -> str | None:
     """An extracted answer in the form of the gold one; None if it has no such form."""
     choices = [str(choice) for choice in fields["choices"]]
     if fields["question_type"] == "multi_choice":
+        if not choices:
+            return None
         text = extraction.strip()
         letter = _LETTER.search(text)
         number = ord(letter[1].upper() if letter else text) - ord("A") if letter or len(text) == 1 else -1

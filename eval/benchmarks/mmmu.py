@@ -58,7 +58,8 @@ class MMMU(Benchmark):
     limits = {"lmms-eval": 128}
     embedded = "mmmu.tsv"
     columns = ("question_type", "gold")
-    list_columns = frozenset({"gold"})
+    optional_columns = ("options",)
+    list_columns = frozenset({"gold", "options"})
     public_names = {"gold": "answer (or ground_truth)"}
     id_columns = ("id", "index", "question_id")
     answer_columns = ("prediction", "response", "parsed_pred", "text")
@@ -341,7 +342,7 @@ def _choices(row: Row) -> dict[str, str]:
     if isinstance(row.get("index2ans"), dict):
         return {letter: str(text) for letter, text in row["index2ans"].items()}
     if isinstance(row.get("options"), dict):
-        return row["options"]
+        return {str(letter): str(text) for letter, text in row["options"].items()}
     listed = as_list(row.get("options", ""))
     if listed:
         return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}

@@ -13,6 +13,7 @@ from eval.sample import Id, Sample, Score
 from eval.scoring.grading import Grades, grade, parse_grade
 from eval.scoring.judge import Judge, read_replies
 from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.texts import shortened
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
@@ -147,10 +148,13 @@ def _renamed(row: Row) -> Row:
 def _grade(id_: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 <= number <= 1:
-        raise UserError(f"question {id_} has the grade {value!r}; expected a number from 0 to 1. Is this a grade file?")
+        raise UserError(
+            f"question {shortened(id_)} has the grade {shortened(repr(value))}; expected a number from 0 to 1. "
+            "Is this a grade file?"
+        )
     return number
 
 

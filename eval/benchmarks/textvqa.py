@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark
-from eval.reading.tables import Row, read_rows
+from eval.reading.tables import Row, as_row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
 from eval.scoring.pandas_cells import cell_as_text
@@ -119,7 +119,7 @@ def _read_annotations(path: Path) -> list[Row]:
     rows = read_rows(path)
     # The official file is an object whose "data" holds the questions.
     lists = [row["prediction"] for row in rows if row.get("id") == "data" and isinstance(row.get("prediction"), list)]
-    return lists[0] if lists else rows
+    return [as_row(path, f"question {n}", row) for n, row in enumerate(lists[0], start=1)] if lists else rows
 
 
 def _key(image: object, prompt: str) -> str:

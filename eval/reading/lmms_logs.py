@@ -34,12 +34,13 @@ def answers_by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id
     Raises:
         UserError: the questions with these numbers are other ones, and the log has no ids.
     """
-    if "doc_id" not in rows[0]:
+    if not all({"doc_id", "question", "prediction"} <= row.keys() for row in rows):
         return None
-    numbers = [int(row["doc_id"]) for row in rows]
+    numbers = [int(row["doc_id"]) if _is_number(row["doc_id"]) else len(samples) for row in rows]
     if len(set(numbers)) == len(rows) and max(numbers) < len(samples):
         found = [samples[number] for number in numbers]
-        if all(_words(s.fields["question"]) in _words(row["question"]) for s, row in zip(found, rows, strict=True)):
+        pairs = [(s.fields.get("question", ""), row["question"]) for s, row in zip(found, rows, strict=True)]
+        if all(_words(own) in _words(asked) for own, asked in pairs):
             return {sample.id: row["prediction"] for sample, row in zip(found, rows, strict=True)}
     if not any(name in rows[0] for name in _IDS):
         raise UserError(
@@ -51,6 +52,7 @@ def answers_by_number(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[Id
 
 def _plain(row: Row) -> Row:
     prompt = row.get("input") or next(iter(row.get("arguments") or [""]))
+    prompt = prompt if isinstance(prompt, str) else str(prompt)
     fields: Row = {}
     for part in (row.get("doc"), *(cell for name, cell in row.items() if name not in ("doc", *_NOT_FIELDS))):
         for name, cell in part.items() if isinstance(part, dict) else ():
@@ -62,6 +64,10 @@ def _first(reply: Any) -> str:
     while isinstance(reply, list):
         reply = reply[0] if reply else ""
     return str(reply)
+
+
+def _is_number(text: Any) -> bool:
+    return isinstance(text, str) and text.isdecimal() and len(text) < 10
 
 
 def _words(text: Any) -> str:

@@ -30,6 +30,12 @@ Stamps = list[tuple[str, int, int, int]]
 
 # A cell this short cannot be an image: VLMEvalKit stores there the index of the row that has the image.
 REFERENCE_LENGTH = 64
+LARGEST_WORKBOOK = 2_000_000_000
+# What openpyxl, zipfile and the XML parser raise about damaged workbooks, besides errors of their own.
+_RAISED_BY_OPENPYXL = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
 CELL_LIMIT = 32_767  # characters that Excel keeps in one cell
 # What decides the answers: the files of a folder that are hashed, images left out.
 HASHED_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
@@ -96,6 +102,10 @@ def read_rows(path: Path) -> list[Row]:
         rows = list(reader(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except UserError:
+        raise  # some are also OSErrors
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file.") from error
     if not rows:
         raise UserError(f"{path}: holds no rows.")
     return rows
@@ -250,25 +260,38 @@ def _check_width(path: Path, line: int, row: list[str], names: list[str]) -> Non
 
 
 def _read_xlsx(path: Path) -> Iterator[Row]:
-    import openpyxl  # only a few prediction files need it, and it is slow to import
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        # Formulas are read as their text: an answer that starts with "=" was written by the model, not by a person.
-        book = openpyxl.load_workbook(path, read_only=True, data_only=False)
-    except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{path}: not an Excel workbook ({error}); save it again as xlsx.") from error
-    book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
-    lines = book.active.iter_rows(values_only=True)
+    lines = iter(_sheet(path))
     names = _column_names(path, ["" if name is None else str(name) for name in next(lines, ())])
     for line in lines:
         if any(value is not None for value in line):
             cells = [*line, *[None] * (len(names) - len(line))]
             yield {name: cell_text(cell) for name, cell in zip(names, cells, strict=False) if name}
-    book.close()
 
 
-def _row(path: Path, where: str, value: Any) -> Row:
+def _sheet(path: Path) -> list[tuple[Any, ...]]:
+    """The values of a workbook's active sheet."""
+    import openpyxl  # only a few prediction files need it, and it is slow to import
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        with zipfile.ZipFile(path) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > LARGEST_WORKBOOK:
+            raise UserError(f"{path}: holds {size:,} bytes when it is unpacked, too many; save it as tsv.")
+        # Formulas are read as their text: an answer that starts with "=" was written by the model, not by a person.
+        book = openpyxl.load_workbook(path, read_only=True, data_only=False)
+        book.active.reset_dimensions()  # some writers store a wrong size, and cells outside of it would be dropped
+        lines = list(book.active.iter_rows(values_only=True))
+        book.close()
+    except UserError:
+        raise
+    except (InvalidFileException, zipfile.BadZipFile, zlib.error, *_RAISED_BY_OPENPYXL) as error:
+        raise UserError(f"{path}: not an Excel workbook ({shortened(error)}); save it again as xlsx.") from error
+    return lines
+
+
+def as_row(path: Path, where: str, value: Any) -> Row:
+    """A JSON object as a row; `where` is its place in the file, for messages."""
     if not isinstance(value, dict):
         raise UserError(f"{path}, {where}: expected a JSON object, saw {type(value).__name__}.")
     return {column_name(name): cell_text(cell) for name, cell in value.items()}
@@ -276,7 +299,7 @@ def _row(path: Path, where: str, value: Any) -> Row:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, value in read_json_lines(path):
-        yield _row(path, f"line {number}", value)
+        yield as_row(path, f"line {number}", value)
 
 
 class _DoubledKeys(ValueError):
@@ -306,10 +329,10 @@ def _read_json(path: Path) -> Iterator[Row]:
     if isinstance(value, dict):
         for key, item in value.items():
             fields = item if isinstance(item, dict) else {"prediction": item}
-            yield {"id": key, **_row(path, key, fields)}
+            yield {"id": key, **as_row(path, shortened(key), fields)}
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield _row(path, f"item {number}", item)
+            yield as_row(path, f"item {number}", item)
     else:
         raise UserError(f"{path}: expected a JSON list or object, saw {type(value).__name__}.")
 
@@ -323,7 +346,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
-                yield _row(path, "row", value)
+                yield as_row(path, "row", value)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file, or damaged ({error}); download it again.") from error
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.sample import Id, Sample
-from eval.scoring.judge import Judge, digest, read_replies
-from llava_skip_base.files import write_json
+from eval.scoring.judge import Judge, digest, read_replies, save_replies
 
 INSTRUCTION = (
     "Below are questions, each with its ground truth and the prediction of a model. Compare the prediction with the "
@@ -103,7 +102,7 @@ def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, pa
         JudgeUnavailable: if the endpoint fails; the grades so far are kept.
     """
     asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}
-    saved = read_replies(path, asked)
+    saved = read_replies(path, asked, score=list, content=list, model=list)
     empty = {id_: {"asked": digest(prompt), "model": [], "content": [], "score": []} for id_, prompt in asked.items()}
     grades: Grades = {**{id_: saved.get(id_, entry) for id_, entry in empty.items()}, **saved}
     for run in range(judge.runs):
@@ -114,5 +113,5 @@ def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, pa
             entry["model"].append(judge.model)
             entry["content"].append(reply)
             entry["score"].append(value)
-            write_json(path, {id_: entry for id_, entry in grades.items() if entry["score"]})
+            save_replies(path, {id_: entry for id_, entry in grades.items() if entry["score"]})
     return grades

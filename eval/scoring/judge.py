@@ -30,7 +30,7 @@ from tqdm import tqdm
 from eval.errors import JudgeUnavailable
 from llava_skip_base.console import print_text
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import read_json
+from llava_skip_base.files import parse_json, read_json, write_json, writing
 
 DEFAULT_JUDGE = "gpt-4-0613"
 LONGEST_PAUSE = 600.0
@@ -238,17 +238,37 @@ class Judge:
         return seconds
 
 
-def read_replies(path: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The replies of an earlier run by id, if there are any; `asked` is the question to the judge by id.
+def save_replies(path: Path, replies: Mapping[str, Any]) -> None:
+    """Write the replies so far, by id."""
+    with writing(path):
+        write_json(path, replies)
+
+
+def read_replies(path: Path, asked: Mapping[str, str], **fields: type) -> dict[str, dict[str, Any]]:
+    """The replies of an earlier run by id, if there are any.
+
+    Args:
+        path: the file.
+        asked: the question to the judge by id.
+        **fields: what each reply holds.
 
     Raises:
-        UserError: if the file has replies about other answers, or is no JSON.
+        UserError: if the file has replies about other answers, or is not of this form.
     """
     entries = read_json(path) if path.exists() else {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected replies by id, saw a {type(entries).__name__}; move it away.")
+    broken = [id_ for id_, entry in entries.items() if not _holds(entry, fields if id_ in asked else {})]
+    if broken:
+        raise UserError(f"{path}: its replies on {first_few(broken)} questions are damaged; move it away.")
     stale = [id_ for id_, entry in entries.items() if id_ in asked and entry.get("asked") != digest(asked[id_])]
     if stale:
         raise UserError(f"{path}: its replies on {first_few(stale)} questions are of other answers; move it away.")
     return entries
+
+
+def _holds(entry: Any, fields: Mapping[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
 
 
 def digest(question: str) -> str:
@@ -271,7 +291,7 @@ def parse_retry_after(header: str) -> float | None:
 def _content(reply: bytes) -> str:
     """The text of a chat completion."""
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
+        content = parse_json(reply.decode())["choices"][0]["message"]["content"]
         if content is None or isinstance(content, str):
             return content or ""
     except (ValueError, LookupError, TypeError):

@@ -12,8 +12,7 @@ from typing import Any
 
 from eval.sample import Id, Sample, options
 from eval.scoring.extraction import NO_CHOICE, Options
-from eval.scoring.judge import Judge, digest, read_replies
-from llava_skip_base.files import write_json
+from eval.scoring.judge import Judge, digest, read_replies, save_replies
 
 ATTEMPTS = 3
 MAX_TOKENS = 64
@@ -85,7 +84,7 @@ def match_choices(
     """
     prompts = {s.id: matching_prompt(s.fields["question"], options(s.fields), answers[s.id]) for s in samples}
     path = judge.file("choices")
-    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()})
+    replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()}, replies=list)
 
     def ask(sample: Sample) -> tuple[str | None, list[str]]:
         said: list[str] = []
@@ -98,7 +97,7 @@ def match_choices(
 
     for sample, (letter, said) in judge.map(ask, [s for s in samples if str(s.id) not in replies]):
         replies[str(sample.id)] = {"asked": digest(prompts[sample.id]), "letter": letter, "replies": said}
-        write_json(path, replies)
+        save_replies(path, replies)
     found = Matches()
     for sample in samples:
         if str(sample.id) not in replies:  # a dry run

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from eval.reading.tables import Row, sha256
 from eval.showing.results import Result
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
+from llava_skip_base.texts import shortened
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which an image is kept exactly
@@ -111,8 +113,8 @@ def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Qu
     """Show the images if the benchmark file is still the one that was answered; else say why there are none."""
     data = result.facts["data"]
     path, images = Path(data["path"]), data.get("images")
-    if not path.exists() or sha256([path]) != data["sha256"]:
-        return f"There are no images: {path} is gone or has changed since the evaluation."
+    if not (os.path.isfile(path) or os.path.isdir(path)) or sha256([path]) != data["sha256"]:
+        return f"There are no images: {shortened(path)} is gone or has changed since the evaluation."
     try:
         samples = benchmark.load(path, images and Path(images))
     except UserError as error:
@@ -122,9 +124,12 @@ def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Qu
         question = questions.get(str(benchmark.question(sample.id)))
         if question and not question.images:
             for source in sample.images:
-                if source.data not in names:
-                    names[source.data] = _write_image(source, folder)
-                question.images.append(names[source.data])
+                try:
+                    if (key := (source.data, source.number)) not in names:
+                        names[key] = _write_image(source, folder)
+                except UserError as error:
+                    return f"Images are missing from here on: {error}"
+                question.images.append(names[key])
     return ""
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from eval.benchmarks import get_benchmark
 from eval.reading.tables import Row, read_rows
-from llava_skip_base.errors import UserError
+from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import read_json
 
 
@@ -33,10 +35,16 @@ class Result:
         """
         folder = path.parent if path.name == "results.json" else path
         facts, values = (_read(folder / name) for name in ("results.json", "per_sample.json"))
-        lacking = [name for name in ("benchmark", "status", "rule", "protocol", "model", "data") if name not in facts]
+        lacking = [name for name, kinds in _FACTS.items() if not _is(_part(facts, name), kinds)]
         if lacking:
-            raise UserError(f"{folder / 'results.json'}: lacks {', '.join(lacking)}; give a result of llava-skip eval.")
-        return cls(folder, facts, values)
+            raise UserError(
+                f"{folder / 'results.json'}: lacks {', '.join(lacking)}, or they are of another kind; give a result "
+                "of llava-skip eval."
+            )
+        get_benchmark(facts["benchmark"])
+        if odd := [id_ for id_, value in values.items() if value is None or not _is(value, _NUMBER)]:
+            raise UserError(f"{folder / 'per_sample.json'}: {first_few(odd)} values are no numbers; score it again.")
+        return cls(folder, {"score": None, **facts}, values)
 
     @property
     def benchmark(self) -> str:
@@ -49,8 +57,17 @@ class Result:
         return self.facts["model"]["name"]
 
     def answers(self) -> list[Row]:
-        """Read the answers, each with its question, in the order of the benchmark file."""
-        return read_rows(self.folder / "answers.jsonl")
+        """Read the answers, each with its question, in the order of the benchmark file.
+
+        Raises:
+            UserError: a line is no answer.
+        """
+        path = self.folder / "answers.jsonl"
+        rows = read_rows(path)
+        for number, row in enumerate(rows, start=1):
+            if not all(isinstance(row.get(name), str) for name in ("index", "prompt", "prediction")):
+                raise UserError(f"{path}, line {number}: lacks its index, prompt or prediction; evaluate again.")
+        return rows
 
 
 def find_results(places: Sequence[Path]) -> list[Result]:
@@ -69,6 +86,25 @@ def find_results(places: Sequence[Path]) -> list[Result]:
                 f"{one.folder} and {other.folder} are both of {one.model} on {one.benchmark}; give one of them."
             )
     return found
+
+
+_TEXT, _NUMBER = (str,), (int, float, NoneType)
+_FACTS = {
+    **dict.fromkeys(("benchmark", "status", "rule", "protocol", "model.name", "data.path", "data.sha256"), _TEXT),
+    **{"score": _NUMBER, "full_score": _NUMBER, "data.images": (str, NoneType)},
+    **dict.fromkeys(("generation", "versions", "judge"), (dict, NoneType)),
+}
+"""What a result must hold, and of which kinds."""
+
+
+def _part(facts: Any, name: str) -> Any:
+    for key in name.split("."):
+        facts = facts.get(key) if isinstance(facts, dict) else None
+    return facts
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not (isinstance(value, int) and value.bit_length() > 64)
 
 
 def _read(path: Path) -> dict[str, Any]:

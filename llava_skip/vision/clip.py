@@ -6,10 +6,12 @@ Shapes: N images, P patches of an image, C width of the tower, H heads, E head w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava_skip_base.errors import UserError
@@ -45,6 +47,10 @@ class ClipTower(CLIPVisionModel):
         for layer in self.encoder.layers[: max(indices)]:
             states.append(layer(states[-1], None))
         return [states[index] for index in indices]
+
+    def outputs(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """What transformers' CLIPVisionModel gives: the states of the last layer, and more if asked for."""
+        return super().forward(pixel_values.to(self.dtype), **kwargs)
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         side = self.config.image_size

@@ -24,6 +24,7 @@ class ChainOfSightFrontEnd(FrontEnd):
 
     name = "cos"
     llava_projector = False
+    reads_one_layer = False
 
     def check(self, config: LlavaSkipConfig) -> None:
         """`resampler` is given and fits the tower."""

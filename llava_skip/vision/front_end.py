@@ -45,12 +45,14 @@ class FrontEnd:
             take them over.
         is_llava_hf: whether a dense model is transformers' LLaVA and can be saved as one.
         cuts_tiles: whether the image processor cuts an image into crops.
+        reads_one_layer: whether `vision_feature_layer` says which layer of the tower the features are.
     """
 
     name: str
     llava_projector = True
     is_llava_hf = False
     cuts_tiles = False
+    reads_one_layer = True
 
     # --- configuration
 

@@ -138,7 +138,7 @@ def test_outputs_are_tuples_where_asked_for(model):
     assert torch.equal(model.model(**inputs, return_dict=False)[0], model.model(**inputs).last_hidden_state)
     images = images_of(mixed_samples(model)[:1])
     blocks = model.get_image_features(**images).pooler_output
-    assert torch.equal(model.get_image_features(**images, return_dict=False)[0], blocks)
+    assert torch.equal(model.get_image_features(**images, return_dict=False)[1], blocks)
     model.config.return_dict = False
     assert torch.equal(model(**inputs)[0], outputs.logits)
 

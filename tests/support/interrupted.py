@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 RECORDS = 22  # with 4 in a step: five steps and a half an epoch
 
 
-def write_inputs(folder: Path, mixed: bool = True) -> list[str]:
+def write_inputs(folder: Path, mixed: bool = True, dropout: float = 0.1) -> list[str]:
     """A model with dropout, records with and (`mixed`) without images; the arguments that train it on them."""
-    config = small_config(vocab_size=400, attention_dropout=0.1, num_hidden_layers=2)
+    config = small_config(vocab_size=400, attention_dropout=dropout, num_hidden_layers=2)
     config.image_token_index = 3
     LlavaSkipForConditionalGeneration(config).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
@@ -87,10 +87,14 @@ TRAIN = ("-m", "tests.support.strikes")
 
 
 def launch(
-    arguments: list[str], *options: str, strike: tuple | None = None, program: tuple[str, ...] = TRAIN
+    arguments: list[str],
+    *options: str,
+    strike: tuple | None = None,
+    program: tuple[str, ...] = TRAIN,
+    processes: int = 2,
 ) -> subprocess.Popen:
-    """Two processes; `strike` is a rank, a function, the number of its call, and a signal."""
-    command = [sys.executable, "-m", "train.launch", "--standalone", "--nproc_per_node", "2", *options]
+    """Processes of a run; `strike` is a rank, a function, the number of its call, and a signal."""
+    command = [sys.executable, "-m", "train.launch", "--standalone", "--nproc_per_node", str(processes), *options]
     return subprocess.Popen(
         [*command, *program, *arguments],
         cwd=ROOT,
@@ -102,7 +106,7 @@ def launch(
 
 
 def launch_and_wait(arguments: list[str], *options: str, **how: Any) -> dict:
-    """`code` and `output` of two processes, see `launch`."""
+    """`code` and `output` of the processes, see `launch`."""
     process = launch(arguments, *options, **how)
     output = process.communicate(timeout=300)[0]
     return {"code": process.returncode, "output": output}

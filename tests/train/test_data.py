@@ -104,8 +104,8 @@ def test_lines_that_cannot_be_stored_are_faulty_records(tmp_path):
     records = load_records(str(tmp_path / "data.jsonl"))
     faults = [records.record(row)["fault"] for row in range(4)]
     assert "line 1 is not valid JSON" in faults[0] and faults[2] is None and records.record(2)["id"] == "\\ud83d"
-    assert faults[1].startswith("a turn's text has half of a surrogate pair")
-    assert faults[3].startswith("an image's name has half of a surrogate pair")
+    assert faults[1].startswith("data.jsonl, line 2: a turn's text has half of a surrogate pair")
+    assert faults[3].startswith("data.jsonl, line 4: an image's name has half of a surrogate pair")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_lines_that_cannot_be_stored_are_faulty_records(tmp_path):
     [
         ("data.jsonl", b"[\n{}\n]", "data.jsonl holds a list, not one object a line: name it .json.$"),
         ("data.json", b"{}\n{}", r"Extra data: .* \(one object a line is named .jsonl\).$"),
-        ("data.json", "[{}]".encode("utf-16"), "data.json is not valid JSON: lexical error: invalid char in json text"),
+        ("data.json", "[{}]".encode("utf-16"), "data.json is not valid JSON: it is UTF-16 text"),
     ],
 )
 def test_a_file_of_another_form_says_what_to_do(tmp_path, name, content, message):

@@ -119,19 +119,24 @@ class Job:
         return json.loads(file.read_text())
 
 
-def training(cluster, digits, folder):
-    """A two-node training of one process a node, into `folder / "run"`."""
+def training(cluster, digits, folder, nodes="2"):
+    """A training of one process a node, on two nodes if `nodes` does not say otherwise, into `folder / "run"`."""
     variables = {"DATA": str(digits / "train.json"), "IMAGES": str(digits / "images"), "OUTPUT": str(folder / "run")}
     variables |= {"NPROC": "1", "BATCH": "4", "LOGS": str(folder / "logs")}
     arguments = ["--tokenizer", str(digits / "tokenizer"), "--max_steps", str(STEPS), "--logging_steps", "1"]
-    return Job(cluster, folder, "--nodes", "2", JOB, *arguments, "--save_steps", "9", **variables)
+    return Job(cluster, folder, "--nodes", nodes, JOB, *arguments, "--save_steps", "9", **variables)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = training(cluster, digits, folder)
+    job.wait(job.ended)
+    return job.result(folder / "run/train_result.json")
 
 
 @pytest.mark.slow
-def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluster, digits, tmp_path):
-    undisturbed = training(cluster, digits, tmp_path / "undisturbed")
-    undisturbed.wait(undisturbed.ended)
-    expected = undisturbed.result(tmp_path / "undisturbed/run/train_result.json")
+def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluster, digits, undisturbed, tmp_path):
     job = training(cluster, digits, tmp_path / "preempted")
     job.wait((tmp_path / "preempted/run/checkpoint-9").exists)
     call("scancel", "--signal=USR1", "--batch", job.number, **cluster)  # what SLURM sends before the time limit
@@ -139,12 +144,32 @@ def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluste
     job.wait(job.ended)
     result = job.result(tmp_path / "preempted/run/train_result.json")
     assert 9 <= result["continued_from_step"] < STEPS
-    losses, expected_losses = ([e["loss"] for e in r["history"]] for r in (result, expected))
-    assert len(losses) == STEPS and losses == pytest.approx(expected_losses, abs=1e-5)
-    assert result["samples"] == expected["samples"] == STEPS * 2 * 4
+    losses, expected = ([e["loss"] for e in r["history"]] for r in (result, undisturbed))
+    assert len(losses) == STEPS and losses == pytest.approx(expected, abs=1e-5)
+    assert result["samples"] == undisturbed["samples"] == STEPS * 2 * 4
     log = job.log.read_text()
     assert "saving step" in log and "goes back into the queue" in log and "continuing from" in log
     assert len(list((tmp_path / "preempted/logs").rglob("stderr.log"))) == 4  # two attempts, two nodes
+
+
+@pytest.mark.slow
+def test_a_job_that_is_requeued_on_fewer_nodes_continues(cluster, digits, undisturbed, tmp_path):
+    job = training(cluster, digits, tmp_path / "fewer", nodes="1-2")
+    job.wait((tmp_path / "fewer/run/checkpoint-9").exists)
+    call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test", **cluster)
+    try:
+        call("scancel", "--signal=USR1", "--batch", job.number, **cluster)
+        job.wait(lambda: job.state()["Restarts"] == "1")
+        job.wait(job.ended)
+    finally:
+        call("scontrol", "update", "NodeName=n2", "State=RESUME", **cluster)
+    result = job.result(tmp_path / "fewer/run/train_result.json")
+    assert result["processes"] == 1 and 9 <= result["continued_from_step"] < STEPS
+    losses, expected = ([e["loss"] for e in r["history"]] for r in (result, undisturbed))
+    assert len(losses) == STEPS and losses == pytest.approx(expected, abs=1e-4)
+    assert result["samples"] == undisturbed["samples"]
+    log = job.log.read_text()
+    assert "was written by 2 processes under ZeRO-2, and this run has 1 process under ZeRO-2" in log
 
 
 @pytest.mark.slow

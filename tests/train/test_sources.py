@@ -68,7 +68,7 @@ def test_a_broken_line_is_a_faulty_record(folder):
     (folder / "data.jsonl").write_text(json.dumps(record()) + "\n{broken\n\n" + json.dumps(record()) + "\n")
     records = load_records(str(folder / "data.jsonl"))
     assert [bool(records.record(i)["fault"]) for i in range(len(records))] == [False, True, False]
-    assert records.record(1)["fault"].startswith("line 2 is not valid JSON")
+    assert records.record(1)["fault"].startswith("data.jsonl, line 2 is not valid JSON")
 
 
 def mixture(folder, text):

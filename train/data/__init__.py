@@ -2,10 +2,10 @@
 
 from train.data.dataset import COUNTED, ConversationDataset, collate, collate_flat
 from train.data.measure import sample_lengths
-from train.data.records import RecordError
 from train.data.sources import RecordSet, load_records, load_tables, read_sources
 from train.data.stream import ConversationStream, stream_loader
-from train.data.usable import dropped_findings, usable_records
+from train.data.turns import RecordError
+from train.data.usable import dropped_findings, unread_columns, usable_records
 
 __all__ = [
     "COUNTED",
@@ -21,5 +21,6 @@ __all__ = [
     "read_sources",
     "sample_lengths",
     "stream_loader",
+    "unread_columns",
     "usable_records",
 ]

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.vision.rgb import is_deep, is_turned
+from llava_skip.vision.rgb import is_deep, is_turned, to_rgb
 from llava_skip_base.errors import UserError
+from llava_skip_base.images import image_name
 from train.data.measure import Measure, measure, processor_parts
-from train.data.records import Fault, Record, RecordError, find_fault
-from train.data.sources import RecordSet, calling_pillow
+from train.data.records import Fault, Record, find_fault
+from train.data.sources import RecordSet
+from train.data.turns import RecordError
 
 ERRORS = (
     "broken row",
@@ -31,6 +33,8 @@ ERRORS = (
     "nothing learnt",
 )
 """Kinds of faults with which a record cannot be trained on. Kinds are keys of the files of findings: they stay."""
+FORMAT = 2
+"""Raise it when the meaning or the form of findings changes: those of another number are not used again."""
 WARNINGS = ("empty answer", "longer than the limit", "picture of many pixels", "picture of 1 pixel")
 """Kinds with which a record is trained on, but perhaps not as intended."""
 CONVERTED = ("turned upright", "16-bit greys scaled", "CMYK converted", "palette converted", "transparency on white")
@@ -53,11 +57,12 @@ class Finding(NamedTuple):
 
 @dataclass
 class Examined:
-    """What a check found out about a record."""
+    """What a check found out about a record; `unread` are its columns that nothing reads."""
 
     findings: list[Finding] = field(default_factory=list)
     images: int = 0
     measure: Measure | None = None
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class QuickCheck:
     @property
     def key(self) -> str:
         """Another set, or another limit, has another key."""
-        parts = [type(self).__name__, self.records.fingerprint, self.max_length, *self._depends_on()]
+        parts = [FORMAT, type(self).__name__, self.records.fingerprint, self.max_length, *self._depends_on()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _depends_on(self) -> list[Any]:
@@ -88,24 +93,21 @@ class QuickCheck:
         record = self.records.record(row)
         fault = find_fault(record, self.processor.image_seq_length, self.max_length) or self._missing(row, record)
         if fault:
-            return Examined([Finding(row, self.records.describe(row, record), *fault)])
+            return Examined([Finding(row, self.records.describe(row, record), *fault)], unread=record["unread"])
         return self._examine_good(row, record)
 
     def _examine_good(self, row: int, record: Record) -> Examined:
-        return Examined()
+        return Examined(unread=record["unread"])
 
     def _missing(self, row: int, record: Record) -> Fault | None:
         images = self.records.images_of(row)
         for image in record["images"]:
-            name = image if isinstance(image, str) else None if image.get("bytes") else image["path"]
-            if name is None:
-                continue
             try:
-                path = images.path(name)
+                path = images.file(image)
             except RecordError as error:
                 return Fault("path outside the image folder", str(error))
-            if not os.path.isfile(path):
-                return Fault("missing picture", f"the image {path} does not exist")
+            if path is not None and not os.path.isfile(path):
+                return Fault("missing picture", f"the image {image_name(path)} does not exist")
         return None
 
 
@@ -127,18 +129,16 @@ class FullCheck(QuickCheck):
             else:
                 faults += _examine_text(record, measured, self.max_length)
         name = self.records.describe(row, record)
-        return Examined([Finding(row, name, *fault) for fault in faults], len(record["images"]), measured)
+        findings = [Finding(row, name, *fault) for fault in faults]
+        return Examined(findings, len(record["images"]), measured, record["unread"])
 
     def _examine_image(self, row: int, image: Any) -> list[Fault]:
-        name = image if isinstance(image, str) else image.get("path") or "of the table"
+        name = image_name(image)
         try:
             with self.records.images_of(row).open_file(image) as opened:
-                with calling_pillow():
-                    opened.getexif()
+                to_rgb(opened)
                 notes = image_notes(opened)
-                with calling_pillow():
-                    opened.load()
-        except RecordError as error:
+        except UserError as error:
             too_large = isinstance(error.__cause__, Image.DecompressionBombError)
             kind = "picture of too many pixels" if too_large else "unreadable picture"
             return [Fault(kind, f"the image {name}: {error}")]

@@ -15,11 +15,14 @@ from torch.utils.data import Dataset
 from llava_skip.configuration import IGNORE_INDEX
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
-from train.data.records import Record, RecordError, find_fault
+from train.data.records import Record, find_fault
 from train.data.sources import Images, RecordSet
+from train.data.turns import RecordError
 
-COUNTED = ("truncated", "unsupervised")
-"""What is counted in a batch: samples that were cut to max_length, and samples without a supervised token."""
+FLAGS = ("truncated", "unsupervised", "unread")
+COUNTED = (*FLAGS, "faulty")
+"""What is counted in a batch: samples that were cut to max_length, without a supervised token, and with columns that
+nothing reads; and the faulty records that a stream passed over before its samples."""
 
 
 def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_length: int, name: str) -> dict[str, Any]:
@@ -34,7 +37,8 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
 
     Returns:
         `input_ids`, `labels` (lists of T), `pixel_values` [N, 3, side, side] and `crop_counts` [N] if any, `truncated`
-        (tokens that were cut), `unsupervised` (whether no token is supervised), `record_id` (the name).
+        (tokens that were cut), `unsupervised` (whether no token is supervised), `unread` (whether it has columns that
+        nothing reads), `record_id` (the name).
 
     Raises:
         RecordError: the record is faulty, or an image cannot be read or would be cut; the message names it.
@@ -55,7 +59,8 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
     for column in ("input_ids", "labels"):
         sample[column] = sample[column][:max_length]
     supervised = any(label != IGNORE_INDEX for label in sample["labels"][1:])
-    return sample | {"truncated": lost, "unsupervised": not supervised, "record_id": name}
+    unread = bool(record["unread"])
+    return sample | {"truncated": lost, "unsupervised": not supervised, "unread": unread, "record_id": name}
 
 
 class ConversationDataset(Dataset):
@@ -116,7 +121,8 @@ def collate_flat(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _shared(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """`pixel_values` [N, 3, side, side] and `crop_counts` if any, `record_ids` (list), and counts of `COUNTED`."""
-    shared: dict[str, Any] = {name: torch.tensor(sum(bool(sample[name]) for sample in samples)) for name in COUNTED}
+    shared: dict[str, Any] = {name: torch.tensor(sum(bool(sample[name]) for sample in samples)) for name in FLAGS}
+    shared["faulty"] = torch.tensor(sum(sample.get("faulty", 0) for sample in samples))
     shared["record_ids"] = [sample.get("record_id") for sample in samples]
     pixels = [torch.as_tensor(image) for sample in samples for image in sample.get("pixel_values", ())]
     if pixels:

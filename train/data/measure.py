@@ -16,8 +16,9 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
 from train.data.parallel import map_rows
 from train.data.reading import cache_file
-from train.data.records import Record, RecordError
-from train.data.sources import Images, RecordSet, calling_pillow
+from train.data.records import Record
+from train.data.sources import Images, RecordSet
+from train.data.turns import RecordError
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,6 @@ def _image_length(image: Any, images: Images, processor: LlavaSkipProcessor) -> 
     if not processor.length_depends_on_size:
         return processor.image_length(1, 1)
     with images.open_file(image) as opened:
-        with calling_pillow():
-            opened.getexif()
         return processor.image_length(*upright_size(opened))
 
 

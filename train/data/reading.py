@@ -6,37 +6,36 @@ size and time; memory does not grow with the records or the processes that read 
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import ijson
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
-from llava_skip_base.errors import MissingFileError, UserError, first_few
+from llava_skip_base.errors import MissingFileError, UserError, first_few, shortened
 from llava_skip_base.files import local_path
-from train.data.records import Record, normalise
+from train.data.json_items import Item, json_items, json_kind
+from train.data.records import Record, broken, normalise
 
 SCHEMA = Features(
     {
         "id": Value("string"),
-        "messages": List({"role": Value("string"), "content": Value("string")}),
-        "images": List(Value("string")),
+        "messages": List({"role": Value("string"), "content": Value("string"), "supervised": Value("bool")}),
+        "images": List(Value("large_string")),
         "fault": Value("string"),
+        "unread": List(Value("string")),
     }
 )
 """The columns of a table made of JSON."""
-FORMAT = 2
+FORMAT = 3
 """Raise it when the meaning of a table changes: tables of another number are not used again."""
-JSON_KINDS = (".json", ".jsonl")
-_MARK = codecs.BOM_UTF8
+BATCH = 200
+"""Records that are in memory while a table is written; with images inside them they can be long."""
 
 
 def cache_folder() -> Path:
@@ -68,7 +67,7 @@ def read_table(path: str, split: str, config: str | None = None) -> Dataset:
         return _load(path, name=config, split=split)
     if local.is_dir():
         return _load_folder(local, split)
-    return _read_json(local) if local.suffix in JSON_KINDS else _load_parquet([local])
+    return _read_json(local) if json_kind(local) else _load_parquet([local])
 
 
 def stream_table(path: str, split: str, config: str | None = None) -> IterableDataset:
@@ -78,7 +77,7 @@ def stream_table(path: str, split: str, config: str | None = None) -> IterableDa
         rows = _load(path, name=config, split=split, streaming=True)
     elif local.is_dir():
         rows = _load_folder(local, split).to_iterable_dataset()
-    elif local.suffix in JSON_KINDS:
+    elif json_kind(local):
         return IterableDataset.from_generator(_json_records, features=SCHEMA, gen_kwargs={"path": str(local)})
     else:
         rows = _load_parquet([local], streaming=True)
@@ -101,8 +100,9 @@ def _existing(path: str) -> Path | None:
         return None
     if not local.exists():
         raise MissingFileError(f"DATA {path} does not exist: give a LLaVA conversation JSON file, or another set.")
-    if not local.is_dir() and local.suffix not in (*JSON_KINDS, ".parquet"):
-        raise UserError(f"DATA {path} is of an unknown kind: give .json, .jsonl, .parquet, a folder or a hub name.")
+    if not local.is_dir() and not json_kind(local) and local.suffix.lower() != ".parquet":
+        known = ".json, .jsonl or .ndjson (also with .gz), .parquet, a folder or a hub name"
+        raise UserError(f"DATA {path} is of an unknown kind: give {known}.")
     return local
 
 
@@ -141,8 +141,8 @@ def _read_json(path: Path) -> Dataset:
     datasets.disable_progress_bars()  # ours is shown if a file is large
     try:
         return Dataset.from_generator(
-            _json_records, features=SCHEMA, cache_dir=str(cache_folder()), gen_kwargs=kwargs
-        )  # fmt: skip
+            _json_records, features=SCHEMA, cache_dir=str(cache_folder()), gen_kwargs=kwargs, writer_batch_size=BATCH
+        )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, OSError):
             raise UserError(f"DATA {path} cannot be read, or its table written: {error.__cause__}") from error
@@ -153,58 +153,27 @@ def _read_json(path: Path) -> Dataset:
 
 def _json_records(path: str, stamp: Any = None, version: int = FORMAT) -> Iterator[Record]:
     """Records of a .json list or of .jsonl lines; `stamp` and `version` only name the table in the cache."""
-    rows = _lines(path) if path.endswith(".jsonl") else _items(path)
-    found = False
-    for row in tqdm(rows, desc=f"reading {Path(path).name}", unit=" records", delay=2, disable=None):
+    file, found = Path(path), False
+    for item in tqdm(json_items(file), desc=f"reading {file.name}", unit=" records", delay=2, disable=None):
         found = True
-        record = row if isinstance(row, _Broken) else normalise(row)
-        # A JSON row has only the name of an image.
-        record["images"] = [image if isinstance(image, str) else image["path"] for image in record["images"]]
-        yield dict(record)
+        yield _json_record(item, file.name)
     if not found:
         raise UserError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
 
 
-class _Broken(dict):
-    """The record of a line that is not JSON."""
-
-
-def _lines(path: str) -> Iterator[Any]:
-    with open(path, "rb") as file:  # json skips a byte order mark in bytes, but not in text
-        for number, line in enumerate(file, start=1):
-            if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
-                raise UserError(f"DATA {path} holds a list, not one object a line: name it .json.")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = _Broken(id=None, messages=[], images=[], fault=f"line {number} is not valid JSON: {error}")
-            yield row
-
-
-def _items(path: str) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        if file.read(len(_MARK)) != _MARK:
-            file.seek(0)
-        start = file.tell()
-        try:
-            event, _ = next(ijson.basic_parse(file), (None, None))
-            file.seek(start)
-            if event == "start_array":
-                yield from ijson.items(file, "item", use_float=True)
-                return
-            json.load(file)
-        except (ijson.JSONError, ValueError) as error:
-            hint = " (one object a line is named .jsonl)" if str(error).startswith("Extra data") else ""
-            raise UserError(f"DATA {path} is not valid JSON: {_one_line(error)}{hint}.") from error
-    raise UserError(f"DATA {path} must hold a list of conversation objects, with at least one in it.")
+def _json_record(item: Item, name: str) -> Record:
+    """The record of an item; a fault says where it is."""
+    where = f"{shortened(name)}, line {item.line}"
+    if item.fault:
+        return broken(item.name, f"{where} {item.fault}")
+    record = normalise(item.value)
+    if record["fault"]:
+        record["fault"] = f"{where}: {record['fault']}"
+    return record
 
 
 def _one_line(error: BaseException) -> str:
-    said = error.args[0] if error.args else ""
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)  # ijson's messages are bytes
-    return " ".join(text.split())[:200]
+    return shortened(" ".join(str(error).split()), 200)
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:

@@ -1,30 +1,27 @@
 """The one form of a record, whatever file it comes from, and what can be wrong with it before an image is opened.
 
-A record is `{"id", "messages", "images", "fault"}`: messages are `{"role", "content"}` turns in transformers' roles
-with `<image>` where an image belongs, images are file names or `{"bytes", "path"}`, and fault says why a row could
-not be brought into this form.
+A record is `{"id", "messages", "images", "fault", "unread"}`: messages are `{"role", "content"}` turns in
+transformers' roles with `<image>` where an image belongs, and `"supervised": False` in an answer that is not learnt;
+images are file names, data URIs or `{"bytes", "path"}`; fault says why a row could not be brought into this form;
+unread names the columns that hold something and that nothing reads.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 from llava_skip.processing import IMAGE_TOKEN
-from llava_skip_base.errors import UserError
+from llava_skip_base.errors import shortened
+from train.data.turns import ROLES, RecordError, Turn, forms_of, read_image, read_turn, short, text_of
 
 Record = dict[str, Any]
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-"""Speakers of LLaVA's format -> roles of transformers'."""
-
-
-class RecordError(UserError):
-    """A record that cannot be trained on."""
-
-    def __str__(self) -> str:
-        """The message; a loader's worker raises the error again with its traceback before the message."""
-        return super().__str__().rstrip().rpartition(f"{type(self).__name__}: ")[2]
+COLUMNS = ("id", "messages", "images", "fault", "unread")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+"""Columns whose content would change what a record means."""
+MOST_UNREAD = 50
+"""Names of unread columns that are kept of one record."""
+LONGEST_NAME = 60
 
 
 class Fault(NamedTuple):
@@ -34,72 +31,92 @@ class Fault(NamedTuple):
     text: str
 
 
+def as_record(row: dict[str, Any]) -> Record:
+    """A row of a table as a record; tables made of JSON hold records."""
+    if row.keys() != set(COLUMNS):
+        return normalise(row)
+    for message in row["messages"]:
+        if message["supervised"] is None:  # Arrow has every field in every turn
+            del message["supervised"]
+    return row
+
+
 def normalise(row: Any) -> Record:
     """A row of any of the formats as a record; `fault` says what does not fit."""
     name = row.get("id") if isinstance(row, dict) else None
-    name = None if name is None else str(name).encode("utf-8", "backslashreplace").decode()
+    name = None if name is None else shortened(str(name).encode("utf-8", "backslashreplace").decode(), LONGEST_NAME)
     try:
-        return {"id": name, "messages": _messages(row), "images": _images(row), "fault": None}
+        if not isinstance(row, dict):
+            raise RecordError(f"a row must be an object, not {short(row)}")
+        return {"id": name, **_content(row), "fault": None}
     except RecordError as error:
-        return {"id": name, "messages": [], "images": [], "fault": str(error)}
+        return broken(name, str(error))
 
 
-def _messages(row: Any) -> list[dict[str, str]]:
-    if not isinstance(row, dict):
-        raise RecordError(f"a row must be an object, not {_short(row)}")
-    if row.get("messages") is not None:
-        return [_from_message(message) for message in _list_of_objects(row, "messages", ("role", "content"))]
-    turns = _list_of_objects(row, "conversations", ("from", "value"))
-    return [{"role": _role(turn["from"]), "content": _image_first(_text(turn["value"]))} for turn in turns]
+def broken(name: str | None, fault: str) -> Record:
+    """The record of a row that cannot be read."""
+    return {"id": name, "messages": [], "images": [], "fault": fault, "unread": []}
 
 
-def _list_of_objects(row: dict[str, Any], name: str, keys: tuple[str, str]) -> list[dict[str, Any]]:
-    turns = row.get(name)
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and set(keys) <= set(t) for t in turns):
-        raise RecordError(f"'{name}' must be a list of turns with '{keys[0]}' and '{keys[1]}'")
-    return turns
+def _content(row: dict[str, Any]) -> dict[str, Any]:
+    """`messages`, `images` and `unread` of a row."""
+    for name in OTHER_MEDIA:
+        if row.get(name):
+            raise RecordError(f"{name!r} cannot be trained on: a record may have text and images")
+    column = "messages" if row.get("messages") is not None else "conversations"
+    turns = _turns(row, column)
+    messages = [turn.message for turn in turns]
+    if column == "conversations":
+        for message in messages:
+            message["content"] = _image_first(message["content"])
+    gallery = "images" if row.get("images") is not None else "image"
+    images = _all_images(_images(row.get(gallery)), [image for turn in turns for image in turn.images])
+    read = ("id", column, gallery, "system", *OTHER_MEDIA)
+    unread = [name for name, value in row.items() if name not in read and value is not None]
+    unread += [f"{column}[].{name}" for turn in turns for name in turn.unread]
+    return {"messages": _with_system(row, messages), "images": images, "unread": _names(unread)}
 
 
-def _from_message(message: dict[str, Any]) -> dict[str, str]:
-    content = message["content"]
-    if isinstance(content, list):
-        content = "".join(map(_part, content))
-    return {"role": _text(message["role"]), "content": _text(content)}
+def _turns(row: dict[str, Any], column: str) -> list[Turn]:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not all(forms := [forms_of(turn) for turn in turns]):
+        keys = "'from' and 'value', or 'role' and 'content'"
+        raise RecordError(f"'{column}' must be a list of turns with {keys}")
+    return [read_turn(turn, known) for turn, known in zip(turns, forms, strict=True)]
 
 
-def _part(part: Any) -> str:
-    if not isinstance(part, dict):
-        raise RecordError(f"a part of a turn must be an object with 'type', not {_short(part)}")
-    return f"{IMAGE_TOKEN}\n" if part.get("type") == "image" else _text(part.get("text"))
+def _with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns with the record's own system text in front; an empty one is none."""
+    given = row.get("system")
+    system = "" if given is None else text_of(given, "'system'")
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if not system.strip() or own == [system]:
+        return messages
+    if own:
+        raise RecordError("'system' and a turn of the role system hold different texts: leave one out")
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _role(speaker: Any) -> str:
-    return ROLES.get(speaker, _text(speaker)) if isinstance(speaker, str) else _short(speaker)
-
-
-def _text(value: Any, what: str = "a turn's text") -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{what} must be a string, not {_short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RecordError(f"{what} has half of a surrogate pair, which is no character: {_short(value)}") from None
-    return value
-
-
-def _images(row: dict[str, Any]) -> list[Any]:
-    images = row["images"] if row.get("images") is not None else row.get("image")
-    if images is None:
+def _images(given: Any) -> list[Any]:
+    if given is None:
         return []
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    for image in images:
-        name = image.get("path") if isinstance(image, dict) else image
-        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
-            continue
-        if not name or not isinstance(name, str):
-            raise RecordError(f"an image must be a file name, or have bytes or a path; got {_short(image)}")
-        _text(name, "an image's name")
-    return images
+    return [read_image(image) for image in (given if isinstance(given, (list, tuple)) else [given])]
+
+
+def _all_images(images: list[Any], parts: list[Any]) -> list[Any]:
+    """The images of a record in the order of their parts, which may name them themselves."""
+    named = [image for image in parts if image is not None]
+    if not named or named == images:
+        return images
+    if images or len(named) < len(parts):
+        raise RecordError("images must be named either all in the parts of the turns or all in a column of the record")
+    return named
+
+
+def _names(columns: list[str]) -> list[str]:
+    """Names of columns that can be stored, each once."""
+    unique = list(dict.fromkeys(str(name).encode("utf-8", "backslashreplace").decode() for name in columns))
+    return [shortened(name, LONGEST_NAME) for name in unique[:MOST_UNREAD]]
 
 
 def _image_first(text: str) -> str:
@@ -107,11 +124,6 @@ def _image_first(text: str) -> str:
     if text.count(IMAGE_TOKEN) != 1:
         return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def find_fault(record: Record, image_length: int, max_length: int) -> Fault | None:
@@ -124,17 +136,26 @@ def find_fault(record: Record, image_length: int, max_length: int) -> Fault | No
     """
     if record["fault"]:
         return Fault("broken row", record["fault"])
-    roles = [message["role"] for message in record["messages"]]
+    messages = record["messages"]
+    roles = [message["role"] for message in messages]
     if unknown := sorted(set(roles) - set(ROLES.values())):
-        return Fault("unknown speaker", f"unknown speakers {unknown}; known: {sorted({*ROLES, *ROLES.values()})}")
+        names = shortened(unknown, 200)
+        return Fault("unknown speaker", f"unknown speakers {names}; known: {sorted({*ROLES, *ROLES.values()})}")
     spoken = [role for role in roles if role != "system"]
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         return Fault(
             "turns out of order",
-            f"turns must alternate human, gpt, ... and end with gpt; got {roles}",
+            f"turns must alternate human, gpt, ... and end with gpt; got {shortened(roles, 200)}",
         )
-    if any(IMAGE_TOKEN in message["content"] for message in record["messages"] if message["role"] == "assistant"):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if any(IMAGE_TOKEN in answer["content"] for answer in answers):
         return Fault("placeholders", f"an answer has {IMAGE_TOKEN}, but images can only be in a question")
+    if not any(answer.get("supervised", True) for answer in answers):
+        return Fault("nothing learnt", "every answer is marked not to be learnt")
+    return _find_image_fault(record, image_length, max_length)
+
+
+def _find_image_fault(record: Record, image_length: int, max_length: int) -> Fault | None:
     images = len(record["images"])
     placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in record["messages"])
     if placeholders != images:

@@ -16,14 +16,9 @@ or a YAML that mixes several:
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import struct
-import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,17 +29,14 @@ from datasets import Dataset
 from PIL import Image
 
 from llava_skip.vision.rgb import to_rgb
-from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.errors import MissingFileError, UserError, shortened
 from llava_skip_base.files import image_path, is_hub_name, read_json, read_text
-from train.data.reading import SCHEMA, file_stamp, read_table, table_stamp
-from train.data.records import Record, RecordError, normalise
+from llava_skip_base.images import image_name, is_data_uri, open_image
+from train.data.reading import file_stamp, read_table, table_stamp
+from train.data.records import Record, as_record
+from train.data.turns import RecordError
 
 MIX_KINDS = (".yaml", ".yml")
-_UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, NotImplementedError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow raises about a broken file; SyntaxError about a PNG."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +140,6 @@ def _json_object(path: Path) -> dict[str, str]:
     return content
 
 
-@contextmanager
-def calling_pillow() -> Iterator[None]:
-    """Around calls of Pillow alone: what it raises is a fault of the image, and a RecordError."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        raise RecordError(str(error)) from error
-
-
 class Images:
     """Opens a source's images: from its image folders, under their new names, or from bytes in the table."""
 
@@ -182,7 +165,8 @@ class Images:
         root, below = self.roots, name
         if isinstance(root, dict):
             if first not in root:
-                raise RecordError(f"the image {name} starts with {first!r}, which has no folder; known: {sorted(root)}")
+                shown = f"the image {image_name(name)} starts with {shortened(first)!r}"
+                raise RecordError(f"{shown}, which has no folder; known: {sorted(root)}")
             root, below = root[first], rest
         try:
             return image_path(root, below)
@@ -193,19 +177,22 @@ class Images:
         """An image whose header has been read.
 
         Raises:
-            RecordError: no such file, not an image, more pixels than Pillow accepts, or see `path`.
+            ImageError: see `open_image`.
+            RecordError: see `path`.
         """
-        if isinstance(image, dict):
-            image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-        file = self.path(image) if isinstance(image, str) else image
-        with calling_pillow(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # train.validate_data reports it
-            return Image.open(file)
+        file = self.file(image)
+        return open_image(image["bytes"] if isinstance(image, dict) else image if file is None else file)
 
     def open(self, image: Any) -> Image.Image:
         """An image as upright RGB; errors as `open_file`."""
-        with self.open_file(image) as opened, calling_pillow():
+        with self.open_file(image) as opened:
             return to_rgb(opened)
+
+    def file(self, image: Any) -> Path | None:
+        """The file of an image of a record; None for one that is inside it. Errors as `path`."""
+        if isinstance(image, dict):
+            return None if image.get("bytes") else self.path(image["path"])
+        return None if is_data_uri(image) else self.path(image)
 
 
 @dataclass
@@ -271,7 +258,7 @@ class RecordSet:
         """The record of a row, in the form of `train.data.records`."""
         number, within = self.source_of(row)
         content = self.tables[number][within].to_pylist()[0]
-        return content if content.keys() == SCHEMA.keys() else normalise(content)
+        return as_record(content)
 
     def images_of(self, row: int) -> Images:
         """What opens the images of a row."""

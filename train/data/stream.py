@@ -19,9 +19,10 @@ from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
 from llava_skip_base.texts import plain
 from train.data.dataset import encode
-from train.data.reading import SCHEMA, stream_table
-from train.data.records import RecordError, normalise
+from train.data.reading import stream_table
+from train.data.records import as_record
 from train.data.sources import Images, Source
+from train.data.turns import RecordError
 
 MOST_FAULTY = 1000
 """Number of faulty records, one after the other, at which a stream stops even if it may skip them."""
@@ -62,11 +63,11 @@ class ConversationStream(IterableDataset):
         worker = get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         first, step = self.rank * workers + own, self.processes * workers
-        images, faulty = [Images(source) for source in self.sources], 0
+        images, faulty = [Images(source) for source in self.sources], 0  # in a row
         for number, (source, row) in enumerate(self._rows()):
             if number % step != first:
                 continue
-            record = row if row.keys() == SCHEMA.keys() else normalise(row)
+            record = as_record(row)
             name = f"record {number} of the stream, of {self.sources[source].name} (id {record['id']!r})"
             try:
                 sample = encode(record, images[source], self.processor, self.max_length, name)
@@ -76,8 +77,8 @@ class ConversationStream(IterableDataset):
                     raise
                 logger.warning("skipped: %s", plain(error))
             else:
+                yield sample | {"faulty": faulty}
                 faulty = 0
-                yield sample
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows with the number of their source, drawn by weight; the same on every process."""

@@ -35,9 +35,9 @@ def examine(check: QuickCheck, processes: int, title: str) -> Iterator[Examined]
     return map_rows(check, check.records.used_rows, processes, title)
 
 
-def save_errors(check: QuickCheck, errors: list[Finding]) -> None:
-    """Keep the errors that a check found."""
-    write_json(findings_path(check), [error._asdict() for error in errors])
+def save_findings(check: QuickCheck, errors: list[Finding], unread: Counter[str]) -> None:
+    """Keep the errors that a check found, and how many records have each column that nothing reads."""
+    write_json(findings_path(check), {"errors": [error._asdict() for error in errors], "unread": dict(unread)})
 
 
 def find_errors(records: RecordSet, processor: LlavaSkipProcessor, max_length: int, processes: int) -> list[Finding]:
@@ -47,11 +47,14 @@ def find_errors(records: RecordSet, processor: LlavaSkipProcessor, max_length: i
         path = findings_path(check)
         with FileLock(f"{path}.lock"):
             if path.is_file():
-                rows = [entry["row"] for entry in read_json(path)]
+                rows = dict.fromkeys(entry["row"] for entry in read_json(path)["errors"])
                 return [f for row in rows for f in check(row).findings if f.is_error]
             if check is quick:
-                errors = [f for e in examine(check, processes, "checking records") for f in e.findings]
-                save_errors(check, errors)
+                errors, unread = [], Counter[str]()
+                for examined in examine(check, processes, "checking records"):
+                    errors += examined.findings
+                    unread.update(examined.unread)
+                save_findings(check, errors, unread)
                 return errors
     raise AssertionError("the quick check always answers")
 
@@ -73,6 +76,16 @@ def usable_records(
             + f"{more}\nRepair them, or leave them out with --drop_faulty true; llava-skip validate-data lists all."
         )
     return records.without([error.row for error in errors]), errors
+
+
+def unread_columns(records: RecordSet, processor: LlavaSkipProcessor, max_length: int) -> dict[str, int]:
+    """The columns of a set that nothing reads, the most frequent first, each with the number of records that have it.
+
+    They are in the findings of the set: `find_errors` comes first. A field of a turn has the turns' column in its name.
+    """
+    paths = [findings_path(kind(records, processor, max_length)) for kind in (FullCheck, QuickCheck)]
+    saved = read_json(next(path for path in paths if path.is_file()))
+    return dict(Counter(saved["unread"]).most_common())
 
 
 def dropped_findings(records: RecordSet, errors: list[Finding]) -> dict[str, Any]:

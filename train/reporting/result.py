@@ -8,6 +8,9 @@ from typing import Any
 from llava_skip_base.console import chart_label, figure, make_table, output_console, print_next
 from llava_skip_base.paths import shown
 
+SHOWN = 4
+"""Columns that the table names."""
+
 
 def draw_loss(history: list[dict[str, float]], validation: list[dict[str, float]], path: Path, title: str) -> None:
     """The losses of training and validation over the steps as a PNG, from Trainer's log history."""
@@ -21,6 +24,15 @@ def draw_loss(history: list[dict[str, float]], validation: list[dict[str, float]
         axes.grid(alpha=0.3, which="both")
 
 
+def _unread(result: dict[str, Any]) -> str:
+    """The columns of the data that nothing read, and in how many records; of a stream only in how many samples."""
+    if columns := result.get("unread_columns"):
+        more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+        return ", ".join(f"{name} in {count:,}" for name, count in list(columns.items())[:SHOWN]) + more
+    samples = int(result.get("unread", 0))
+    return f"in {samples:,} samples" if samples else "none"
+
+
 def show_result(result: dict[str, Any], output: Path) -> None:
     """Print the table, and what to do next."""
     rows = [
@@ -30,6 +42,7 @@ def show_result(result: dict[str, Any], output: Path) -> None:
         ("samples/s", f"{result['samples_per_second']:,.1f}"),
         ("tokens that skipped the FFN", f"{result['skipped_ffn_share']:.1%}"),
         ("faulty records dropped", f"{result.get('dropped', 0)}"),
+        ("columns that nothing reads", _unread(result)),
         ("samples cut to max_length", f"{result['truncated']:.0f}"),
         ("samples without supervised tokens", f"{result.get('unsupervised', 0):.0f}"),
         ("seconds", f"{result['seconds']:.1f}"),

@@ -14,43 +14,18 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, sort_checkpoints, speed_metrics
 
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_text
 from train.resilience.checkpoint import MANIFEST, UNFINISHED, Manifest, flush, seal
 from train.resilience.loading import only_data
+from train.resilience.restart import finish, is_redivided, read_universal, zero_stage
 
 
 class CheckpointError(UserError):
     """A checkpoint could not be written."""
-
-
-def check_fits(checkpoint: Path, world_size: int, zero_stage: int | None) -> None:
-    """Refuse a checkpoint that another number of processes, or another ZeRO stage, has divided.
-
-    Raises:
-        UserError: says what to do.
-    """
-    manifest = Manifest.read(checkpoint)
-    was = (manifest.world_size, manifest.zero_stage)
-    if was != (world_size, zero_stage):
-        raise UserError(
-            f"{checkpoint} was written by {_described(*was)}, and this run has {_described(world_size, zero_stage)}: "
-            f"continue it as it was, or start another run from its weights (--model {checkpoint}, another OUTPUT)."
-        )
-
-
-def zero_stage(arguments: TrainingArguments) -> int | None:
-    """DeepSpeed's ZeRO stage; None without DeepSpeed."""
-    plugin = getattr(arguments, "deepspeed_plugin", None)
-    return None if plugin is None else plugin.zero_stage
-
-
-def _described(world_size: int, zero_stage: int | None) -> str:
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    return f"{processes} {'without DeepSpeed' if zero_stage is None else f'under ZeRO-{zero_stage}'}"
 
 
 class ResumableTrainer(Trainer):
@@ -75,6 +50,8 @@ class ResumableTrainer(Trainer):
         self._logged_loss = 0.0
         """Sum of the losses up to the last log entry, mean over the processes."""
         self._logged_step = 0
+        self._redivided: Path | None = None
+        """The checkpoint that this process started from, if other processes or another ZeRO stage have written it."""
         self._saving: str | None = None
         """Name of the checkpoint that is being written."""
 
@@ -88,6 +65,9 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint:
             manifest = Manifest.read(Path(resume_from_checkpoint))
             self.before, self.continued_from_step = manifest.progress, manifest.step
+            if is_redivided(manifest, self.args):
+                self._redivided = Path(resume_from_checkpoint)
+                read_universal(self.args)
         try:
             with only_data(self.is_deepspeed_enabled):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -123,6 +103,8 @@ class ResumableTrainer(Trainer):
 
     def continue_sums(self) -> None:
         """Set the sums to those of the checkpoint, or to zero; training begins."""
+        if self._redivided:
+            finish(self._redivided, self)
         self._began = time.perf_counter()
         self._new_loss = torch.tensor(self.before.get("loss", 0.0), device=self.args.device)
         self._logged_loss = self.before.get("loss_sum", 0.0)

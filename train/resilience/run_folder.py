@@ -15,15 +15,15 @@ from filelock import FileLock, Timeout
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.resilience.checkpoint import find_checkpoint
+from train.resilience.layout import RECORD
 from train.resilience.loading import check_states
-from train.resilience.resume import check_fits, zero_stage
+from train.resilience.restart import prepare
 
 if TYPE_CHECKING:
     from train.arguments import RunArguments
 
-RECORD, DROPPED, RESULT, LOCK = "run.json", "dropped.json", "train_result.json", ".lock"
-"""Files in it: the run's arguments, the records that were dropped, the result (written last), and the lock of the run
-that writes there."""
+DROPPED, RESULT, LOCK = "dropped.json", "train_result.json", ".lock"
+"""Files in it: the records that were dropped, the result (written last), and the lock of the run that writes there."""
 LOCK_SECONDS = 15
 """Workers that read data live some seconds longer than a killed process, and keep its lock."""
 
@@ -46,7 +46,8 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether the result is there, and is not to be overwritten."""
-        return self._first_rank_does(lambda: (self.path / RESULT).is_file() and not self._arguments.overwrite)
+        finished = self.path / RESULT
+        return self._first_rank_does(lambda: finished.is_file() and not self._arguments.overwrite)
 
     def open(self) -> Path | None:
         """Lock the folder until this process ends, and find the checkpoint to continue from, if there is one.
@@ -80,10 +81,11 @@ class RunFolder:
         checkpoint, messages = find_checkpoint(self.path)
         if checkpoint:
             check_states(checkpoint)
-            check_fits(checkpoint, self._arguments.world_size, zero_stage(self._arguments))
             messages.append(f"continuing from {checkpoint}")
         for message in messages:
             sys.stderr.write(f"{message}\n")
+        if checkpoint:
+            prepare(checkpoint, self._arguments)
         return checkpoint
 
     def _clear(self) -> None:
@@ -94,14 +96,18 @@ class RunFolder:
                 path.unlink()
 
     def _first_rank_does(self, action: Callable[[], Any]) -> Any:
-        """The result of `action` on rank 0; a UserError is raised on all ranks."""
-        outcome: list[Any] = [None]
-        if self._arguments.process_index == 0:
-            try:
-                outcome = [action()]
-            except UserError as error:
-                outcome = [error]
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]
+        return on_first_rank(self._arguments.process_index, action)
+
+
+def on_first_rank(process_index: int, action: Callable[[], Any]) -> Any:
+    """The result of `action` on rank 0, on all ranks; so is a UserError. Every rank calls it."""
+    outcome: list[Any] = [None]
+    if process_index == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
