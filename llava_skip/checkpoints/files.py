@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_skip_base.errors import MissingFileError, UserError
-from llava_skip_base.files import find_local, read_json
+from llava_skip_base.files import find_local, read_json, refuse_pointer
 
-_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which a folder with a PEFT adapter is recognised."""
@@ -48,8 +48,15 @@ def find_folder(source: str | Path, what: str = "model", weights: bool = True) -
         if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(str(source), allow_patterns=["*.bin"])  # only now: they would double the download
     except (OSError, HFValidationError) as error:
-        raise UserError(f"The {what} {source} is neither a folder nor on the hub: {_one_line(error)}") from error
+        raise UserError(f"The {what} {source} is neither a folder nor on the hub: {one_line(error)}") from error
     return folder
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise UserError if a file of a folder that describes a model or its text is a git-lfs pointer."""
+    for pattern in _TEXT_FILES:
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            refuse_pointer(path)
 
 
 def find_model_weights(folder: Path) -> list[Path]:
@@ -72,7 +79,7 @@ def find_model_weights(folder: Path) -> list[Path]:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         hint = (
             f" It holds a LoRA adapter: load its model ({base}) and give this folder as lora, or merge the two "
-            f"(python -m llava_skip.convert {base} OUTPUT --lora {folder})."
+            f"(llava-skip convert {base} OUTPUT --lora {folder})."
         )
     elif (folder / "mm_projector.bin").is_file():
         hint = " It holds a projector: load its language model and give this folder as projector."
@@ -87,6 +94,7 @@ def check_model_weights(folder: Path) -> None:
 
 def check_tensors(path: Path) -> None:
     """Open a file of tensors without reading them; errors as `read_tensors`."""
+    refuse_pointer(path)
     if path.suffix != ".safetensors":
         read_tensors(path)  # only mapped into memory
         return
@@ -107,17 +115,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: a broken file, or a pickle that holds anything but tensors and plain data.
+        UserError: a broken file, a git-lfs pointer, or a pickle that holds anything but tensors and plain data.
     """
     if not path.is_file():
         raise MissingFileError(f"{path.parent} has no {path.name}.")
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # A pickle may run any code; weights_only refuses all but tensors. Old, unzipped files cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it does not hold plain tensors ({_one_line(error, 1)})") from error
+        raise UserError(f"{path} is refused: it does not hold plain tensors ({one_line(error, 1)})") from error
     except (SafetensorError, RuntimeError, EOFError, KeyError) as error:  # the last three are torch's
         raise _broken(path, error) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -126,10 +135,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    reason = _one_line(error, 1) or type(error).__name__
+    reason = one_line(error, 1) or type(error).__name__
     return UserError(f"{path.parent} cannot be loaded: {path.name} is broken ({reason}); copy or save it again.")
 
 
-def _one_line(error: Exception, lines: int | None = None) -> str:
+def one_line(error: Exception, lines: int | None = None) -> str:
     """The first `lines` of an error's message, as one."""
     return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())

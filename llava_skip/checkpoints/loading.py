@@ -50,6 +50,7 @@ def load_checkpoint(
     vision_tower: str | None = None,
     projector: str | Path | None = None,
     lora: str | Path | None = None,
+    language_model_type: str | None = None,
     attn_implementation: str | None = None,
     log: bool = True,
 ) -> LlavaSkipForConditionalGeneration:
@@ -66,6 +67,8 @@ def load_checkpoint(
         vision_tower: folder or hub name of the CLIP tower, if it is not in the checkpoint and not where that says.
         projector: a `mm_projector.bin`, or its folder.
         lora: folder of a LoRA adapter, which is merged.
+        language_model_type: what the language model is (such as `llama`), where a family of LLaVA's layout gives its
+            type another name.
         attn_implementation: as in `from_pretrained`.
         log: log the report unless the checkpoint fits exactly.
 
@@ -76,7 +79,9 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    source = open_source(path, vision_tower=vision_tower, projector=projector, lora=lora)
+    source = open_source(
+        path, vision_tower=vision_tower, projector=projector, lora=lora, language_model_type=language_model_type
+    )
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
