@@ -106,7 +106,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     sources = read_sources(data.data, data.images)
     table = None if data.streaming else load_tables(sources)
     config, processor = prepare(model)
-    check_weights(model)
+    check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
     if table is None:

@@ -24,7 +24,9 @@ import llava_skip  # noqa: F401  registers the library's models with the Auto cl
 from eval.answering.models import SavedModel
 from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
+from llava_skip.checkpoints.loading import check_native
 from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import ends_of
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
@@ -97,6 +99,8 @@ class Generator:
                 "(llava-skip convert SOURCE OUTPUT --template NAME does)."
             )
         check_template(model.folder, self.processor, self.takes_images)
+        if model.config.get("model_type") == LlavaSkipConfig.model_type:
+            options["config"] = check_native(model.folder)
         with _readable(model.folder):
             loaded: Any = auto.from_pretrained(model.folder, **options)
         self.folder = model.folder

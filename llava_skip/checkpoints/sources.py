@@ -187,6 +187,8 @@ def load_config(
             f"{path} is a checkpoint of the layout {own!r}. Convert it first, then use the result: "
             f"llava-skip convert {path} CONVERTED"
         )
+    if source.joins:
+        layouts.text_config(source.settings, source.language_model_type)  # a mistake there is no tokenizer's
     words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
     weights, own_tower = source.combine({})
     return configure(source, weights, own_tower, words, preset), words
