@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
 from llava_skip.ends import ends_of
 from llava_skip.vision import get_front_end
 from llava_skip_base.errors import UserError
+from llava_skip_base.images import MOST_PIXELS, work_pixels
 
 IMAGE_TOKEN = "<image>"
 
@@ -90,16 +92,47 @@ class LlavaSkipProcessor(ProcessorMixin):
             return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
 
-    def image_length(self, width: int, height: int) -> int:
-        """Image tokens that an image of this size in pixels takes."""
+    def image_length(self, width: int, height: int, **kwargs: Any) -> int:
+        """Image tokens that an image of this size in pixels takes, under the image processor's arguments of a call."""
         if self.crop_rows is None:
             return self.image_seq_length
-        return self.crop_rows * self.image_processor.count_crops(width, height)
+        return self.crop_rows * self.image_processor.count_crops(width, height, **kwargs)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Image tokens and crops of images of these heights and widths; engines ask transformers' processors for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        given = kwargs | (kwargs.pop("images_kwargs", None) or {})
+        count = getattr(self.image_processor, "count_crops", lambda width, height, **kwargs: 1)
+        return MultiModalData(
+            num_image_tokens=[self.image_length(width, height, **given) for height, width in image_sizes],
+            num_image_patches=[count(width, height, **given) for height, width in image_sizes],
+        )
 
     @property
     def length_depends_on_size(self) -> bool:
         """Whether images of different sizes take different numbers of tokens."""
         return self.crop_rows is not None and not self.image_processor.do_pad
+
+    def check_image_size(self, width: int, height: int) -> None:
+        """Refuse an image that would take too much time and memory.
+
+        Raises:
+            UserError: the image processor would make an image of more than `MOST_PIXELS` pixels of it.
+        """
+        images = self.image_processor
+        scales = not images.do_pad and images.do_resize and not hasattr(images, "count_crops")  # tiles have their size
+        side = images.size["shortest_edge"] if scales else None
+        if not (scales or images.do_pad):
+            return
+        if (pixels := work_pixels(width, height, side)) > MOST_PIXELS:
+            what = "padded to a square" if side is None else f"scaled to {side} pixels on its shorter side"
+            raise UserError(
+                f"{width} x {height} pixels would become {pixels / 1e6:,.0f} million, {what}; at most "
+                f"{MOST_PIXELS / 1e6:,.0f} million are made: cut the image, or scale it down."
+            )
 
     def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
         """One training sample: the conversation as the chat template renders it, with labels on the answers.

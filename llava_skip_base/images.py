@@ -20,6 +20,8 @@ from llava_skip_base.errors import UserError, shortened
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Formats that are tried, in Pillow's names; a JPEG may hold several (MPO). Others run programs (EPS), or are rare."""
+MOST_PIXELS = 2 * 89_478_485
+"""Pixels of the largest image that is made on the way to a model; Pillow opens no larger ones by itself."""
 _DECODERS_RAISE = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError,
     RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -71,6 +73,18 @@ def _formats() -> list[str]:
     """Those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def work_pixels(width: int, height: int, side: int | None) -> float:
+    """Pixels of the largest image that is made of one of this size.
+
+    Args:
+        width: of the image.
+        height: of the image.
+        side: what the shorter side is scaled to; None: the image is padded to a square.
+    """
+    shorter, longer = sorted((max(width, 1), max(height, 1)))
+    return float(longer * longer) if side is None else side * side * longer / shorter
 
 
 def is_data_uri(text: str) -> bool:

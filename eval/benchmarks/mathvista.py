@@ -58,7 +58,7 @@ class MathVista(Benchmark):
     max_new_tokens = 512
     embedded = "mathvista/testmini.json"
     columns = ("question", "question_type", "answer_type")
-    optional_columns = ("choices",)
+    optional_columns = ("answer", "choices")
     list_columns = frozenset({"choices"})
     id_columns = ("pid", "index", "question_id", "id")
     answer_columns = ("response", "prediction", "text")

@@ -105,9 +105,10 @@ class MMVet(Benchmark):
         in_order = [capability_set(sample.fields) for sample in samples]
         single = Counter(name for names in in_order for name in names)
         combined = Counter("_".join(names) for names in in_order)
-        totals = _percent(table, [True] * len(order))
+        totals = _percent(table, [1] * len(order))
         scores: dict[str, Any] = {
-            name: self._mean(_percent(table, [name in names for names in sets])) for name, _ in single.most_common()
+            name: self._mean(_percent(table, [self._times(name, names) for names in sets]))
+            for name, _ in single.most_common()
         }
         if self.chosen_rule == "official":
             scores |= {"total": self._mean(totals), "std": _round(totals.std()), "runs": np.round(totals, 1).tolist()}
@@ -117,6 +118,8 @@ class MMVet(Benchmark):
             name: self._mean(_percent(table, ["_".join(names) == name for names in sets]))
             for name, _ in combined.most_common()
         }
+        if self.chosen_rule == "vlmevalkit":
+            scores["combinations"] |= {name: scores[name] for name in combined if name in single}
         counts = {
             "questions": len(samples),
             "runs": runs,
@@ -127,6 +130,14 @@ class MMVet(Benchmark):
         }
         per_sample = dict(zip((by_id[id_].id for id_ in order), table.mean(axis=1).tolist(), strict=True))
         return Score("scored", self.rule, self._mean(totals), scores, counts, _notes(counts), per_sample=per_sample)
+
+    def _times(self, name: str, names: tuple[str, ...]) -> int:
+        """How often a question with these capabilities counts for one of them.
+
+        VLMEvalKit sums capabilities and combinations under their names, so a question with a single capability counts
+        for it twice.
+        """
+        return (name in names) + (names == (name,) and self.chosen_rule == "vlmevalkit")
 
     def _mean(self, values: np.ndarray) -> float:
         return _round(values.mean()) if self.chosen_rule == "official" else float(values.mean())
@@ -163,8 +174,8 @@ def _progress(samples: Sequence[Sample], grades: Grades, judge: Judge) -> dict[s
     return {"grades": done, "grades_wanted": len(samples) * judge.runs}
 
 
-def _percent(table: np.ndarray, members: Sequence[bool]) -> np.ndarray:
-    chosen = table[np.array(members)]
+def _percent(table: np.ndarray, times: Sequence[int]) -> np.ndarray:
+    chosen = np.repeat(table, times, axis=0)
     return np.cumsum(chosen, axis=0)[-1] / len(chosen) * 100
 
 

@@ -1,10 +1,6 @@
 """Images of benchmark rows: base64 text, raw bytes or files, of any mode, given to the model as RGB."""
 
-import base64
-import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +10,21 @@ from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
 from eval.sample import printed_texts
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import image_path
+from llava_skip_base.images import (
+    MOST_PIXELS,
+    ImageError,
+    base64_bytes,
+    data_uri_bytes,
+    is_data_uri,
+    open_image,
+    work_pixels,
+)
 from llava_skip_base.texts import shortened
 
 PLACEHOLDER = "<image>"
 """Marks where in a prompt an image goes."""
+SIDE = 336
+"""Pixels of a tower's side, to judge what a model makes of an image before one is loaded."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class ImageSource:
 
     Attributes:
         sample: the sample it belongs to, for messages.
-        data: base64 text (or where it is stored), encoded bytes, or the path of a file.
+        data: base64 text or a data URI (or where it is stored), encoded bytes, or the path of a file.
         number: which one it is, from 0, where the data is a list of base64 texts.
     """
 
@@ -38,41 +45,43 @@ class ImageSource:
         """The image as RGB."""
         from llava_skip.vision.rgb import to_rgb  # brings torch, which scoring does without
 
-        with self._readable():
-            image = Image.open(self._file())
-            image.load()
-        return to_rgb(image)
+        try:
+            with self._opened() as image:
+                return to_rgb(image)
+        except ImageError as error:
+            raise self._fault(error) from error
 
     def check(self) -> None:
         """Read the header only, so that a broken image is reported before a model is loaded."""
-        with self._readable():
-            Image.open(self._file()).close()
+        try:
+            self._opened().close()
+        except ImageError as error:
+            raise self._fault(error) from error
 
-    def _file(self) -> io.BytesIO | Path:
-        if isinstance(self.data, Path):
+    def _opened(self) -> Image.Image:
+        image = open_image(self._source())
+        shapes = [work_pixels(*image.size, pads) for pads in (SIDE, None)]
+        if max(shapes) > MOST_PIXELS:
+            raise ImageError(f"{image.width} x {image.height} pixels are too long and narrow")
+        return image
+
+    def _fault(self, error: ImageError) -> UserError:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return UserError(f"{self.sample}: image file {self.data} does not exist; check --images.")
+        return UserError(f"{self.sample}: its image cannot be decoded ({error}); repair or replace it.")
+
+    def _source(self) -> bytes | Path:
+        if not isinstance(self.data, str | StoredText):
             return self.data
-        if isinstance(self.data, bytes):
-            return io.BytesIO(self.data)
         text = self.data.read() if isinstance(self.data, StoredText) else self.data
         if text.startswith("["):  # VLMEvalKit's cell of several images
             texts = printed_texts(text)
             if texts is None:
-                raise ValueError("it starts with a bracket, and is no list of base64 texts")
+                raise ImageError("it starts with a bracket, and is no list of base64 texts")
             if self.number >= len(texts):
-                raise ValueError(f"image {self.number + 1} of {len(texts)} is asked for")
+                raise ImageError(f"image {self.number + 1} of {len(texts)} is asked for")
             text = texts[self.number]
-        return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise  # the benchmark file has changed
-        except FileNotFoundError as error:
-            raise UserError(f"{self.sample}: image file {error.filename} does not exist; check --images.") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            raise UserError(f"{self.sample}: its image cannot be decoded ({error}); repair or replace it.") from error
+        return data_uri_bytes(text) if is_data_uri(text) else base64_bytes(text)
 
 
 def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from eval.reading.images import ImageSource, row_images
+from eval.reading.tables import read_rows
 from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import UserError
 
@@ -75,3 +76,33 @@ def test_cut_image_is_an_error_when_used(encoded_image: Callable[..., str]) -> N
     cut = base64.b64encode(buffer.getvalue()[:3000]).decode()
     with pytest.raises(UserError, match="sample 8: its image cannot be decoded"):
         ImageSource("sample 8", cut).open()
+
+
+def test_data_uris_in_a_benchmark_file(tmp_path: Path) -> None:
+    """A file that users reported; alone, in a list of images, and as bytes of a parquet cell."""
+    rows = read_rows(Path(__file__).parents[1] / "cases" / "eval" / "data_uri.tsv")
+    sources = row_images(rows, tmp_path)
+    assert {source.open().mode for source in sources} == {"RGB"} and len(sources) == len(rows) > 1
+    uri = rows[0]["image"].read()
+    both = ImageSource("sample 1", f"['{uri}', '{uri.partition(',')[2]}']", 1)
+    assert both.open().tobytes() == sources[0].open().tobytes()
+    with pytest.raises(UserError, match="sample 1: its image cannot be decoded") as caught:
+        ImageSource("sample 1", uri[:900] + "!" * 5000).check()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("size", [(1, 6000), (20_000, 9)])
+def test_extreme_shapes_are_refused_before_a_model_loads(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match=f"sample 7: .*{size[0]} x {size[1]} pixels are too long and narrow"):
+        row_images([{"index": "7", "imagename": "strip.png"}], tmp_path)
+
+
+def test_an_error_of_the_programme_about_a_cell_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planted(text: str) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr("eval.reading.images.base64_bytes", planted)
+    with pytest.raises(ValueError, match="^planted$") as caught:
+        ImageSource("sample 1", "QUJD" * 30).check()
+    assert not isinstance(caught.value, UserError)

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,29 @@ def test_every_kind_of_image(tmp_path):
     assert findings.counts == {kind: expected.count(kind) for kind in expected}
     assert [f.row for f in findings.errors] == [1, 2, 3, 4]
     assert findings.samples == len(IMAGES) - 4 and findings.images == len(IMAGES)
+
+
+def test_what_validates_trains(tmp_path):
+    """Also photos with odd EXIF data, and strips that some image processors would make huge."""
+    pictures = Path(__file__).parents[1] / "cases" / "pictures"
+    for side, faulty in ((56, set()), (336, {"strip.png"})):
+        records = [record((str(file),), id=file.name) for file in sorted(pictures.iterdir())]
+        model, data = arguments(tmp_path, records)
+        records, processor = load_records(data.data), prepare(model)[1]
+        processor.image_processor.do_pad = False
+        processor.image_processor.size = {"shortest_edge": side}
+        check, dataset = FullCheck(records, processor, 2048), ConversationDataset(records, processor, 2048)
+        for row in range(len(records)):
+            found = [finding for finding in check(row).findings if finding.is_error]
+            name = records.record(row)["id"]
+            assert [(f.kind, "on its shorter side" in f.text) for f in found] == (
+                [("picture of too many pixels", True)] if name in faulty else []
+            )
+            if found:
+                with pytest.raises(RecordError, match=f"{name}.* 1 x 6000 pixels"):
+                    dataset[row]
+            elif name != "strip.png":  # takes a second
+                assert dataset[row]["pixel_values"] is not None
 
 
 def test_what_the_limit_cuts(tmp_path):

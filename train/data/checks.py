@@ -136,12 +136,16 @@ class FullCheck(QuickCheck):
         name = image_name(image)
         try:
             with self.records.images_of(row).open_file(image) as opened:
-                to_rgb(opened)
+                size = to_rgb(opened).size
                 notes = image_notes(opened)
         except UserError as error:
             too_large = isinstance(error.__cause__, Image.DecompressionBombError)
             kind = "picture of too many pixels" if too_large else "unreadable picture"
             return [Fault(kind, f"the image {name}: {error}")]
+        try:
+            self.processor.check_image_size(*size)
+        except UserError as error:
+            return [Fault("picture of too many pixels", f"the image {name}: {error}")]
         return [Fault(kind, f"the image {name}: {text}") for kind, text in notes]
 
 

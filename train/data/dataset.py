@@ -47,6 +47,8 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
         raise RecordError(f"{name}: {fault.text}")
     try:
         opened = [images.open(image) for image in record["images"]]
+        for image in opened:
+            processor.check_image_size(*image.size)
         sample = processor.encode_conversation(record["messages"], opened)
     except UserError as error:
         raise RecordError(f"{name}: {error}") from error
