@@ -14,6 +14,8 @@ from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 from llava_skip_base.errors import UserError
 
+MOST_TOKENS = 1_000_000
+"""More tokens than any image has."""
 IGNORE_INDEX = -100
 """Label of a token that is not supervised."""
 
@@ -183,8 +185,8 @@ class SkipConfig:
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"skip.{name} is {value!r}; it must be a whole number of at least {least}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_TOKENS:
+        raise UserError(f"skip.{name} is {value!r}; it must be a whole number from {least} to {MOST_TOKENS}.")
 
 
 def _as_tuples(value: Any) -> Any:

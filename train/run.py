@@ -111,7 +111,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
-    check_weights(model)
+    check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
     usable = partial(

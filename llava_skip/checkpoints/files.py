@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_skip_base.errors import MissingFileError, UserError
+from llava_skip_base.errors import MissingFileError, UserError, first_few
 from llava_skip_base.files import find_local, read_json, refuse_pointer
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -68,7 +68,7 @@ def find_model_weights(folder: Path) -> list[Path]:
     for name in _MODEL_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = _shards(index)
             if absent := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise MissingFileError(f"{folder} lacks the shards {absent} that {index.name} names.")
             return [folder / shard for shard in shards]
@@ -84,6 +84,26 @@ def find_model_weights(folder: Path) -> list[Path]:
     elif (folder / "mm_projector.bin").is_file():
         hint = " It holds a projector: load its language model and give this folder as projector."
     raise MissingFileError(f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that the index of a folder's weights names.
+
+    Raises:
+        UserError: it is no index, or names a file that is not in its own folder.
+    """
+    raw = read_json(index)
+    where = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+        raise UserError(f"{index} names no shards: its weight_map must be an object of tensors and files.")
+    shards = sorted(set(where.values()))
+    if outside := [shard for shard in shards if Path(shard).name != shard or shard in ("", ".", "..")]:
+        raise UserError(f"{index} names files that are not in its folder: {first_few(outside)}.")
+    if other := [
+        shard for shard in shards if Path(shard).suffix != Path(index.name.removesuffix(".index.json")).suffix
+    ]:
+        raise UserError(f"{index} names files of another kind than its own: {first_few(other)}.")
+    return shards
 
 
 def check_model_weights(folder: Path) -> None:
@@ -108,6 +128,19 @@ def check_tensors(path: Path) -> None:
 def read_model_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a model folder; errors as `find_model_weights` and `read_tensors`."""
     return {key: tensor for file in find_model_weights(folder) for key, tensor in read_tensors(file).items()}
+
+
+def read_model_shapes(folder: Path) -> dict[str, Tensor]:
+    """As `read_model_weights`, but shapes alone: tensors of the device `meta`."""
+    return {name: shape for file in find_model_weights(folder) for name, shape in _read_shapes(file).items()}
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    check_tensors(path)
+    if path.suffix != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}  # only mapped into memory
+    with safe_open(path, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

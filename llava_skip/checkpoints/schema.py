@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +19,15 @@ from llava_skip_base.texts import shortened
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 _LARGEST = 100_000_000
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
-_SIZES += ("image_size", "patch_size", "num_channels", "projection_dim", "image_seq_length", "max_tiles")
+_SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"}
+_SIZES |= {"image_size", "patch_size", "num_channels", "projection_dim", "image_seq_length", "max_tiles"}
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "pretraining_tp")
 _MOST_LAYERS = 1000
 """Far more than any model has; a model is laid out layer by layer before it is compared with the weights."""
 _NEVER_FROM_A_FILE = ("id2label", "label2id", "num_labels", "problem_type", "per_layer_config", "quantization_config")
 """Fields of a configuration that mean nothing here."""
+_OLD_NAMES = ("rope_scaling", "torch_dtype")
+"""Fields that transformers reads under a new name."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,6 +83,10 @@ def _fault(name: str, value: Any) -> str | None:
     if name in ("dtype", "torch_dtype"):
         known = value is None or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype))
         return None if known else "the name of a number format of torch, such as float32"
+    if name in ("skip", "resampler"):
+        return None if value is None or isinstance(value, dict) else "an object of numbers, or null"
+    if name == "front_end":
+        return None if isinstance(value, str) else "the name of a front end"
     if name in ("rope_parameters", "rope_scaling"):
         return _rope_fault(value)
     if name == "rope_theta":
@@ -113,7 +118,7 @@ def _is_count(value: Any, least: int, most: int) -> bool:
 
 def _is_positive(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 < value < 1e30 and math.isfinite(value)
+    return is_number and 0 < value < 1e18
 
 
 def make_config(kind: type[Config], fields: Mapping[str, Any], where: str) -> Config:
@@ -125,8 +130,9 @@ def make_config(kind: type[Config], fields: Mapping[str, Any], where: str) -> Co
     known = {
         name: value
         for name, value in fields.items()
-        # Extra fields become attributes: none may take the place of a method.
-        if name not in _NEVER_FROM_A_FILE and (name in kind.__dataclass_fields__ or not hasattr(kind, name))
+        # Extra fields become attributes: none may take the place of what a class has for all of its objects.
+        if name not in _NEVER_FROM_A_FILE
+        and (name in kind.__dataclass_fields__ or name in _OLD_NAMES or not hasattr(kind, name))
     }
     try:
         return kind(**known)

@@ -187,6 +187,11 @@ def load_config(
             f"{path} is a checkpoint of the layout {own!r}. Convert it first, then use the result: "
             f"llava-skip convert {path} CONVERTED"
         )
+    # Before the tokenizer, for which transformers reads the same file: a mistake in it is not the tokenizer's.
+    if source.joins:
+        layouts.text_config(source.settings, source.language_model_type)
+    else:
+        layouts.native_config(source.raw)
     words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
     weights, own_tower = source.combine({})
     return configure(source, weights, own_tower, words, preset), words

@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -18,8 +19,8 @@ from llava_skip_base.files import read_json
 from llava_skip_base.texts import shortened
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "clean_up_tokenization_spaces")
-_SWITCHES += ("use_default_system_prompt", "spaces_between_special_tokens", "do_lower_case", "split_special_tokens")
+_SWITCHES = {"add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "clean_up_tokenization_spaces"}
+_SWITCHES |= {"use_default_system_prompt", "spaces_between_special_tokens", "do_lower_case", "split_special_tokens"}
 _TEXTS = ("tokenizer_class", "processor_class", "name_or_path", "backend", "image_token")
 
 
@@ -51,7 +52,7 @@ def load_tokenizer(
     options: dict[str, Any] = {} if text is None else {"config": text}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         _refuse(source, error)
     if add_image_token and tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

@@ -8,17 +8,25 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import llava_skip.checkpoints.loading as loading
+from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
+from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip.checkpoints import load_checkpoint, load_config, load_tokenizer
 from llava_skip.checkpoints.adapters import find_projector, read_projector
-from llava_skip.checkpoints.files import check_tensors, read_tensors
+from llava_skip.checkpoints.files import check_tensors, find_model_weights, read_tensors
+from llava_skip.checkpoints.loading import check_native
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.convert import convert
 from llava_skip_base.console import make_app
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_json
+from llava_skip_base.files import read_json, write_json
 from tests.llava_skip.test_checkpoints_layouts import write
+from tests.support.small_models import small_config
 from tests.support.stand_ins import language_model, vision_tower, word_tokenizer
+from train.arguments import ModelArguments
+from train.merge_lora import load_base
+from train.recipe.model import check_weights, prepare
 
 CASES = Path(__file__).parents[1] / "cases" / "ckpt"
 POINTER = (CASES / "pointer").read_bytes()
@@ -154,3 +162,86 @@ def test_a_configuration_is_an_object(family, tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config\.json (is|\()"):
             load_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+def changed(saved, folder, **values):
+    """A copy of a saved model whose config.json says something else; `text_config__x` is the field x of text_config."""
+    shutil.copytree(saved, folder)
+    raw = read_json(folder / "config.json")
+    for name, value in values.items():
+        *path, last = name.split("__")
+        part = raw
+        for step in path:
+            part = part[step]
+        part[last] = value
+    write_json(folder / "config.json", raw)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config__hidden_size": 96}, r"does not fit the model of its config.json.* Shape: \["),
+        ({"text_config__num_hidden_layers": 9}, r"does not fit the model of its config.json. Missing: \["),
+        ({"text_config__num_hidden_layers": 1}, r"does not fit the model of its config.json.* Unknown: \["),
+        ({"text_config__hidden_size": -8}, "text_config of .* has hidden_size -8; it must be a whole number from 1 to"),
+        ({"text_config__num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; it must be a whole number from 1"),
+        ({"text_config__vocab_size": 100}, r"(pad_token_id|image_token_index) is \d+, but vocab_size is 100"),
+        ({"text_config__pad_token_id": 5000}, r"pad_token_id is 5000, but vocab_size is \d+"),
+        ({"image_token_index": -200}, "image_token_index is -200, but vocab_size is"),
+        ({"front_end": "nowhere"}, "front_end is 'nowhere'; known: llava, hd, cos"),
+        ({"front_end": ["llava"]}, r"front_end \['llava'\]; it must be the name of a front end"),
+        ({"text_config": []}, r"text_config of .* is \[\]; it must be an object"),
+        ({"text_config__model_type": "nobody"}, "text_config .* is of the unknown type 'nobody'"),
+        ({"text_config__hidden_act": "x"}, "has hidden_act x?'?x?'?; it must be one of"),
+        ({"vision_config__patch_size": 400}, "patch_size 400; it must be at most image_size"),
+        ({"vision_config__model_type": "siglip"}, "is a siglip model: give a CLIP tower"),
+        ({"dtype": "float99"}, "dtype 'float99'; it must be the name of a number format"),
+        ({"text_config__rms_norm_eps": "x"}, "holds no configuration of a llama model: .*rms_norm_eps"),
+        ({"skip": 3}, "skip 3; it must be an object of numbers"),
+        ({"skip__skipped": 10**30}, r"skip.skipped is 10+; it must be a whole number from 1 to"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named_before_weights_load(saved, tmp_path, values, message, monkeypatch):
+    folder = changed(saved, tmp_path / "changed", **values)
+    monkeypatch.setattr(loading, "_build", None)
+    monkeypatch.setattr(LlavaSkipForConditionalGeneration, "from_pretrained", None)
+    for read in (load_checkpoint, check_native, lambda path: Generator(check_model(path), numerics())):
+        with pytest.raises(UserError, match=message):
+            read(folder)
+    with pytest.raises(UserError, match=message):
+        run = ModelArguments(model=str(folder))
+        check_weights(run, prepare(run)[0])
+
+
+def test_an_adapter_is_not_merged_into_another_base(saved, tmp_path):
+    config = small_config()
+    LlavaSkipForConditionalGeneration(config).save_pretrained(tmp_path / "other")
+    config.save_pretrained(tmp_path / "adapter")
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
+    run = {"model": {"model": str(tmp_path / "other")}, "training": {"bf16": False, "fp16": False, "seed": 1}}
+    write_json(tmp_path / "adapter" / "run.json", run)
+    assert load_base(tmp_path / "adapter", None, None).config.text_config.hidden_size == 32
+    with pytest.raises(UserError, match=f"{saved} .* does not fit the model of its config.json"):
+        load_base(tmp_path / "adapter", str(saved), None)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "names no shards"),
+        ({}, "names no shards"),
+        ({"weight_map": {"a": 3}}, "names no shards"),
+        ({"weight_map": {"a": "../llm/model.safetensors"}}, "names files that are not in its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names files that are not in its folder"),
+        ({"weight_map": {"a": "model.bin"}}, "names files of another kind"),
+        ({"weight_map": {"a": "model-1.safetensors"}}, r"lacks the shards \['model-1.safetensors'\]"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path, index, message):
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    with pytest.raises(UserError, match=message):
+        find_model_weights(tmp_path)
