@@ -251,8 +251,6 @@ class SkippingGenerationMixin(GenerationMixin):
                 width = prompt.length + generated if prompt.is_done else prompt.position + num_new
                 attention_mask = prompt.hide_skipped(attention_mask, width)
             arguments = prompt.advance(past_key_values, num_new)
-        for name in ("tokenizer", "assistant_tokenizer"):  # of the search, which hands them on
-            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
