@@ -104,7 +104,7 @@ def _check_numbers(arguments: Any, above_zero: tuple[str, ...], not_negative: tu
     """Refuse numbers with which a run would fail late, or do nothing and look finished."""
     for name in (*above_zero, *not_negative):
         value = getattr(arguments, name)
-        if not (0 <= value < math.inf) or (value == 0 and name in above_zero):
+        if value is not None and (not (0 <= value < math.inf) or (value == 0 and name in above_zero)):
             words = "above 0" if name in above_zero else "0 or more"
             raise UserError(f"--{name} is {value}; it must be {words}.")
 
@@ -256,7 +256,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.eval_steps is None:  # transformers would take --logging_steps
+        if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
             setattr(self, name, _read_object(name, getattr(self, name)))
@@ -328,7 +328,7 @@ KINDS = (ModelArguments, DataArguments, RunArguments)
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
-    "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size",
+    "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip_base.exits import PREEMPTED
 from tests.support.interrupted import Attempts, launch_and_wait, outcome, write_inputs
 from tests.support.runs import ROOT, losses, train
+from train.arguments import identity, resolved
 from train.data import load_records
 from train.run import check, parse
 from train.validation import rounds, split
@@ -175,6 +176,14 @@ def test_faulty_validation_records_are_refused_or_counted(arguments, tmp_path):
     result = train(tmp_path / "run", *given, "--drop_faulty", "true", "--save_strategy", "no")
     assert (result["dropped"], result["dropped_validation"]) == (0, 1)
     assert result["validation"][0]["eval_samples"] == 3
+
+
+@pytest.mark.parametrize("words", ["", "--eval_share 0.3 --eval_strategy steps"])
+def test_when_to_save_and_to_validate_makes_no_other_run(words):
+    given = [*words.split(), "--data", "x", "--output_dir", "y", "--use_cpu", "true", "--save_steps"]
+    one, two = parse([*given, "3"]), parse([*given, "4"])
+    assert identity(resolved(*one)) == identity(resolved(*two))
+    assert (one[2].eval_steps, two[2].eval_steps) == ((3, 4) if words else (None, None))
 
 
 BEST = (*SHARE, "--load_best_model_at_end", "true", "--save_steps", "2", "--max_steps", "10")
