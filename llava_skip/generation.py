@@ -103,8 +103,10 @@ class SkippingGenerationMixin(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the default cache of a model that forgets is a `ForgettingCache`."""
         is_assistant = getattr(generation_config, "is_assistant", False)
-        if is_assistant:
-            kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
+        if is_assistant or "prepare_inputs_for_generation" in vars(self):
+            # In chunks, transformers gives an assistant no images, and PEFT, which replaces that method to put vectors
+            # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
+            kwargs["prefill_chunk_size"] = None
         self._choose_cache(generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
