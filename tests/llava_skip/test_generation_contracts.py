@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from llava_skip import LlavaSkipForConditionalGeneration
+from tests.support.conversations import byte_tokenizer
 from tests.support.small_models import ARCHITECTURES, IMAGE_TOKEN_ID, Sample, batch_of, mixed_samples, small_model
 from tests.support.stock import stock_twin
 
@@ -68,6 +69,18 @@ def test_a_cache_that_this_machine_cannot_have_is_refused_by_name(model, name):
         pytest.skip("a GPU takes it")
     with pytest.raises((AssertionError, ImportError, ValueError, RuntimeError), match=named):
         generate(model, mixed_samples(model)[0].alone(), cache_implementation=name)
+
+
+@every_architecture
+def test_what_generate_takes_for_itself_is_not_refused(model):
+    inputs = mixed_samples(model)[0].alone()
+    shown = []
+    streamer = type("Streamer", (), {"put": lambda self, ids: shown.append(ids), "end": lambda self: None})()
+    expected = generate(model, inputs)
+    assert torch.equal(generate(model, inputs, tokenizer=byte_tokenizer(), streamer=streamer), expected)
+    assert len(shown) == 6
+    stopped = generate(model, inputs, tokenizer=byte_tokenizer(), stop_strings=["no such text"])
+    assert torch.equal(stopped, expected)
 
 
 @every_architecture

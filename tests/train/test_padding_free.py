@@ -6,6 +6,7 @@ import torch
 from llava_skip import SkipConfig
 from tests.support.small_models import ARCHITECTURES, SKIP, mixed_samples, small_model
 from train.data import collate, collate_flat
+from train.data.dataset import COUNTED
 
 VARIANTS = {name: {"architecture": name} for name in ARCHITECTURES}
 VARIANTS["text does not see skipped"] = {"skip": dataclasses.replace(SKIP, text_sees_skipped=False)}
@@ -18,7 +19,7 @@ def samples_of(model):
         ids = sample.input_ids.tolist()
         # Every second text token is supervised, also the first one, which no token predicts.
         labels = [token if token != 90 and index % 2 == 0 else -100 for index, token in enumerate(ids)]
-        entry = {"input_ids": ids, "labels": labels, "truncated": 0, "unsupervised": False}
+        entry = {"input_ids": ids, "labels": labels, "truncated": 0, "unsupervised": False, "unread": 0}
         if sample.pixel_values is not None:
             entry["pixel_values"] = sample.pixel_values
         if sample.crop_counts is not None:
@@ -29,7 +30,7 @@ def samples_of(model):
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    batch = {name: value for name, value in batch.items() if name not in ("truncated", "unsupervised")}
+    batch = {name: value for name, value in batch.items() if name not in (*COUNTED, "record_ids")}
     loss = model(**batch).loss
     loss.backward()
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
