@@ -3,7 +3,14 @@
 import os
 from importlib import import_module
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
@@ -19,6 +26,7 @@ AutoConfig.register("llava_skip", LlavaSkipConfig)
 AutoImageProcessor.register(LlavaSkipConfig, image_processor_classes={"pil": TilingImageProcessorPil})
 AutoModel.register(LlavaSkipConfig, LlavaSkipModel)
 AutoModelForImageTextToText.register(LlavaSkipConfig, LlavaSkipForConditionalGeneration)
+AutoModelForMultimodalLM.register(LlavaSkipConfig, LlavaSkipForConditionalGeneration)
 AutoProcessor.register(LlavaSkipConfig, LlavaSkipProcessor)
 
 for _plugin in filter(None, os.environ.get("LLAVA_SKIP_PLUGINS", "").split(",")):

@@ -14,6 +14,8 @@ from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 from llava_skip_base.errors import UserError
 
+MOST_TOKENS = 1_000_000
+"""More tokens than any image has."""
 IGNORE_INDEX = -100
 """Label of a token that is not supervised."""
 
@@ -183,8 +185,8 @@ class SkipConfig:
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"skip.{name} is {value!r}; it must be a whole number of at least {least}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_TOKENS:
+        raise UserError(f"skip.{name} is {value!r}; it must be a whole number from {least} to {MOST_TOKENS}.")
 
 
 def _as_tuples(value: Any) -> Any:
@@ -207,8 +209,8 @@ class LlavaSkipConfig(LlavaConfig):
 
     `front_end` is the name of a registered front end. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid,
     and whether images are padded to a square, which gives every image the same length), `resampler` to `cos` (the
-    fields of a `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`,
-    the most image tokens that an image takes, always follows from the rest.
+    fields of a `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`
+    always follows from the rest.
     """
 
     model_type = "llava_skip"
@@ -221,12 +223,35 @@ class LlavaSkipConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError if the fields do not fit each other."""
         if not isinstance(self.vision_feature_layer, int):
             raise UserError(f"vision_feature_layer must be one number; got {self.vision_feature_layer!r}.")
         get_front_end(self.front_end).check(self)
         if (skip := self.skip_config) is not None:
             self._check_skip(skip)
-        self.image_seq_length = self.image_length(self.most_crops)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; what the keyword arguments change is checked as well."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).check()
+        return made
+
+    @property
+    def image_seq_length(self) -> int:
+        """The most image tokens that an image takes."""
+        return self.image_length(self.most_crops)
+
+    @image_seq_length.setter
+    def image_seq_length(self, value: int) -> None:
+        """Takes the number of a saved configuration, which follows from the rest."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; with the image tokens of an image, for those who read them."""
+        return super().to_dict() | {"image_seq_length": self.image_seq_length}
 
     def _check_skip(self, skip: SkipConfig) -> None:
         if self.vision_feature_select_strategy != "default":

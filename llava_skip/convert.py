@@ -59,12 +59,22 @@ def convert(
     to: Annotated[Target, typer.Option(help="Layout to write.")] = Target.native,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
     template: Annotated[str | None, typer.Option(help="Conversation template of the processor.")] = None,
+    language_model_type: Annotated[
+        str | None, typer.Option(help="What the language model is, such as llama, where config.json does not say it.")
+    ] = None,
 ) -> None:
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
     output = new_folder(output)
     hide_bars_in_files()
     model = load_checkpoint(
-        source, preset, dtype.torch_dtype, vision_tower=vision_tower, projector=projector, lora=lora, log=False
+        source,
+        preset,
+        dtype.torch_dtype,
+        vision_tower=vision_tower,
+        projector=projector,
+        lora=lora,
+        language_model_type=language_model_type,
+        log=False,
     )
     print_text(model.load_report)
     processor = None

@@ -1,4 +1,4 @@
-"""Extends a pretrained resampler: `python -m llava_skip.extend PROJECTOR RULE OUTPUT`."""
+"""Extends a pretrained resampler: `llava-skip extend PROJECTOR RULE OUTPUT`."""
 
 from __future__ import annotations
 

@@ -85,6 +85,9 @@ class Prompt:
         return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
 
 
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments of `generate` that it hands on to the forward, which does not know them."""
+
 # Not a keyword argument of the forwards: transformers would hand it on to an assistant of another kind, which refuses.
 _PROMPT: ContextVar[Prompt | None] = ContextVar("prompt", default=None)
 
@@ -100,8 +103,10 @@ class SkippingGenerationMixin(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the default cache of a model that forgets is a `ForgettingCache`."""
         is_assistant = getattr(generation_config, "is_assistant", False)
-        if is_assistant:
-            kwargs["prefill_chunk_size"] = None  # in chunks, transformers gives an assistant no images
+        if is_assistant or "prepare_inputs_for_generation" in vars(self):
+            # In chunks, transformers gives an assistant no images, and PEFT, which replaces that method to put vectors
+            # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
+            kwargs["prefill_chunk_size"] = None
         self._choose_cache(generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
@@ -234,6 +239,7 @@ class SkippingGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers; also where the forward has image tokens, and which stored tokens it may not see."""
         prompt, arguments = _PROMPT.get(), {}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE}
         if prompt is not None:
             prompt.repeat_for(len(input_ids))
             if prompt.is_done:

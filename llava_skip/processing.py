@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
@@ -114,11 +115,24 @@ class LlavaSkipProcessor(ProcessorMixin):
             change |= {"new_span": (start, end), "replacement": text[start:end]}
         return text
 
-    def image_length(self, width: int, height: int) -> int:
-        """Image tokens that an image of this size in pixels takes."""
+    def image_length(self, width: int, height: int, **kwargs: Any) -> int:
+        """Image tokens that an image of this size in pixels takes, under the image processor's arguments of a call."""
         if self.crop_rows is None:
             return self.image_seq_length
-        return self.crop_rows * self.image_processor.count_crops(width, height)
+        return self.crop_rows * self.image_processor.count_crops(width, height, **kwargs)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Image tokens and crops of images of these heights and widths; engines ask transformers' processors for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        given = kwargs | (kwargs.pop("images_kwargs", None) or {})
+        count = getattr(self.image_processor, "count_crops", lambda width, height, **kwargs: 1)
+        return MultiModalData(
+            num_image_tokens=[self.image_length(width, height, **given) for height, width in image_sizes],
+            num_image_patches=[count(width, height, **given) for height, width in image_sizes],
+        )
 
     @property
     def length_depends_on_size(self) -> bool:

@@ -22,16 +22,27 @@ DEEPEST = 100
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that stands for one half of a character outside of Unicode's first plane."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the few lines begin that git writes in place of a large file until git-lfs has fetched it."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError if a file that exists is a git-lfs pointer, in place of the file itself."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in {path.parent}.")
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is not UTF-8.
+        UserError: it is not UTF-8, or a git-lfs pointer.
     """
     if not path.is_file():
         raise MissingFileError(f"{path.parent} has no {path.name}.")
+    refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

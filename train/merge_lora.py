@@ -18,7 +18,7 @@ from llava_skip_base.console import hide_bars_in_files, print_next, print_text, 
 from llava_skip_base.errors import MissingFileError
 from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
-from train.recipe.model import build_model
+from train.recipe.model import build_model, check_weights
 
 
 def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
@@ -46,6 +46,7 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
     config = AutoConfig.from_pretrained(adapter)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_weights(arguments, config)  # --base may name another model
     return build_model(arguments, config, dtype or trained)
 
 

@@ -132,7 +132,7 @@ def main() -> None:
         if sys.argv[1:2] in (["--help"], ["-h"]):
             read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[1:])
         if not sys.argv[1:] or not sys.argv[1].isdecimal():
-            raise UserError("Name the sample first: python -m train.show_sample 0 --data ...")
+            raise UserError("Name the sample first: llava-skip show-sample 0 --data ...")
         model, data, own = read_command_line((ModelArguments, DataArguments, ShowArguments), sys.argv[2:])
         show(int(sys.argv[1]), model, data, Path(own.output).expanduser())
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,7 +24,10 @@ import llava_skip  # noqa: F401  registers the library's models with the Auto cl
 from eval.answering.models import SavedModel
 from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
+from llava_skip.checkpoints.loading import check_native
+from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import load_tokenizer
+from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import ends_of
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
@@ -83,6 +86,8 @@ class Generator:
         options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype)}
         if numerics.attn is not None:
             options["attn_implementation"] = numerics.attn
+        if read_config(model.folder).get("model_type") == LlavaSkipConfig.model_type:
+            options["config"] = check_native(model.folder)
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
@@ -166,7 +171,7 @@ def _takes_images(model: SavedModel) -> bool:
     """Whether the model takes images and text; otherwise it is a language model."""
     kind = model.config.get("model_type")
     if kind in CONFIG_MAPPING:
-        config = type(AutoConfig.from_pretrained(model.folder))
+        config = CONFIG_MAPPING[kind]
         if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config in MODEL_FOR_CAUSAL_LM_MAPPING:
             return config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     raise UserError(
@@ -180,7 +185,7 @@ def _readable(folder: Path) -> Iterator[None]:
     """Around calls of transformers: what a broken file or a missing package raises becomes one message."""
     try:
         yield
-    except (OSError, ImportError, SafetensorError) as error:
+    except (OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from eval.reading.tables import sha256
 from llava_skip_base import paths
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_json
+from llava_skip_base.files import read_json, refuse_pointer
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.
@@ -82,10 +82,12 @@ def check_model(folder: Path) -> SavedModel:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json, so is no saved model; give the folder that training wrote.")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: is a LoRA adapter; merge it: python -m train.merge_lora {folder} --output MERGED.")
+        raise UserError(f"{folder}: is a LoRA adapter; merge it: llava-skip merge-lora {folder} --output MERGED.")
     texts = sorted({path for pattern in TEXTS for path in folder.glob(pattern) if path.is_file()})
-    parsed = {path.name: read_json(path) for path in texts if path.suffix == ".json"}
     weights = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
+    for path in (*texts, *weights):
+        refuse_pointer(path)
+    parsed = {path.name: read_json(path) for path in texts if path.suffix == ".json"}
     if not weights:
         raise UserError(f"{folder}: holds no weights ({' or '.join(WEIGHTS)}); did the training finish?")
     if not any(path.name.startswith("tokenizer") for path in texts):

@@ -170,10 +170,13 @@ def assign(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str,
         name, equals, value = text.partition("=")
         if not equals or name not in BENCHMARKS:
             if len(names) != 1:
-                raise UserError(f"{option} {text}: with {len(names)} benchmarks say whose: {option} {names[0]}={text}.")
+                raise UserError(
+                    f"{option} {shortened(text)}: with {len(names)} benchmarks say whose: "
+                    f"{option} {names[0]}={shortened(text)}."
+                )
             name, value = names[0], text
         if name not in names:
-            raise UserError(f"{option} {text}: {name} is not evaluated here; add it to --benchmarks.")
+            raise UserError(f"{option} {shortened(text)}: {name} is not evaluated here; add it to --benchmarks.")
         if name in values:
             raise UserError(f"{option} is given twice for {name}.")
         values[name] = value

@@ -109,6 +109,8 @@ class MMBench(Benchmark):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score circularly (official) and plainly (for comparison), overall and by ability of the main row."""
         extract = EXTRACTORS[self.chosen_rule]
+        static = self.chosen_rule == "lmms-eval-static"
+        judge = None if static else judge  # the rule is what lmms-eval does instead of asking one
         letters = {s.id: extract(self.said(answers[s.id], s.fields), self.choices(s.fields)) for s in samples}
         groups = group(samples)
         graded = {first: passes for first, passes in groups.items() if all(_gold(sample) for sample in passes)}
@@ -127,8 +129,8 @@ class MMBench(Benchmark):
             notes += _judge_notes(judge, matches)
         elif counts["unresolved"]:
             notes.append(
-                f"{counts['unresolved']} of {counts['rows']} answers name no option by this rule and count as wrong; a "
-                "judge (--judge-url) can read them."
+                f"{counts['unresolved']} of {counts['rows']} answers name no option by this rule and count as wrong"
+                + ("." if static else "; a judge (--judge-url) can read them.")
             )
         scores = {
             split: _split_scores({first: groups[first] for first in firsts}, letters, matches)

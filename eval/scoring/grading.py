@@ -54,12 +54,16 @@ MAX_TOKENS = 3
 Grades = dict[str, dict[str, Any]]
 
 
-def grading_prompt(sample: Sample, prediction: str) -> str:
-    """Word the question to the judge: instruction, table with worked cases, and the row to complete."""
+def grading_prompt(sample: Sample, prediction: str, text: str | None = None) -> str:
+    """Word the question to the judge: instruction, table with worked cases, and the row to complete.
+
+    `text` is the official prompt, to be used instead of instruction and table.
+    """
     rows = [HEADER, ("---",) * len(HEADER), *WORKED_CASES]
     table = "\n".join(" | ".join(row) for row in rows)
     truth = sample.fields["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{INSTRUCTION}\n\n{table}\n\n" + " | ".join([sample.fields["question"], truth, prediction, ""])
+    text = f"{INSTRUCTION}\n\n{table}" if text is None else text.rstrip("\n")
+    return f"{text}\n\n" + " | ".join([sample.fields["question"], truth, prediction, ""])
 
 
 def parse_grade(reply: str) -> float | None:
@@ -80,7 +84,7 @@ def grade_once(sample: Sample, prediction: str, judge: Judge) -> tuple[float, st
     Raises:
         JudgeUnavailable: if the endpoint fails; that is not a grade of 0.
     """
-    prompt, reply = grading_prompt(sample, prediction), ""
+    prompt, reply = grading_prompt(sample, prediction, judge.prompt), ""
     for number, temperature in enumerate(TEMPERATURES):
         reply = judge.ask(prompt + (REASK if number else ""), temperature, MAX_TOKENS)
         value = parse_grade(reply)
@@ -101,7 +105,7 @@ def grade(samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge, pa
         UserError: if the file has grades of other answers.
         JudgeUnavailable: if the endpoint fails; the grades so far are kept.
     """
-    asked = {str(s.id): grading_prompt(s, answers[s.id]) for s in samples}
+    asked = {str(s.id): grading_prompt(s, answers[s.id], judge.prompt) for s in samples}
     saved = read_replies(path, asked, score=list, content=list, model=list)
     empty = {id_: {"asked": digest(prompt), "model": [], "content": [], "score": []} for id_, prompt in asked.items()}
     grades: Grades = {**{id_: saved.get(id_, entry) for id_, entry in empty.items()}, **saved}

@@ -1,11 +1,11 @@
 """A language model that grades answers, reached over the OpenAI chat protocol at any address."""
 
+import asyncio
 import hashlib
 import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -71,6 +71,7 @@ class Judge:
         concurrency: requests at the same time.
         budget: most requests to send, repeated ones included; None for no limit.
         dry_run: print the requests and send nothing.
+        prompt: the text before what is graded, where the benchmark's official one is used instead of the project's.
         backoff: longest first pause in seconds; doubled with each retry, up to 30 s.
         sent: requests sent so far, or printed in a dry run.
     """
@@ -85,6 +86,7 @@ class Judge:
     concurrency: int = 4
     budget: int | None = None
     dry_run: bool = False
+    prompt: str | None = None
     backoff: float = 0.5
     sent: int = field(default=0, init=False)
 
@@ -110,8 +112,9 @@ class Judge:
         self._stop = threading.Event()
 
     def describe(self) -> dict[str, Any]:
-        """The judge's model, address and number of runs, for the result file."""
-        return {"model": self.model, "url": self.url, "runs": self.runs}
+        """The judge's model, address, number of runs and the hash of a prompt that was given, for the result file."""
+        prompt = {} if self.prompt is None else {"prompt_sha256": digest(self.prompt)}
+        return {"model": self.model, "url": self.url, "runs": self.runs, **prompt}
 
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
         """The text of the reply to one user message.
@@ -150,7 +153,7 @@ class Judge:
         """
         failed: list[JudgeUnavailable] = []
         in_a_row = 0
-        _ = self._client  # made before the threads start, or each could make one
+        _ = self._client, self._loop  # made before the threads start, or each could make one
         with (
             ThreadPoolExecutor(1 if self.dry_run else self.concurrency) as pool,
             tqdm(total=len(items), desc=f"judge {self.model}", unit="answer", disable=self.dry_run or None) as progress,
@@ -180,8 +183,7 @@ class Judge:
 
     def file(self, kind: str) -> Path:
         """The file of this judge's replies of a `kind`, named as MM-Vet's official grader does."""
-        model = re.sub(r"[^\w.-]+", "-", self.model)
-        return self.folder / f"{self.label}_{model}-{kind}.json"
+        return self.folder / f"{self.label}_{file_part(self.model)}-{kind}.json"
 
     def _count(self) -> None:
         with self._lock:
@@ -198,8 +200,17 @@ class Judge:
         import httpx  # needed only where answers are graded
 
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(headers=headers, timeout=self.timeout)
+        headers = {"Accept-Encoding": "identity"}  # a small compressed reply can be of any size
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits(max_connections=None))
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Where requests run: only there has a whole request one time limit, whatever the endpoint sends, and when."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True, name="judge").start()
+        return loop
 
     def _ask_once(self, body: dict[str, Any]) -> str:
         import httpx
@@ -209,33 +220,45 @@ class Judge:
         self._count()
         try:
             return _content(self._post(body))
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except httpx.TransportError as error:
             raise _TryAgain(type(error).__name__) from None
 
     def _post(self, body: dict[str, Any]) -> bytes:
-        """Send a request and read its reply within the time limit, which a slow stream of bytes cannot extend."""
-        deadline = time.monotonic() + self.timeout
-        reply = b""
-        with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
+        """Send a request and read its reply; connection, headers and body have one time limit together."""
+        request = asyncio.wait_for(self._exchange(body), self.timeout)
+        try:
+            return asyncio.run_coroutine_threadsafe(request, self._loop).result()
+        except asyncio.TimeoutError:
+            raise _TryAgain(f"no whole reply within {self.timeout:g} s") from None
+
+    async def _exchange(self, body: dict[str, Any]) -> bytes:
+        reply = bytearray()
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        async with self._client.stream("POST", address, json=body) as response:
             status = response.status_code
             if status in _TEMPORARY:
                 raise _TryAgain(f"HTTP {status}", self._asked_pause(response.headers.get("retry-after", "")))
             if status != 200:
                 # The body of an error may repeat parts of the key, so only the status is reported.
                 raise JudgeUnavailable(f"judge at {self.url}: HTTP {status}.")
-            for block in response.iter_bytes():
+            if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                raise _TryAgain("a compressed reply, which was not asked for")
+            async for block in response.aiter_raw():
                 reply += block
-                if time.monotonic() > deadline:
-                    raise _TryAgain(f"no whole reply within {self.timeout:g} s")
                 if len(reply) > LONGEST_REPLY:
                     raise _TryAgain("an endless reply")
-        return reply
+        return bytes(reply)
 
     def _asked_pause(self, header: str) -> float | None:
         seconds = parse_retry_after(header)
         if seconds is not None and seconds > LONGEST_PAUSE:
             raise JudgeUnavailable(f"judge at {self.url}: asks to wait for {seconds:.0f} s.")
         return seconds
+
+
+def file_part(name: str) -> str:
+    """A model's name as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def save_replies(path: Path, replies: Mapping[str, Any]) -> None:
@@ -291,7 +314,7 @@ def parse_retry_after(header: str) -> float | None:
 def _content(reply: bytes) -> str:
     """The text of a chat completion."""
     try:
-        content = parse_json(reply.decode())["choices"][0]["message"]["content"]
+        content = parse_json(reply.decode("utf-8-sig"))["choices"][0]["message"]["content"]
         if content is None or isinstance(content, str):
             return content or ""
     except (ValueError, LookupError, TypeError):

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_skip_base.errors import MissingFileError, UserError
-from llava_skip_base.files import find_local, read_json
+from llava_skip_base.errors import MissingFileError, UserError, first_few
+from llava_skip_base.files import find_local, read_json, refuse_pointer
 
-_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which a folder with a PEFT adapter is recognised."""
@@ -48,8 +48,15 @@ def find_folder(source: str | Path, what: str = "model", weights: bool = True) -
         if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(str(source), allow_patterns=["*.bin"])  # only now: they would double the download
     except (OSError, HFValidationError) as error:
-        raise UserError(f"The {what} {source} is neither a folder nor on the hub: {_one_line(error)}") from error
+        raise UserError(f"The {what} {source} is neither a folder nor on the hub: {one_line(error)}") from error
     return folder
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise UserError if a file of a folder that describes a model or its text is a git-lfs pointer."""
+    for pattern in _TEXT_FILES:
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            refuse_pointer(path)
 
 
 def find_model_weights(folder: Path) -> list[Path]:
@@ -61,7 +68,7 @@ def find_model_weights(folder: Path) -> list[Path]:
     for name in _MODEL_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = _shards(index)
             if absent := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise MissingFileError(f"{folder} lacks the shards {absent} that {index.name} names.")
             return [folder / shard for shard in shards]
@@ -72,11 +79,31 @@ def find_model_weights(folder: Path) -> list[Path]:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         hint = (
             f" It holds a LoRA adapter: load its model ({base}) and give this folder as lora, or merge the two "
-            f"(python -m llava_skip.convert {base} OUTPUT --lora {folder})."
+            f"(llava-skip convert {base} OUTPUT --lora {folder})."
         )
     elif (folder / "mm_projector.bin").is_file():
         hint = " It holds a projector: load its language model and give this folder as projector."
     raise MissingFileError(f"{folder} has no model weights ({', '.join(_MODEL_FILES)}, or shards with an index).{hint}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that the index of a folder's weights names.
+
+    Raises:
+        UserError: it is no index, or names a file that is not in its own folder.
+    """
+    raw = read_json(index)
+    where = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+        raise UserError(f"{index} names no shards: its weight_map must be an object of tensors and files.")
+    shards = sorted(set(where.values()))
+    if outside := [shard for shard in shards if Path(shard).name != shard or shard in ("", ".", "..")]:
+        raise UserError(f"{index} names files that are not in its folder: {first_few(outside)}.")
+    if other := [
+        shard for shard in shards if Path(shard).suffix != Path(index.name.removesuffix(".index.json")).suffix
+    ]:
+        raise UserError(f"{index} names files of another kind than its own: {first_few(other)}.")
+    return shards
 
 
 def check_model_weights(folder: Path) -> None:
@@ -87,6 +114,7 @@ def check_model_weights(folder: Path) -> None:
 
 def check_tensors(path: Path) -> None:
     """Open a file of tensors without reading them; errors as `read_tensors`."""
+    refuse_pointer(path)
     if path.suffix != ".safetensors":
         read_tensors(path)  # only mapped into memory
         return
@@ -102,22 +130,36 @@ def read_model_weights(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in find_model_weights(folder) for key, tensor in read_tensors(file).items()}
 
 
+def read_model_shapes(folder: Path) -> dict[str, Tensor]:
+    """As `read_model_weights`, but shapes alone: tensors of the device `meta`."""
+    return {name: shape for file in find_model_weights(folder) for name, shape in _read_shapes(file).items()}
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    check_tensors(path)
+    if path.suffix != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}  # only mapped into memory
+    with safe_open(path, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, mapped into memory where its format allows.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: a broken file, or a pickle that holds anything but tensors and plain data.
+        UserError: a broken file, a git-lfs pointer, or a pickle that holds anything but tensors and plain data.
     """
     if not path.is_file():
         raise MissingFileError(f"{path.parent} has no {path.name}.")
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # A pickle may run any code; weights_only refuses all but tensors. Old, unzipped files cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it does not hold plain tensors ({_one_line(error, 1)})") from error
+        raise UserError(f"{path} is refused: it does not hold plain tensors ({one_line(error, 1)})") from error
     except (SafetensorError, RuntimeError, EOFError, KeyError) as error:  # the last three are torch's
         raise _broken(path, error) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -126,10 +168,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    reason = _one_line(error, 1) or type(error).__name__
+    reason = one_line(error, 1) or type(error).__name__
     return UserError(f"{path.parent} cannot be loaded: {path.name} is broken ({reason}); copy or save it again.")
 
 
-def _one_line(error: Exception, lines: int | None = None) -> str:
+def one_line(error: Exception, lines: int | None = None) -> str:
     """The first `lines` of an error's message, as one."""
     return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())

@@ -8,22 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPConfig, CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.names import LINEAR_PROJECTOR, POSITIONS, PROJECTOR, TOWER
 from llava_skip.checkpoints.report import LoadReport
+from llava_skip.checkpoints.schema import make_config, read_config
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
+from llava_skip.decoder import LANGUAGE_MODELS
 from llava_skip.presets import PRESETS, front_end_of, skip_for_model
 from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import shortened
 
 NATIVE, ORIGINAL, LANGUAGE = "native", "original LLaVA", "language model"
 LLAVA_HF, LLAVA_NEXT = "llava-hf", "LlavaNext"
 
 _ORIGINAL_CLASS = re.compile(r"^Llava(\w+)ForCausalLM$")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_PROJECTORS = ("mlp2x_gelu", "linear", "cos", "chain-of-sight", None)
 _NOT_OF_THE_TEXT = re.compile(
     r"^(mm_|use_mm_|tune_|freeze_|unfreeze_|s2|use_hd$|use_zip$|cos_config|backbone_resolution|delay_load|image_|"
     r"tokenizer_|architectures$|model_type$|auto_map$|transformers_version$|_name_or_path$|torch_dtype$|dtype$)"
@@ -45,7 +49,9 @@ def detect_layout(raw: Mapping[str, Any]) -> str:
     if "text_config" in raw and kind in ("llava", "llava_next"):
         return LLAVA_HF if kind == "llava" else LLAVA_NEXT
     if "text_config" not in raw:
-        if "mm_vision_tower" in raw or any(_ORIGINAL_CLASS.match(name) for name in classes):
+        if any(name.startswith("mm_vision_tower") for name in raw) or any(
+            _ORIGINAL_CLASS.match(name) for name in classes
+        ):
             return ORIGINAL
         if kind in CONFIG_MAPPING and kind != "llava" and "hidden_size" in raw:
             return LANGUAGE
@@ -56,22 +62,35 @@ def detect_layout(raw: Mapping[str, Any]) -> str:
     )
 
 
-def text_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+def text_config(raw: Mapping[str, Any], kind: str | None = None) -> PreTrainedConfig:
     """The language model's configuration from a flat config.json, LLaVA's own or a plain language model's.
+
+    Args:
+        raw: the config.json.
+        kind: the type of the language model; None takes what the config.json says.
 
     Raises:
         UserError: a size is missing (defaults would be those of another model), or an unknown kind.
     """
     if absent := [name for name in _SIZES if name not in raw]:
         raise UserError(f"The config.json lacks {absent}; sizes are never guessed.")
+    kind = kind or _language_model_type(raw)
+    if kind not in LANGUAGE_MODELS:
+        raise UserError(
+            f"The language model of the config.json is of the unknown type {kind!r} (architectures "
+            f"{raw.get('architectures')}): if it is one of {', '.join(LANGUAGE_MODELS)} under another name, as in "
+            "ShareGPT4V, MGM, Bunny or Cambrian, say so with --language-model-type."
+        )
+    fields = {key: value for key, value in raw.items() if not _NOT_OF_THE_TEXT.match(key)}
+    return make_config(CONFIG_MAPPING[kind], fields, "The config.json")
+
+
+def _language_model_type(raw: Mapping[str, Any]) -> str:
     kinds = [(raw.get("model_type") or "").removeprefix("llava_")]
     kinds += [found[1].lower() for name in raw.get("architectures") or [] if (found := _ORIGINAL_CLASS.match(name))]
     # "llava" alone does not say which language model it is; the class does, if it is one of LLaVA's.
     known = [{"qwen": "qwen2"}.get(kind, kind) for kind in kinds if kind != "llava"] or ["llama"]
-    kind = known[-1] if known[-1] in CONFIG_MAPPING else known[0]
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"The language model of the config.json is of the unknown type {kind!r}.")
-    return CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if not _NOT_OF_THE_TEXT.match(key)})
+    return known[-1] if known[-1] in CONFIG_MAPPING else known[0]
 
 
 def tower_config(source: str) -> CLIPVisionConfig:
@@ -82,17 +101,21 @@ def tower_config(source: str) -> CLIPVisionConfig:
         UserError: another kind of tower.
     """
     folder = find_folder(source, "vision tower", weights=False)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The vision tower {source} holds no configuration that can be read: {error}") from error
-    config = getattr(config, "vision_config", config)
-    if not isinstance(config, CLIPVisionConfig):
-        raise UserError(
-            f"The vision tower {source} is a {config.model_type} model: give a CLIP tower, such as "
-            "openai/clip-vit-large-patch14-336."
-        )
-    return config
+    return clip_config(read_config(folder), f"The vision tower {source}")
+
+
+def clip_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
+    """Configuration of a CLIP tower from its config.json, or from that of a whole CLIP.
+
+    Raises:
+        UserError: another kind of tower.
+    """
+    kind = raw.get("model_type")
+    if kind == "clip":
+        return make_config(CLIPConfig, raw, where).vision_config
+    if kind != "clip_vision_model":
+        raise UserError(f"{where} is a {kind} model: give a CLIP tower, such as openai/clip-vit-large-patch14-336.")
+    return make_config(CLIPVisionConfig, raw, where)
 
 
 def tower_config_of_weights(weights: Mapping[str, Tensor]) -> CLIPVisionConfig:
@@ -165,7 +188,7 @@ def check_settings(raw: Mapping[str, Any], report: LoadReport) -> None:
         UserError: a setting that the model cannot express.
     """
     kind = raw.get("mm_projector_type", "mlp2x_gelu")
-    if kind == "identity" or re.fullmatch(r"mlp(?!2x)\d+x_gelu", kind):
+    if kind not in _PROJECTORS:
         raise UserError(f"mm_projector_type is {kind!r}; the model has mlp2x_gelu, linear and the chain-of-sight one.")
     if raw.get("s2"):
         raise UserError("s2 is set: the multi-scale tower is not supported.")
@@ -215,12 +238,46 @@ def _resampler(
 
 def hf_config(raw: Mapping[str, Any]) -> LlavaSkipConfig:
     """The configuration of a llava-hf or LlavaNext model; dense."""
-    theirs = LlavaConfig(
-        **{key: raw[key] for key in raw if key not in ("model_type", "image_grid_pinpoints")}
-    ).to_dict()
+    fields = {key: raw[key] for key in raw if key not in ("model_type", "image_grid_pinpoints")} | parts(raw)
+    theirs = make_config(LlavaConfig, fields, "The config.json").to_dict()
     known = ["text_config", "vision_config", "image_token_index", "projector_hidden_act", "vision_feature_layer"]
     known += ["vision_feature_select_strategy", "multimodal_projector_bias", "tie_word_embeddings"]
     return LlavaSkipConfig(**{key: theirs[key] for key in known})
+
+
+def native_config(raw: Mapping[str, Any]) -> LlavaSkipConfig:
+    """The configuration of a native model."""
+    fields = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")} | parts(raw)
+    return make_config(LlavaSkipConfig, fields, "The config.json")
+
+
+def parts(raw: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
+    """The configurations of the language model and the tower, from a config.json that has an object for each.
+
+    Raises:
+        UserError: one is missing, or of an unknown type.
+    """
+    if absent := [name for name in ("text_config", "vision_config") if raw.get(name) is None]:
+        raise UserError(f"The config.json lacks {' and '.join(absent)}; sizes are never guessed.")
+    text, vision = raw["text_config"], raw["vision_config"]
+    kind = text.get("model_type", "llama")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"The text_config of the config.json is of the unknown type {kind!r}.")
+    vision = {"model_type": "clip_vision_model", **vision}
+    return {
+        "text_config": make_config(CONFIG_MAPPING[kind], text, "The text_config of the config.json"),
+        "vision_config": clip_config(vision, "The vision_config of the config.json"),
+    }
+
+
+def check_ids(config: LlavaSkipConfig) -> None:
+    """Raise UserError if an id that the model itself looks up is outside of its vocabulary."""
+    rows, pad = config.text_config.vocab_size, config.text_config.pad_token_id
+    for name, value in (("image_token_index", config.image_token_id), ("pad_token_id", pad)):
+        if value is not None and not (0 if name == "image_token_index" else -rows) <= value < rows:
+            raise UserError(
+                f"{name} is {value}, but vocab_size is {rows}: one of them is not that of the model's weights."
+            )
 
 
 def with_skip(
@@ -264,6 +321,12 @@ def with_skip(
 def find_tower(raw: Mapping[str, Any], vision_tower: str | None, folder: Path) -> str | None:
     """Where the vision tower is: what was asked for, else what the config.json names; None if neither."""
     named = vision_tower or raw.get("mm_vision_tower")
+    if isinstance(named, list) and len(named) <= 1:
+        named = named[0] if named else None
+    if named is not None and not isinstance(named, str):
+        raise UserError(
+            f"mm_vision_tower is {shortened(repr(named))}; the model has one CLIP tower: name it by a text."
+        )
     if named and not vision_tower and not Path(named).expanduser().exists() and (folder / named).is_dir():
         return str(folder / named)
     return named

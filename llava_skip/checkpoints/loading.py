@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 import llava_skip.checkpoints.layouts as layouts
 from llava_skip.checkpoints.adapters import merge_lora
-from llava_skip.checkpoints.files import find_folder, read_model_weights
+from llava_skip.checkpoints.files import find_folder, read_model_shapes, read_model_weights
 from llava_skip.checkpoints.names import (
     EMBEDDING,
     HEAD,
@@ -25,6 +25,7 @@ from llava_skip.checkpoints.names import (
     PROJECTOR,
     TOWER,
     native_name,
+    native_weights,
 )
 from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import Source, configure, open_source
@@ -50,6 +51,7 @@ def load_checkpoint(
     vision_tower: str | None = None,
     projector: str | Path | None = None,
     lora: str | Path | None = None,
+    language_model_type: str | None = None,
     attn_implementation: str | None = None,
     log: bool = True,
 ) -> LlavaSkipForConditionalGeneration:
@@ -66,6 +68,7 @@ def load_checkpoint(
         vision_tower: folder or hub name of the CLIP tower, if it is not in the checkpoint and not where that says.
         projector: a `mm_projector.bin`, or its folder.
         lora: folder of a LoRA adapter, which is merged.
+        language_model_type: what the language model is, such as `llama`, if its family gives the type another name.
         attn_implementation: as in `from_pretrained`.
         log: log the report unless the checkpoint fits exactly.
 
@@ -76,7 +79,9 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    source = open_source(path, vision_tower=vision_tower, projector=projector, lora=lora)
+    source = open_source(
+        path, vision_tower=vision_tower, projector=projector, lora=lora, language_model_type=language_model_type
+    )
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
@@ -99,6 +104,24 @@ def load_checkpoint(
     if log and not report.is_exact:
         logger.warning("%s", plain(report))
     return model.eval()
+
+
+def check_fit(folder: Path, config: LlavaSkipConfig) -> None:
+    """Compare the files of a native model with a configuration, before any weight is read.
+
+    Raises:
+        MissingFileError: there are no weights.
+        UserError: a file is broken, or weights are missing, unknown or of another shape.
+    """
+    report = LoadReport(str(folder), layouts.NATIVE)
+    _check(native_weights(read_model_shapes(folder)), config, report, new_projector=False)
+
+
+def check_native(folder: Path) -> LlavaSkipConfig:
+    """The configuration of a native model that fits its weights; see `check_fit`."""
+    config = configure(open_source(folder, weights=False), {}, own_tower=False)
+    check_fit(folder, config)
+    return config
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], may_miss: Iterable[str] = ()) -> None:
@@ -189,7 +212,8 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
     ]
-    if HEAD in tied and HEAD in weights and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+    read = HEAD in tied and HEAD in weights and not weights[HEAD].is_meta
+    if read and not torch.equal(weights[HEAD], weights[EMBEDDING]):
         shapes.append(f"{HEAD} differs from the embedding, although tie_word_embeddings is true")
     if missing or essential or shapes:
         raise UserError(

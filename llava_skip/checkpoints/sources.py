@@ -15,12 +15,13 @@ from llava_skip.checkpoints.adapters import find_projector, read_adapter, read_p
 from llava_skip.checkpoints.files import find_folder
 from llava_skip.checkpoints.names import EMBEDDING, PROJECTOR, TOWER, native_name, native_weights
 from llava_skip.checkpoints.report import LoadReport
+from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import local_path, read_json
+from llava_skip_base.files import local_path
 
 
 def padded_vocabulary(tokens: int) -> int:
@@ -42,6 +43,7 @@ class Source:
         factors: the adapter's low-rank factors by native name.
         whole: the tensors saved whole with the adapter, by LLaVA's names.
         report: its layout is the settings'; what is inferred is noted there.
+        language_model_type: of LLaVA's own layout, where its config.json does not say it.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Source:
     settings: dict[str, Any]
     asked_tower: str | None
     report: LoadReport
+    language_model_type: str | None = None
     projector: dict[str, Tensor] | None = None
     adapter: Path | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)
@@ -79,26 +82,32 @@ def open_source(
     vision_tower: str | None = None,
     projector: str | Path | None = None,
     lora: str | Path | None = None,
+    language_model_type: str | None = None,
     weights: bool = True,
 ) -> Source:
     """Find a checkpoint, and read what is put on top of it; without `weights` a hub's are not downloaded.
+
+    `language_model_type` says what the language model is where the config.json has a name of its own for it.
 
     Raises:
         MissingFileError: a file is missing.
         UserError: an unknown layout, or a setting that the model cannot express.
     """
     folder, report = find_folder(path, weights=weights), LoadReport(str(path))
-    raw = read_json(folder / "config.json")
-    report.layout, settings = layouts.detect_layout(raw), raw
+    raw = read_config(folder)
+    report.layout, settings, kind = layouts.detect_layout(raw), raw, language_model_type
     file = find_projector(projector) if projector else None
     adapter = find_folder(lora, "LoRA adapter") if lora else None
     if report.layout == layouts.LANGUAGE:
-        for other in (parent / "config.json" for parent in (adapter, file and file.parent) if parent):
-            if other.is_file() and layouts.detect_layout(theirs := read_json(other)) == layouts.ORIGINAL:
+        for parent in filter(None, (adapter, file and file.parent)):
+            other = parent / "config.json"
+            if other.is_file() and layouts.detect_layout(theirs := read_config(parent)) == layouts.ORIGINAL:
                 settings, report.layout = theirs, layouts.ORIGINAL
                 report.notes.append(f"settings of {other}.")
+                # The base says what it is, whatever the name of the family that was trained on it.
+                kind = language_model_type or raw["model_type"]
                 break
-    source = Source(folder, raw, settings, vision_tower, report, adapter=adapter)
+    source = Source(folder, raw, settings, vision_tower, report, kind, adapter=adapter)
     if source.joins:
         layouts.check_settings(settings, report)
     elif vision_tower:
@@ -135,7 +144,7 @@ def configure(
     """
     raw, report = source.settings, source.report
     if source.joins:
-        text = layouts.text_config(raw)
+        text = layouts.text_config(raw, source.language_model_type)
         if tokenizer is None and has_tokenizer(source.folder):
             tokenizer = load_tokenizer(source.folder, text, add_image_token=True)
         image_token = _make_room(text, weights, tokenizer, source.raw["vocab_size"])
@@ -145,11 +154,12 @@ def configure(
             return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
         config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
     elif report.layout == layouts.NATIVE:
-        config = LlavaSkipConfig.from_pretrained(source.folder)
+        config = layouts.native_config(raw)
     else:
         config = layouts.hf_config(raw)
         if report.layout == layouts.LLAVA_NEXT:
             report.notes.append("LlavaNext cuts images into tiles with image_newline; here an image is one crop.")
+    layouts.check_ids(config)
     summary = any(name.startswith("model.summary.") for name in weights)
     return layouts.with_skip(config, preset, skip, raw, summary, report)
 
@@ -175,8 +185,13 @@ def load_config(
     if (own := layouts.detect_layout(source.raw)) not in (layouts.NATIVE, layouts.LANGUAGE):
         raise UserError(
             f"{path} is a checkpoint of the layout {own!r}. Convert it first, then use the result: "
-            f"python -m llava_skip.convert {path} CONVERTED"
+            f"llava-skip convert {path} CONVERTED"
         )
+    # Before the tokenizer, for which transformers reads the same file: a mistake in it is not the tokenizer's.
+    if source.joins:
+        layouts.text_config(source.settings, source.language_model_type)
+    else:
+        layouts.native_config(source.raw)
     words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
     weights, own_tower = source.combine({})
     return configure(source, weights, own_tower, words, preset), words

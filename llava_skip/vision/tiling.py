@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import make_flat_list_of_images, to_numpy_array
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import ChannelDimension, make_flat_list_of_images
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.processing_utils import ImagesKwargs
+
+from llava_skip_base.errors import UserError
 
 PADDING_COLOUR = (122, 116, 104)
 """CLIP's mean pixel."""
@@ -46,51 +52,121 @@ def pad_to_square(image: Image.Image) -> Image.Image:
     return square
 
 
-def cut_tiles(image: Image.Image, most: int, side: int) -> list[Image.Image]:
-    """The thumbnail, then the tiles row by row; each is stretched to side x side pixels, bicubic."""
+def cut_tiles(image: Image.Image, most: int, side: int, resample: int = Image.Resampling.BICUBIC) -> list[Image.Image]:
+    """The thumbnail, then the tiles row by row; each is stretched to side x side pixels."""
     columns, rows = choose_grid(*image.size, most, side)
-    stretched = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    stretched = image.resize((columns * side, rows * side), resample)
     boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
-    thumbnail = image.resize((side, side), Image.Resampling.BICUBIC)
+    thumbnail = image.resize((side, side), resample)
     return [thumbnail, *(stretched.crop(box) for box in boxes)]
+
+
+class TilingKwargs(ImagesKwargs):
+    """Arguments of `TilingImageProcessorPil`."""
+
+    max_tiles: int | None
+
+
+FIXED = {
+    "do_resize": (True,),
+    "do_convert_rgb": (True,),
+    "pad_size": (None,),
+    "image_seq_length": (None,),
+    "data_format": (None, ChannelDimension.FIRST),
+}
+"""Arguments that have one value: every crop is resized to the tower's size, in three colours, channels first."""
 
 
 class TilingImageProcessorPil(LlavaImageProcessorPil):
     """Images -> `pixel_values` [crops of all images, 3, side, side] and `crop_counts`, the number of crops of each.
 
     `crop_size` is the tower's size, `max_tiles` the largest grid. With `do_pad` an image is first padded to a square
-    of twice the tower's size, as in the paper's training, so that all have the same number of crops.
+    of twice the tower's size, as in the paper's training, so that all have the same number of crops. All arguments can
+    also be given for one call.
     """
 
     model_input_names = ["pixel_values", "crop_counts"]
+    valid_kwargs = TilingKwargs
+    max_tiles = 4
 
     def __init__(self, max_tiles: int = 4, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.max_tiles = max_tiles
+        self._refuse_unknown(kwargs.keys() - {"image_processor_type", "processor_class", "feature_extractor_type"})
+        if (side := _side(kwargs)) is not None:
+            kwargs |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        super().__init__(max_tiles=max_tiles, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """Cut and normalise images (PIL or arrays, nested lists too)."""
-        side = self.crop_size["height"]
-        flat = [self._to_rgb(image) for image in make_flat_list_of_images(images)]
-        if self.do_pad:
-            double = (2 * side, 2 * side)
-            flat = [pad_to_square(image).resize(double, Image.Resampling.LANCZOS) for image in flat]
-        crops = [cut_tiles(image, self.max_tiles, side) for image in flat]
-        values = np.stack([self._normalised(crop) for cut in crops for crop in cut])
-        data = {"pixel_values": values, "crop_counts": np.array([len(cut) for cut in crops])}
+        """Cut and normalise images (PIL, arrays or tensors, nested lists too).
+
+        Raises:
+            UserError: an argument is unknown, or cannot be followed.
+        """
+        chosen = self._resolve(kwargs)
+        cut = [self._cut(image, chosen) for image in make_flat_list_of_images(images)]
+        values = np.stack([_normalised(crop, chosen, unit) for crops, unit in cut for crop in crops])
+        data = {"pixel_values": values, "crop_counts": np.array([len(crops) for crops, _ in cut])}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def count_crops(self, width: int, height: int) -> int:
-        """Crops of an image of this size in pixels: the thumbnail and its tiles."""
-        side = self.crop_size["height"]
-        width, height = (2 * side, 2 * side) if self.do_pad else (width, height)
-        columns, rows = choose_grid(width, height, self.max_tiles, side)
+    def count_crops(self, width: int, height: int, **kwargs: Any) -> int:
+        """Crops of an image of this size in pixels, under the arguments of a call: the thumbnail and its tiles."""
+        side, padded, most = self.crop_size["height"], self.do_pad, self.max_tiles
+        if kwargs:  # not for each image of a data set
+            side, padded, most = (self._resolve(kwargs)[name] for name in ("side", "do_pad", "max_tiles"))
+        width, height = (2 * side, 2 * side) if padded else (width, height)
+        columns, rows = choose_grid(width, height, most, side)
         return 1 + columns * rows
 
-    def _to_rgb(self, image: Any) -> Image.Image:
-        image = image if isinstance(image, Image.Image) else Image.fromarray(to_numpy_array(image))
-        return image.convert("RGB")
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        if unknown := sorted(set(names) - set(self.valid_kwargs.__annotations__)):
+            raise UserError(f"{type(self).__name__} does not take {', '.join(unknown)}: leave it out.")
 
-    def _normalised(self, crop: Image.Image) -> np.ndarray:
-        mean, std = (np.array(values, dtype=np.float32) for values in (self.image_mean, self.image_std))
-        return ((np.asarray(crop, dtype=np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+    def _resolve(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, with the processor's own where a call gives none."""
+        self._refuse_unknown(given)
+        known = self.valid_kwargs.__annotations__
+        chosen = {n: given[n] if given.get(n) is not None else getattr(self, n, None) for n in known}
+        for name in known.keys() & FIXED:
+            if chosen[name] not in FIXED[name]:
+                raise UserError(f"{name} is {chosen[name]!r}; images that are cut into tiles need {FIXED[name][0]!r}.")
+        chosen["side"] = _side(given) or _side({"crop_size": self.crop_size})
+        if not isinstance(chosen["max_tiles"], int) or chosen["max_tiles"] < 1:
+            raise UserError(f"max_tiles is {chosen['max_tiles']!r}; it must be at least 1.")
+        return chosen
+
+    def _cut(self, image: Any, chosen: dict[str, Any]) -> tuple[list[Image.Image], bool]:
+        """The crops of an image, and whether its values were between 0 and 1."""
+        unit, side = False, chosen["side"]
+        if not isinstance(image, Image.Image):
+            array = self.process_image(image, do_convert_rgb=True, input_data_format=chosen["input_data_format"])
+            unit = array.dtype.kind == "f" and float(array.max(initial=0.0)) <= 1
+            image = to_pil_image(array, do_rescale=unit, input_data_format=ChannelDimension.FIRST)
+        image = image.convert("RGB")
+        if chosen["do_pad"]:
+            image = pad_to_square(image).resize((2 * side, 2 * side), Image.Resampling.LANCZOS)
+        return cut_tiles(image, chosen["max_tiles"], side, chosen["resample"]), unit
+
+
+def _side(given: dict[str, Any]) -> int | None:
+    """The side in pixels that `crop_size` and `size` give, either of them or both; None if neither is given.
+
+    Raises:
+        UserError: they are not one square.
+    """
+    sizes = {name: given[name] for name in ("crop_size", "size") if given.get(name) is not None}
+    sides = {n for name, size in sizes.items() for n in dict(get_size_dict(size, param_name=name)).values()}
+    if len(sides) > 1:
+        raise UserError(f"The tower's size must be one square; got {sizes}.")
+    return sides.pop() if sides else None
+
+
+def _normalised(crop: Image.Image, chosen: dict[str, Any], unit: bool) -> np.ndarray:
+    """Pixels [3, side, side] of a crop, rescaled and normalised as asked for."""
+    values: Any = np.asarray(crop, dtype=np.float32)
+    if unit:
+        values = values / 255
+    if chosen["do_rescale"]:
+        values = values / np.float32(1 / chosen["rescale_factor"])  # 255 in the last digit, as 1 / 255 is not
+    if chosen["do_normalize"]:
+        mean, std = (np.array(chosen[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        values = (values - mean) / std
+    return values.transpose(2, 0, 1)

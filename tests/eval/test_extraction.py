@@ -84,6 +84,7 @@ def test_a_letter_must_be_among_the_last_four_words_since_2025() -> None:
 def test_api_failure_gives_no_letter_but_its_words_can_be_an_option(rule: str) -> None:
     options = {"A": "a cat that sleeps", "B": "a dog"}
     assert EXTRACTORS[rule]("Failed to obtain answer via API. The answer is A", options) is None
+    assert EXTRACTORS[rule]("Failed to obtain answer via API. B.", options) is None
     assert EXTRACTORS[rule]("Failed to obtain answer via API. A (a dog)", options) == "B"
     assert EXTRACTORS[rule]("Failed to obtain answer via API", {"A": "the answer", "B": "via API"}) == "B"
 

@@ -84,7 +84,7 @@ def test_images_are_shown_where_the_question_names_their_places() -> None:
         ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
         ("tokenizer.json", None, "broken holds no tokenizer that can be read"),
         ("processor_config.json", None, "broken: cannot be loaded"),
-        ("model.safetensors", "cut", "broken: cannot be loaded"),
+        ("model.safetensors", "cut", "broken cannot be loaded: model.safetensors is broken"),
     ],
 )
 def test_a_broken_folder_is_one_message(

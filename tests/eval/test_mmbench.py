@@ -216,7 +216,7 @@ def test_a_note_says_how_many_answers_were_not_read(write_tsv: Callable[..., Pat
     answers = {id_: f"\u7b54\u6848\u662f{letter}\u3002" for id_, letter in PERFECT.items()}
     score = MMBench().score(samples, answers)
     assert (score.score, score.counts["unresolved"]) == (0.0, 5)
-    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong; a judge")
+    assert score.notes[-1].startswith("5 of 5 answers name no option by this rule and count as wrong;")
     score = MMBench("lmms-eval-static").score(samples, answers)  # whose extractor knows Chinese phrases
     assert (score.score, score.notes) == (100.0, [])
 
@@ -229,6 +229,25 @@ def test_an_answer_that_pandas_reads_as_missing_is_no_text(write_tsv: Callable[.
     assert MMBench("lmms-eval").score(samples, answers).scores["dev"]["hits"] == 2  # "none" holds "no"
     assert MMBench().score(samples, answers).scores["dev"]["hits"] == 1
     assert MMBench().score(samples, answers | {7: "none"}).scores["dev"]["hits"] == 2
+
+
+def test_an_option_that_reads_like_nothing_can_be_answered(write_tsv: Callable[..., Path], mmbench_rows: Rows) -> None:
+    for row in mmbench_rows:  # question 7: None is right; question 9: N is right
+        row |= {letter: {"cat": "None", "snow": "N"}.get(row[letter], row[letter]) for letter in "ABC"}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    assert MMBench().score(samples, PERFECT | {7: "None", 1000007: "None"}).score == 100.0
+    # An absent answer is no "nan", which would hold the text of the option N.
+    assert MMBench().score(samples, PERFECT | {9: "", 1000009: "", 2000009: ""}).score == 50.0
+
+
+@pytest.mark.parametrize("rule", ["lmms-eval", "lmms-eval-static"])
+def test_lmms_eval_takes_nan_for_a_text(write_tsv: Callable[..., Path], mmbench_rows: Rows, rule: str) -> None:
+    for row in mmbench_rows:
+        row |= {letter: {"dog": "banana", "": "nan"}.get(row[letter], row[letter]) for letter in "ABCD"}
+    samples = MMBench().load(write_tsv(mmbench_rows), with_images=False)
+    answers = PERFECT | {7: "no banana", 1000007: "no banana"}  # names banana and nan, so neither
+    assert MMBench(rule).score(samples, answers).counts["unresolved"] == 2
+    assert MMBench().score(samples, answers).counts["unresolved"] == 0
 
 
 def test_edition_is_told() -> None:
@@ -268,6 +287,14 @@ def test_judge_reads_only_what_matters(unread: Any, judge_server: Any, tmp_path:
     assert score.judge == judge.describe()
     assert MMBench().score(samples, answers, judge).score == 50.0
     assert len(server.requests) == 1  # what it said is kept
+
+
+def test_static_rule_asks_no_judge(unread: Any, judge_server: Any, tmp_path: Path) -> None:
+    samples, answers = unread
+    server = judge_server(["B"])
+    score = MMBench("lmms-eval-static").score(samples, answers, Judge(server.url, tmp_path, "tiny", "j"))
+    assert (score.judge, score.rule, server.requests) == (None, MMBench.rules["lmms-eval-static"], [])
+    assert score.score == 0.0
 
 
 def test_judge_that_settles_nothing(unread: Any, judge_server: Any, tmp_path: Path) -> None:

@@ -187,3 +187,16 @@ def test_lost_image_is_named(mmvet_data: Path) -> None:
     (mmvet_data.parent / "images" / "b.jpg").unlink()
     with pytest.raises(UserError, match=r"b\.jpg\) image files do not exist"):
         MMVet().load(mmvet_data)
+
+
+@pytest.mark.parametrize(("rule", "rec"), [("official", 26.7), ("vlmevalkit", 100 * (0.0 + 2 * 0.5 + 2 * 0.3) / 5)])
+def test_vlmevalkit_counts_a_single_capability_twice(mmvet_data: Path, rule: str, rec: float) -> None:
+    samples = MMVet().load(mmvet_data, with_images=False)
+    samples[0].fields["capability"] = ["rec", "ocr"]
+    grades = {
+        sample.id: {"score": [value], "content": ["x"]} for sample, value in zip(samples, (0.0, 0.5, 0.3), strict=True)
+    }
+    scores = MMVet(rule).score_grades(samples, grades).scores
+    assert (scores["rec"], scores["ocr"]) == (pytest.approx(rec), 0.0)
+    assert scores["combinations"]["rec"] == (pytest.approx(rec) if rule == "vlmevalkit" else 40.0)
+    assert scores["combinations"]["rec_ocr"] == 0.0

@@ -273,7 +273,7 @@ def test_errors_come_before_a_model_loads(
     tagged = write_tsv([{**mmstar_rows[0], "question": "What is an <image>, and <image>?"}], "tagged.tsv")
     assert "1 (0) of 1 questions hold another number of <image> than" in message("mmstar", "--data", tagged)
     (model_folder / "adapter_config.json").write_text("{}")
-    assert "is a LoRA adapter; merge it: python -m train.merge_lora" in message("mmstar", "--data", data)
+    assert "is a LoRA adapter; merge it: llava-skip merge-lora" in message("mmstar", "--data", data)
     (model_folder / "adapter_config.json").unlink()
     (model_folder / "model.safetensors").unlink()
     assert "holds no weights" in message("mmstar", "--data", data)

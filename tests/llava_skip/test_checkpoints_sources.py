@@ -61,9 +61,7 @@ def test_the_configuration_needs_no_weights_and_is_that_of_the_loaded_model(fold
     given = load_checkpoint(folder / "llm", config=config, **sources, log=False)
     set_seed(1)
     own = load_checkpoint(folder / "llm", preset, **sources, log=False)
-    named = own.config.to_dict()
-    named["vision_config"]["_name_or_path"] = str(tmp_path / "clip")
-    assert given.config.to_dict() == named
+    assert given.config.to_dict() == own.config.to_dict()
     assert str(given.load_report) == str(own.load_report)
     for name, tensor in own.state_dict().items():
         assert torch.equal(given.state_dict()[name], tensor), name
@@ -154,10 +152,12 @@ def test_a_tokenizer_or_tower_that_is_broken_is_named(folder, tmp_path):
     whole = (word_tokenizer(tmp_path) / "tokenizer.json").read_text()
     for content in ("", "{}", whole[:100]):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match=r"holds no tokenizer that can be read \(\w+Error: "):
+        with pytest.raises(
+            UserError, match=r"holds no tokenizer that can be read \(\w+: |tokenizer\.json is not valid JSON"
+        ):
             load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision')
-    with pytest.raises(UserError, match="The vision tower .* holds no configuration that can be read"):
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         load_checkpoint(folder / "llm", vision_tower=str(tmp_path))
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         load_checkpoint(tmp_path)

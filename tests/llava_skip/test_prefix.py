@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from llava_skip import SkipConfig
+from llava_skip.checkpoints import export_llava_hf
 from llava_skip.routing import skipped_tokens
 from tests.support.small_models import IMAGE_TOKEN_ID, SKIP, batch_of, images_of, mixed_samples, small_model
 
@@ -70,7 +71,17 @@ def test_embeddings_with_a_prefix(skip, with_ids, way):
 
 
 @models
-@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"past_key_values": DynamicCache}], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"use_cache": False},
+        {"past_key_values": DynamicCache},
+        {"prefill_chunk_size": 5},
+        {"prefill_chunk_size": 11, "past_key_values": DynamicCache},
+    ],
+    ids=str,
+)
 def test_prompt_tuning(skip, way):
     model = small_model(skip)
     sample = mixed_samples(model)[0]
@@ -102,6 +113,37 @@ def test_a_prefix_in_the_cache(skip):
     with torch.no_grad():
         expected = tuned(**sample.alone()).logits[0, -1]
     assert_near(outputs.logits[0][0], expected)
+
+
+@pytest.mark.parametrize("way", [{}, {"prefill_chunk_size": 7}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_dense_model_is_tuned_as_stock_llava(tmp_path, kind, way):
+    model = small_model(None)
+    export_llava_hf(model, tmp_path)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.manual_seed(4)
+    tuned, theirs = (get_peft_model(one.eval(), kind(**VIRTUAL)).eval() for one in (model, stock))
+    theirs.load_state_dict(
+        {name: value for name, value in tuned.state_dict().items() if "prompt_encoder" in name}, strict=False
+    )
+    assert torch.equal(tuned.get_prompt_embedding_to_save("default"), theirs.get_prompt_embedding_to_save("default"))
+    for sample in mixed_samples(model):
+        ours = tuned.generate(**sample.alone(), **LOGITS, **way)
+        way = {name: value for name, value in way.items() if name != "prefill_chunk_size"}  # theirs cannot with images
+        expected = theirs.generate(**sample.alone(), **LOGITS, **way)
+        assert torch.equal(ours.sequences, expected.sequences)
+        assert_near(torch.stack(ours.logits), torch.stack(expected.logits))
+
+
+@models
+@pytest.mark.parametrize("way", [{"prefill_chunk_size": 6}, {"past_key_values": None, "use_cache": True}], ids=str)
+def test_a_prefix_in_the_cache_with_options(skip, way):
+    model = small_model(skip)
+    sample = mixed_samples(model)[1]
+    tuned = get_peft_model(model, PrefixTuningConfig(**VIRTUAL)).eval()
+    outputs, expected = (tuned.generate(**sample.alone(), **LOGITS, **options) for options in (way, {}))
+    assert torch.equal(outputs.sequences, expected.sequences)
+    assert_near(torch.cat(outputs.logits), torch.cat(expected.logits))
 
 
 @torch.no_grad()

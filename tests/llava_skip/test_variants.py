@@ -47,7 +47,7 @@ def test_a_block_is_laid_out_as_configured(fields, expected):
     ("fields", "message"),
     [
         ({"ffn_tail": 7}, "each of the 7 skipped tokens takes the FFN"),
-        ({"ffn_every": 1}, "skip.ffn_every is 1; it must be a whole number of at least 2"),
+        ({"ffn_every": 1}, "skip.ffn_every is 1; it must be a whole number from 2"),
         ({"ffn_head": -1}, "skip.ffn_head is -1"),
         ({"summaries": [[3, 3]]}, r"the span \(3, 3\)"),
         ({"summaries": [[0, 13]]}, r"the span \(0, 13\); it must be first, end with 0 <= first < end <= 12"),

@@ -56,9 +56,18 @@ class Attempts:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
 
-    def __call__(self, arguments: list[str], function: str = "", call: int = 1, strike: str = "SIGKILL") -> dict:
-        """`code` and `output` of an attempt that is struck at a call of a function."""
-        request = {"arguments": arguments, "strike": [function, call, strike] if function else None}
+    def __call__(
+        self,
+        arguments: list[str],
+        function: str = "",
+        call: int = 1,
+        strike: str = "SIGKILL",
+        rank: int = 0,
+        processes: int = 1,
+    ) -> dict:
+        """`code` and `output` of an attempt that is struck, at one rank, at a call of a function."""
+        struck = [rank, function, call, strike] if function else None
+        request = {"arguments": arguments, "strike": struck, "processes": processes}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

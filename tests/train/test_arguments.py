@@ -151,7 +151,7 @@ def test_trainable_parts_are_an_argument(tmp_path):
 
 def test_a_checkpoint_of_another_program_is_to_be_converted_first(tmp_path, tokenizer_folder):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "mm_vision_tower": "clip", "hidden_size": 64}')
-    with pytest.raises(ValueError, match="layout 'original LLaVA'. Convert it first.*llava_skip.convert"):
+    with pytest.raises(ValueError, match="layout 'original LLaVA'. Convert it first.*llava-skip convert"):
         prepare(ModelArguments(model=str(tmp_path), tokenizer=tokenizer_folder, template="v1"))
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from llava_skip.configuration import IGNORE_INDEX
 from llava_skip_base.errors import UserError
 from tests.support.interrupted import write_inputs
+from train.data.dataset import FLAGS
 from train.data.relaid import Relaid, Rounds, order_of
 from train.resilience.checkpoint import Manifest, seal
 from train.resilience.layout import Layout, begun_with, continued
@@ -109,10 +110,10 @@ def test_the_order_of_an_epoch_is_that_of_the_loader():
 
 
 def test_a_silent_sample_teaches_nothing():
-    sample = {"input_ids": [1, 2], "labels": [3, 4], "truncated": 5, "unsupervised": True}
+    sample = {"input_ids": [1, 2], "labels": [3, 4], "truncated": 5, "unsupervised": True, "unread": True}
     relaid = Relaid([sample])
     assert relaid[0] is sample
-    assert relaid[1] == sample | {"labels": [IGNORE_INDEX] * 2, "truncated": 0, "unsupervised": False}
+    assert relaid[1] == {"input_ids": [1, 2], "labels": [IGNORE_INDEX] * 2, **dict.fromkeys(FLAGS, 0)}
 
 
 @pytest.fixture

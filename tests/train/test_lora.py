@@ -126,7 +126,7 @@ def test_merging_refuses_what_it_cannot_merge(adapter, folders, tmp_path):
         ("--model m --lora_enable true --train_parts summary", "add language_model"),
         ("--model m --bits 4", "add --lora_enable true"),
         ("--model m --bits 5", "must be 16 or 8 or 4"),
-        ("--model m --bits 4 --lora_enable true --vision_tower t", "python -m llava_skip.convert m JOINED"),
+        ("--model m --bits 4 --lora_enable true --vision_tower t", "llava-skip convert m JOINED"),
         ("--model m --bits 8 --lora_enable true", "needs bitsandbytes"),
         ("--model m --lora_enable true --lora_bias all", "must be none or lora_only"),
     ],

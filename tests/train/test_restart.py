@@ -7,8 +7,10 @@ from functools import cache
 import pytest
 import torch
 
+from llava_skip_base.errors import UserError
 from tests.support.interrupted import ROOT, launch_and_wait, outcome, write_inputs
 from train.resilience.checkpoint import Manifest, flush, seal
+from train.resilience.universal import convert
 
 pytestmark = pytest.mark.slow
 
@@ -69,11 +71,11 @@ def test_a_killed_run_continues_on_other_processes(runs, undisturbed, tmp_path, 
     shutil.copytree(killed(before), output)
     end = attempt(output, before[0], after)
     assert end["code"] == 0, end["output"]
-    assert "checkpoint-3 was written by" in end["output"] and "same samples as" in end["output"]
+    assert "checkpoint-3 was written by" in end["output"] and "A step has the same samples: " in end["output"]
     assert ("converting it by DeepSpeed's universal checkpointing" in end["output"]) == bool(after[1])
     result = outcome(output)
     assert result["sums"] == pytest.approx(undisturbed["sums"], abs=1e-4)
-    logged = [[loss for _, _, loss in run["logged"][:-1]] for run in (result, undisturbed)]
+    logged = [[entry["loss"] for entry in run["history"]] for run in (result, undisturbed)]
     assert len(logged[0]) == STEPS and logged[0] == pytest.approx(logged[1], abs=1e-4)
     expected = {name(key): tensor for key, tensor in undisturbed["weights"].items()}
     for key, tensor in result["weights"].items():
@@ -114,3 +116,13 @@ def test_a_foreign_state_runs_no_command(runs, tmp_path, now):
     assert end["code"] == 2 and "optim_states.pt names posix.system, which no run saves" in end["output"]
     assert not proof.exists()
     assert not list(checkpoint.glob("*universal*"))
+
+
+def test_the_conversion_opens_nothing_freely(runs, tmp_path):
+    """What stands behind the check of the states, should a file change after it."""
+    source = shutil.copytree(runs[1]((2, 2)) / "checkpoint-3", tmp_path / "checkpoint-3")
+    shard, proof = source / "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path / "proof"
+    torch.save(torch.load(shard, weights_only=False) | {"more": Command(proof)}, shard)
+    with pytest.raises(UserError, match=r"cannot be converted .*cannot be read as data"):
+        convert(source, 3)
+    assert not proof.exists() and not list(source.glob("*universal*"))

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llava_skip.configuration import IGNORE_INDEX
+from train.data.dataset import FLAGS
 
 
 @dataclass
@@ -26,8 +27,7 @@ class Relaid(Dataset):
         if index < len(self.dataset):
             return self.dataset[index]
         sample = self.dataset[index - len(self.dataset)]
-        silent = {"labels": [IGNORE_INDEX] * len(sample["labels"]), "truncated": 0, "unsupervised": False}
-        return sample | silent
+        return sample | {"labels": [IGNORE_INDEX] * len(sample["labels"])} | dict.fromkeys(FLAGS, 0)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def check_lora(arguments: ModelArguments) -> None:
     if arguments.vision_tower or arguments.projector:
         raise UserError(
             f"--bits {arguments.bits} needs a saved llava-skip model: join language model, tower and projector first "
-            f"with python -m llava_skip.convert {arguments.model} JOINED --vision-tower TOWER, then --model JOINED."
+            f"with llava-skip convert {arguments.model} JOINED --vision-tower TOWER, then --model JOINED."
         )
     if is_deepspeed_zero3_enabled():
         raise UserError(f"--bits {arguments.bits} does not work with ZeRO-3, which partitions weights: use ZERO=2.")

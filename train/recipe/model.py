@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from llava_skip.checkpoints import load_checkpoint, load_config, load_tokenizer, padded_vocabulary
 from llava_skip.checkpoints.adapters import find_projector
 from llava_skip.checkpoints.files import check_model_weights
+from llava_skip.checkpoints.loading import check_fit
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import DEFAULT_PRESET, preset_config
@@ -61,15 +62,17 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     return config, processor
 
 
-def check_weights(arguments: ModelArguments) -> None:
-    """What a local --model and --projector are loaded from must be there, and its files whole.
+def check_weights(arguments: ModelArguments, config: LlavaSkipConfig | None = None) -> None:
+    """What a local --model and --projector are loaded from must be there, its files whole and of the model's shapes.
 
     Raises:
         MissingFileError: no weights, an adapter alone, or a shard that is missing.
-        UserError: a broken file.
+        UserError: a broken file, or weights that do not fit the configuration.
     """
     if arguments.model and (folder := local_path(arguments.model)):
         check_model_weights(folder)
+        if config is not None and not (arguments.vision_tower or arguments.projector):
+            check_fit(folder, config)  # what is joined is compared when it is loaded
     if arguments.projector:
         find_projector(arguments.projector)
 

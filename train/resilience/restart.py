@@ -39,9 +39,8 @@ def prepare(checkpoint: Path, arguments: Any) -> None:
             f"{f'under a ZeRO stage, such as {manifest.zero_stage}' if manifest.zero_stage else 'without ZeRO'}, or "
             f"start another run from its weights (--model {checkpoint}, another OUTPUT)."
         )
-    _say(
-        f"{checkpoint.name} was written by {was}, and this run has {now}; {arguments.own_layout} take the same samples."
-    )
+    own = arguments.own_layout
+    _say(f"{checkpoint.name} was written by {was}, and this run has {now}. A step has the same samples: {own}.")
     if stage:
         _say("converting it by DeepSpeed's universal checkpointing ...")
         started = time.perf_counter()
