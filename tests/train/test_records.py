@@ -14,6 +14,7 @@ from tests.support.records import record, stored
 from train.data import ConversationDataset, load_records, unread_columns, usable_records
 from train.data.records import find_fault, normalise
 from train.data.turns import read_image
+from train.reporting.result import show_result
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -127,6 +128,22 @@ def test_columns_that_nothing_reads_are_counted(images, processor):
         "conversations[].emotion": 1, "conversations": 1, "source": 1,
     }  # fmt: skip
     assert "score" not in counts and len(counts) == 5 and all(len(name) < 100 for name in counts)
+
+
+@pytest.mark.parametrize(
+    ("columns", "samples", "shown"),
+    [
+        ({"model": 1200, "a": 3, "b": 2, "c": 1, "d": 1}, 9.0, "model in 1,200, a in 3, b in 2, c in 1 and 1 more"),
+        ({}, 7.0, "in 7 samples"),  # of a stream
+        ({}, 0.0, "none"),
+    ],
+)
+def test_the_closing_table_names_columns_that_nothing_reads(tmp_path, capsys, columns, samples, shown):
+    numbers = dict.fromkeys(("steps", "final_loss", "tokens_per_second", "samples_per_second", "seconds"), 1.0)
+    rest = {"skipped_ffn_share": 0.5, "truncated": 0.0, "preset": "p", "unread": samples, "unread_columns": columns}
+    show_result(numbers | rest, tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "columns that nothing reads" in line]
+    assert f" {shown} " in line
 
 
 def test_columns_of_other_tables_are_counted_too(images, processor):

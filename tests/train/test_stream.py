@@ -5,7 +5,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from tests.support.records import record
-from train.data import ConversationStream, read_sources
+from train.data import ConversationStream, collate, read_sources
 
 
 def write(folder, name, count, **fields):
@@ -64,7 +64,9 @@ def test_faulty_records_stop_a_stream_or_are_skipped(images, processor, caplog):
     with pytest.raises(ValueError, match="of the stream, of a .*(gone.png|not valid JSON)"):
         take(stream, 40)
     stream.drop_faulty = True
-    assert "a3" not in questions(processor, take(stream, 38))
+    samples = take(stream, 38)
+    assert "a3" not in questions(processor, samples)
+    assert sum(sample["faulty"] for sample in samples) == collate(samples, 0)["faulty"].item() >= 2
     assert "gone.png" in caplog.text and "not valid JSON" in caplog.text
 
 
