@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KILLS = 20
+KILLS, QUESTIONS = 20, 240
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def questions(write_tsv: Callable[..., Path], encoded_image: Callable[..., str])
             "category": "math",
             "l2_category": "geometry",
         }
-        for number in range(90)
+        for number in range(QUESTIONS)
     ]
     return write_tsv(rows)
 
@@ -95,7 +95,7 @@ def test_dead_worker_ends_the_run_with_a_message_and_its_answers_stay(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "a worker process died" in output and "Traceback" not in output
-    assert 4 <= lines(log) < 90
+    assert 4 <= lines(log) < QUESTIONS
     assert not (log.parent / "results.json").exists()
 
 
@@ -120,10 +120,10 @@ def test_twenty_kills_of_two_processes_change_no_byte(start: Callable[..., subpr
             os.kill(victim, signal.SIGKILL)
         process.communicate(timeout=60)
         wait_for(lambda children=children: not any(map(alive, children)), seconds=30)
-    assert set(hit) == {"main", "worker"} and 0 < lines(log) < 90, (hit, lines(log))
+    assert set(hit) == {"main", "worker"} and 0 < lines(log) < QUESTIONS, (hit, lines(log))
     output = finish(start("killed", processes=2))
     assert "answers were there already" in output
     calm, killed = files(tmp_path / "calm"), files(tmp_path / "killed")
     assert killed == calm
     indices = [json.loads(line)["index"] for line in log.read_text().splitlines()]
-    assert indices == list(range(90))
+    assert indices == list(range(QUESTIONS))
