@@ -47,6 +47,7 @@ class Benchmark(ABC):
         id_columns: columns that may hold a row's id; the first one found does.
         answer_columns: columns that may hold the answers of a prediction file; the first one found does.
         full_score: the highest possible headline score.
+        takes_judge_prompt: whether its judge can be given the official text in one piece.
         submission: name of the file that the benchmark's server or maintainers take, if there is one.
     """
 
@@ -63,6 +64,7 @@ class Benchmark(ABC):
     id_columns: ClassVar[tuple[str, ...]] = ("index", "question_id", "id")
     answer_columns: ClassVar[tuple[str, ...]] = ("prediction", "text")
     full_score: ClassVar[float] = 100.0
+    takes_judge_prompt: ClassVar[bool] = False
     submission: ClassVar[str | None] = None
 
     def __init__(self, rule: str | None = None, protocol: str | None = None) -> None:
@@ -220,6 +222,15 @@ class Benchmark(ABC):
             answers: text by sample id, complete.
             judge: a language model that grades, where the benchmark uses one.
         """
+
+    def reports(self, score: Score, name: str) -> dict[str, str]:
+        """Files that the official code writes about a score, next to the result: text by file name.
+
+        Args:
+            score: a score of this benchmark.
+            name: of the model, or of the file with its predictions or grades.
+        """
+        return {}
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
         """Read the answers from the rows of a prediction file; `match` counts rows without one.

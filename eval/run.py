@@ -24,7 +24,7 @@ from eval.showing.score_table import score_table
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
-from llava_skip_base.files import write_json, writing
+from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
 from llava_skip_base.texts import plain
 
@@ -70,6 +70,8 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
         score = run.benchmark.score(run.samples, answers, judge)
         write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
         write_json(run.folder / "results.json", run.result(score, numerics))
+        for name, text in run.benchmark.reports(score, run.name).items():
+            write_text(run.folder / name, text)
     return score
 
 
@@ -150,6 +152,7 @@ def run(
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
     judge_url: options.JudgeUrl = None,
     judge_model: options.JudgeModel = DEFAULT_JUDGE,
+    judge_prompt: options.JudgePrompt = None,
     judge_runs: options.JudgeRuns = 1,
     judge_concurrency: options.JudgeConcurrency = 4,
     judge_timeout: options.JudgeTimeout = 60.0,
@@ -164,7 +167,13 @@ def run(
     output = output or Path(shown(results()))
     sizes = output, batch_size, max_new_tokens, limit
     runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
-    judges = [options.make_judge(judge_url, judge_model, judge_runs, run.folder, run.name, **limits) for run in runs]
+    texts = options.read_judge_prompt(judge_prompt, [run.benchmark for run in runs if run.model is runs[0].model])
+    judges = [
+        options.make_judge(
+            *(judge_url, judge_model, judge_runs, run.folder, run.name), prompt=texts.get(run.benchmark.name), **limits
+        )
+        for run in runs
+    ]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)

@@ -23,7 +23,7 @@ from eval.versions import versions
 from llava_skip_base.console import make_app, output_console, print_next, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED
-from llava_skip_base.files import read_json, write_json, writing
+from llava_skip_base.files import read_json, write_json, write_text, writing
 
 
 def score_file(
@@ -116,6 +116,7 @@ def run(
     ] = None,
     judge_url: options.JudgeUrl = None,
     judge_model: options.JudgeModel = DEFAULT_JUDGE,
+    judge_prompt: options.JudgePrompt = None,
     judge_runs: options.JudgeRuns = 1,
     judge_concurrency: options.JudgeConcurrency = 4,
     judge_timeout: options.JudgeTimeout = 60.0,
@@ -128,6 +129,7 @@ def run(
     limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
     chosen = get_benchmark(benchmark, rule)
     limits["dry_run"] = judge_dry_run
+    limits["prompt"] = options.read_judge_prompt(judge_prompt, [chosen]).get(chosen.name)
     judge = options.make_judge(judge_url, judge_model, judge_runs, output.parent, predictions.stem, **limits)
     score = score_file(chosen, predictions, data, allow_missing, judge, submission)
     if without_image or language_model:
@@ -136,6 +138,8 @@ def run(
     described = {name: {"path": str(path), "sha256": sha256([path])} for name, path in files.items() if path}
     with writing(output):
         write_json(output, {"benchmark": chosen.name, **asdict(score), **described, "versions": versions("llava_skip")})
+        for name, text in chosen.reports(score, predictions.stem).items():
+            write_text(output.with_name(name), text)
     output_console().print(score_table(f"{chosen.name}: {predictions.name}", score))
     options.print_outcome("", score, output)
     again = "give what the notes ask for, and run it again"

@@ -85,6 +85,9 @@ class Prompt:
         return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
 
 
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments of `generate` that it hands on to the forward, which does not know them."""
+
 # Not a keyword argument of the forwards: transformers would hand it on to an assistant of another kind, which refuses.
 _PROMPT: ContextVar[Prompt | None] = ContextVar("prompt", default=None)
 
@@ -236,6 +239,7 @@ class SkippingGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers; also where the forward has image tokens, and which stored tokens it may not see."""
         prompt, arguments = _PROMPT.get(), {}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE}
         if prompt is not None:
             prompt.repeat_for(len(input_ids))
             if prompt.is_done:
@@ -249,8 +253,6 @@ class SkippingGenerationMixin(GenerationMixin):
                 width = prompt.length + generated if prompt.is_done else prompt.position + num_new
                 attention_mask = prompt.hide_skipped(attention_mask, width)
             arguments = prompt.advance(past_key_values, num_new)
-        for name in ("tokenizer", "assistant_tokenizer"):  # of the search, which hands them on
-            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -140,9 +140,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
         found = self.find_images(input_ids, inputs_embeds)
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        check_whole_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            check_whole_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
             seen = _num_seen(past_key_values)
             images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, seen)
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
@@ -210,6 +210,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             embeddings: whether embeddings were given, which may hold the images already.
             whole: whether no image may be cut.
         """
+        if torch.compiler.is_exporting():  # a graph cannot depend on values
+            return
         is_image, length = images.in_new, 0 if features is None else len(features)
         differ = (is_image != found)[:, : images.new - images.generated]
         size = 1 if images.skip is None or not whole else images.skip.length
@@ -292,8 +294,8 @@ def _num_seen(cache: Cache | None) -> int:
 
 
 def _not_padding(mask: Any, new: int) -> Tensor | None:
-    """[B, T] bool, False on padding among the `new` tokens; None if none of them is padding."""
-    if mask is None or not is_two_dimensional(mask):
+    """[B, T] bool, False on padding among the `new` tokens; None if none of them is padding, or a graph asks."""
+    if mask is None or not is_two_dimensional(mask) or torch.compiler.is_exporting():
         return None
     real = mask[:, -new:].bool()
     return None if bool(real.all()) else real

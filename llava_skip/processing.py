@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
@@ -56,6 +57,9 @@ class LlavaSkipProcessor(ProcessorMixin):
         self.crop_rows = crop_rows
         self.image_token = image_token
         self.image_token_id = find_image_token(tokenizer, image_token)
+        add_llamas_first_token(tokenizer)
+        self._space_begins_text = begins_text_with_space(tokenizer)
+        self._special = (image_token, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
         tokenizer.padding_side = "left"  # generation appends on the right; training pads its batches itself
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
@@ -91,6 +95,25 @@ class LlavaSkipProcessor(ProcessorMixin):
         if self.crop_rows is not None:
             return self.image_token * (self.crop_rows * int(image_inputs["crop_counts"][image_idx]))
         return self.image_token * self.image_seq_length
+
+    def get_text_with_replacements(self, *args: Any, **kwargs: Any) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """Transformers' step that writes the image tokens; the text behind an image then begins as in LLaVA."""
+        texts, replaced = super().get_text_with_replacements(*args, **kwargs)
+        return [self._begin_texts(text, own) for text, own in zip(texts, replaced, strict=True)], replaced
+
+    def _begin_texts(self, text: str, replaced: list[dict[str, Any]]) -> str:
+        """The text with a space behind each image where LLaVA has the token of one, which counts as the image's.
+
+        LLaVA tokenises the text behind an image for itself, and a SentencePiece tokenizer begins each text as if with a
+        space. In one text it does so or not, depending on its flags; a space that is written is a token in any case.
+        """
+        added = 0
+        for change in replaced:
+            start, end = (place + added for place in change["new_span"])
+            if self._space_begins_text and end < len(text) and not text.startswith(self._special, end):
+                text, end, added = f"{text[:end]} {text[end:]}", end + 1, added + 1
+            change |= {"new_span": (start, end), "replacement": text[start:end]}
+        return text
 
     def image_length(self, width: int, height: int, **kwargs: Any) -> int:
         """Image tokens that an image of this size in pixels takes, under the image processor's arguments of a call."""
@@ -202,13 +225,31 @@ class LlavaSkipProcessor(ProcessorMixin):
         """
         text, spans = self.render_conversation(messages)
         special = self._adds_special_tokens(text)
+        places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
+        replaced = [{"span": place, "new_span": place} for place in places]
+        text = self._begin_texts(text, replaced)
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"])
-        return ids, supervised_tokens(encoded["offset_mapping"], spans, []) & (ids != self.image_token_id)
+        return ids, supervised_tokens(encoded["offset_mapping"], spans, replaced) & (ids != self.image_token_id)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """As in `apply_chat_template`: a template that writes the first token itself gets no second one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+
+def add_llamas_first_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer that was read from LLaMA's tokenizer.model begin with <s>, unless its files say that it does not.
+
+    It is the tokenizer's documented default, which transformers does not follow where the files leave it open.
+    """
+    options = tokenizer.init_kwargs
+    if isinstance(tokenizer, LlamaTokenizer) and options.get("vocab_file") and "add_bos_token" not in options:
+        tokenizer.add_bos_token = True
+
+
+def begins_text_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text gets the same tokens with a space in front of it: one without a space is begun as if with one."""
+    return tokenizer.encode("x", add_special_tokens=False) == tokenizer.encode(" x", add_special_tokens=False)
 
 
 def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:

@@ -122,7 +122,9 @@ def skipped_tokens(is_image: Tensor, skip: SkipConfig) -> Tensor:
         [B, W] bool.
     """
     position = (is_image.cumsum(dim=1) - 1) % skip.length
-    return is_image & _skipping(skip, is_image.device)[position]
+    # The tensors of a graph that is being traced are none to keep.
+    table = _skipping.__wrapped__ if torch.compiler.is_compiling() else _skipping
+    return is_image & table(skip, is_image.device)[position]
 
 
 @lru_cache(maxsize=32)
@@ -146,7 +148,7 @@ def make_route(images: ImageTokens, real: Tensor | None) -> Route:
     if ffn is None:
         return Route()
     tokens = ffn.flatten().nonzero().squeeze(1)
-    if tokens.numel() == ffn.numel():
+    if not torch.compiler.is_exporting() and tokens.numel() == ffn.numel():
         return Route(real=real)
     kept = ffn if skip is not None and skip.forget_cache else None
     return Route(ffn_tokens=tokens, kept=kept, real=real, layers=skip.layers if skip else None)

@@ -104,7 +104,7 @@ def _check_numbers(arguments: Any, above_zero: tuple[str, ...], not_negative: tu
     """Refuse numbers with which a run would fail late, or do nothing and look finished."""
     for name in (*above_zero, *not_negative):
         value = getattr(arguments, name)
-        if not (0 <= value < math.inf) or (value == 0 and name in above_zero):
+        if value is not None and (not (0 <= value < math.inf) or (value == 0 and name in above_zero)):
             words = "above 0" if name in above_zero else "0 or more"
             raise UserError(f"--{name} is {value}; it must be {words}.")
 
@@ -155,7 +155,20 @@ class DataArguments:
         default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
 
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Validation data: any source that --data takes; needs --eval_strategy."}
+    )
+    eval_images: str | None = field(
+        default=None, metadata={"help": "Folder of the validation images; default: that of --images."}
+    )
+    eval_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of --data that is validated on instead of trained on, such as 0.01; --seed chooses."},
+    )
+
     def __post_init__(self) -> None:
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise UserError(f"--eval_share is {self.eval_share}; it must be above 0 and below 1.")
         if not self.data:
             raise UserError("--data is missing: give a LLaVA conversation JSON, or another set.")
         _check_numbers(self, above_zero=("max_length", "shuffle_buffer"), not_negative=("data_processes",))
@@ -165,10 +178,10 @@ class DataArguments:
 
 _ABOVE_ZERO = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "logging_steps",
-    "save_steps", "adam_epsilon", "ddp_timeout",
+    "save_steps", "adam_epsilon", "ddp_timeout", "eval_steps", "per_device_eval_batch_size",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers",
+    "eval_delay", "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers",
     "hang_timeout_seconds",
 )  # fmt: skip
 
@@ -189,7 +202,9 @@ class RunArguments(TrainingArguments):
             "output_dir", "overwrite", "save_steps", "save_total_limit", "hang_timeout_seconds", "dry_run",
         ),
         "reporting": ("logging_steps", "report_to", "run_name", "peak_tflops", "disable_tqdm"),
-        "validation": ("eval_strategy", "per_device_eval_batch_size"),
+        "validation": (
+            "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "load_best_model_at_end",
+        ),
         "inherited": INHERITED,
     }  # fmt: skip
 
@@ -206,6 +221,16 @@ class RunArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is not finite is an error."}
+    )
+    eval_strategy: str = field(
+        default="no", metadata={"help": "When to validate: steps (every --eval_steps), or epoch."}
+    )
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Steps between two validations; default: --save_steps."}
+    )
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "Keep the checkpoint with the lowest validation loss, and export it instead of the last."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete what the output folder holds before the run."})
     dry_run: bool = field(
@@ -231,6 +256,8 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
+            self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
             setattr(self, name, _read_object(name, getattr(self, name)))
         if self.deepspeed:
@@ -301,7 +328,7 @@ KINDS = (ModelArguments, DataArguments, RunArguments)
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
-    "hang_timeout_seconds", "data_processes",
+    "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """LLaVA's own flag names, as a table: which argument they mean here, or what to use instead.
 
 Sources: haotian-liu/LLaVA (llava/train/train.py, scripts/v1_5) and the paper's fork of it. Names that mean the same in
-both, such as `--bf16` or `--lora_r`, need no row.
+both, such as `--bf16` or `--lora_r`, need no row. Two are of transformers, which many scripts give with LLaVA's.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ FLAGS: tuple[Renamed | Settled | Part | Rate, ...] = (
     Settled("lazy_preprocess", _ANY_SWITCH, "either: records are always encoded when they are read"),
     Settled("save_safetensors", ("true",), "true: weights are safetensors"),
     Settled("group_by_length", _OFF, "--group_by_modality_length true"),
+    Settled("metric_for_best_model", ("loss", "eval_loss"), "loss: of the validation data"),
+    Settled("greater_is_better", _OFF, "false: the lowest validation loss is the best"),
     Settled("lora_weight_path", ("",), "--model with the merged adapter (llava-skip merge-lora)"),
     Settled("cache_dir", (), "the environment variable HF_HOME"),
     Settled("mpt_attn_impl", (), "another language model: MPT is not built"),

@@ -21,6 +21,7 @@ from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
     ConversationStream,
+    RecordSet,
     collate,
     collate_flat,
     dropped_findings,
@@ -37,6 +38,7 @@ from train.reporting.callbacks import check_reporters
 from train.resilience.layout import RECORD, begun_with, continued, described, read_record
 from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
 from train.training_flags import check_optimizer, check_schedule
+from train.validation import check_validation, eval_sources, split
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -50,6 +52,7 @@ class Run:
     config: LlavaSkipConfig
     processor: LlavaSkipProcessor
     dataset: ConversationDataset | ConversationStream
+    validation: ConversationDataset | None
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     dropped: dict[str, Any] | None
     parts: dict[str, tuple[int, int]]
@@ -103,21 +106,43 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         )
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    check_validation(data, run)
     sources = read_sources(data.data, data.images)
     table = None if data.streaming else load_tables(sources)
+    held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    usable = partial(
+        usable_records, processor=processor, max_length=data.max_length, processes=data.data_processes,
+        drop_faulty=data.drop_faulty,
+    )  # fmt: skip
+    dropped: dict[str, Any] = {}
+    if table is not None:
+        records, errors = usable(table)
+        dropped |= dropped_findings(records, errors) if errors else {}
+    if held_out is not None:
+        held_out, errors = usable(held_out)
+        dropped |= {"validation": dropped_findings(held_out, errors)} if errors else {}
+    check_dropped(Path(run.output_dir), dropped or None, run.overwrite)
+    unread: dict[str, int] = {}
     if table is None:
-        stream = ConversationStream(
+        dataset: Any = ConversationStream(
             sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
         )  # fmt: skip
-        return Run(model, run, config, processor, stream, collator, None, parts, arguments)
-    records, errors = usable_records(table, processor, data.max_length, data.data_processes, data.drop_faulty)
-    dropped = dropped_findings(records, errors) if errors else None
-    check_dropped(Path(run.output_dir), dropped, run.overwrite)
-    unread = unread_columns(table, processor, data.max_length)
+    else:
+        unread = unread_columns(table, processor, data.max_length)
+        if data.eval_share:
+            records, held_out = split(records, data.eval_share, run.seed)
+        dataset = _training_set(records, processor, data, run)
+    validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
+    return Run(model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread)
+
+
+def _training_set(
+    records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments
+) -> ConversationDataset:
     lengths = None
     if data.group_by_modality_length:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
@@ -127,7 +152,12 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         raise UserError(
             f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
         )
-    return Run(model, run, config, processor, dataset, collator, dropped, parts, arguments, unread)
+    return dataset
+
+
+def count_dropped(dropped: dict[str, Any] | None) -> int:
+    """The number of records that were dropped, each with one finding or more."""
+    return len({error["row"] for error in (dropped or {}).get("records", ())})
 
 
 def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool) -> None:
@@ -141,7 +171,7 @@ def check_dropped(output: Path, dropped: dict[str, Any] | None, overwrite: bool)
     record = output / DROPPED
     before = read_json(record) if record.is_file() else None
     if before != as_json(dropped):
-        counts = [0 if found is None else len(found["records"]) for found in (before, dropped)]
+        counts = [count_dropped(found) + count_dropped((found or {}).get("validation")) for found in (before, dropped)]
         raise UserError(
             f"OUTPUT {output} began with {counts[0]} dropped records, and now {counts[1]} would be: restore the data "
             "as it was to continue, or start again with another OUTPUT or --overwrite true."
@@ -156,7 +186,7 @@ def check_same_records(run: Run) -> None:
     """
     if isinstance(run.dataset, ConversationStream):
         return
-    dropped = run.dropped["records"] if run.dropped else []
+    dropped = (run.dropped or {}).get("records", [])
     views = gather_object([(socket.gethostname(), len(run.dataset), dropped)])
     if different := [rank for rank, view in enumerate(views) if view[1:] != views[0][1:]]:
         seen = [

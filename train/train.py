@@ -34,8 +34,9 @@ from train.resilience.preemption import Preemption
 from train.resilience.resume import CheckpointError
 from train.resilience.run_folder import RESULT, RunFolder
 from train.resilience.watchdog import Watchdog
-from train.run import Run, check, check_same_records, parse
+from train.run import Run, check, check_same_records, count_dropped, parse
 from train.trainer import SkipTrainer
+from train.validation import Validation
 
 FIND_RECORDS = (
     " llava-skip validate-data with the same arguments finds all such records; training then refuses them at its "
@@ -66,24 +67,29 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         model=model,
         args=arguments,
         train_dataset=run.dataset,
+        eval_dataset=run.validation,
         data_collator=run.collator,
         processing_class=run.processor,
         callbacks=[preemption, Watchdog(arguments.hang_timeout_seconds)],
         resolved=run.resolved,
+        validation=Validation(run.validation, run.collator, arguments) if run.validation else None,
     )
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if preemption.agreed:
         return False
-    trainer.save_model()
+    exported = trainer.export()
     counts = trainer.throughput()
     if arguments.process_index == 0:
-        _report(run, trainer, counts | {"total_seconds": time.perf_counter() - started}, outcome)
+        counts |= {"total_seconds": time.perf_counter() - started}
+        _report(run, trainer, counts, outcome, exported)
     return True
 
 
-def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any) -> None:
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+def _report(
+    run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any, exported: str | None
+) -> None:  # fmt: skip
+    history, validation = ([e for e in trainer.state.log_history if name in e] for name in ("loss", "eval_loss"))
     preset = run.config.preset or "own"
     result = {
         "preset": preset,
@@ -96,13 +102,16 @@ def _report(run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: A
         "processes": run.arguments.world_size,
         "device": str(run.arguments.device),
         "parameters": sum(whole for whole, _ in run.parts.values()),
-        "dropped": len({error["row"] for error in run.dropped["records"]}) if run.dropped else int(counts["faulty"]),
+        "dropped": count_dropped(run.dropped) or int(counts["faulty"]),
+        "dropped_validation": count_dropped((run.dropped or {}).get("validation")),
         "unread_columns": run.unread,
         "history": history,
+        "validation": validation,
+        "exported": exported or "the last step",
         **counts,
     }
     write_json(run.output / RESULT, result, sort_keys=True)
-    draw_loss(history, run.output / "loss.png", f"{preset}: training loss")
+    draw_loss(history, validation, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import seed_worker
 
 from llava_skip_base.errors import UserError
@@ -24,22 +25,34 @@ from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
 from train.reporting.callbacks import JsonLines, LogLine, Progress
 from train.reporting.metrics import COUNTS, Meter, peak_tflops, rates
+from train.resilience.checkpoint import find_fault
 from train.resilience.finite import FiniteChecks
 from train.resilience.resume import ResumableTrainer
+from train.validation import AtStepEnd, Validation
 
 
 class SkipTrainer(ResumableTrainer):
     """Trainer for the parts of a llava-skip model.
 
+    Attributes:
+        control: Trainer's: what is asked for after this step.
+
     Args:
         resolved: the run's arguments, saved with the weights.
+        validation: of the run; None if there is none.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
 
-    def __init__(self, *args: Any, resolved: dict[str, Any], **kwargs: Any) -> None:
+    control: TrainerControl
+
+    def __init__(
+        self, *args: Any, resolved: dict[str, Any], validation: Validation | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._resolved = resolved
+        self._resolved, self._validation = resolved, validation
+        # Trainer would load the best weights into this process; `export` takes them from the checkpoint.
+        self._exports_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
         if self.args.loss_normalization == "micro_batch":
             self.model_accepts_loss_kwargs = False  # the model's mean over a micro batch, Trainer's over those
         self._trained = [part for part, (_, trainable) in count_parameters(self.model).items() if trainable]
@@ -56,6 +69,7 @@ class SkipTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         if sys.stderr.isatty() and not self.args.disable_tqdm:
             self.add_callback(Progress)
+        self.add_callback(AtStepEnd)
         self.add_callback(LogLine)
         self.add_callback(JsonLines)
 
@@ -158,6 +172,19 @@ class SkipTrainer(ResumableTrainer):
         self._finite.note_loss(loss, self._records)
         return loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the loss of the validation data; errors as `Validation.measure`, and `NotFinite` for the weights."""
+        assert self._validation is not None
+        self._finite.check_weights()
+        with self._meter.paused():
+            metrics = self._validation.measure(self.model_wrapped, self.accelerator, self._note_batch)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _note_batch(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; with the metrics of the window that ends, over all ranks."""
         if "loss" in logs:
@@ -195,6 +222,31 @@ class SkipTrainer(ResumableTrainer):
             write_json(folder / "run.json", self._resolved, sort_keys=True)
             if isinstance(self.model, PeftModel):
                 self.model.config.save_pretrained(folder)
+
+    def export(self) -> str | None:
+        """Write the trained model into the run's folder; every process calls it.
+
+        Returns:
+            The checkpoint with the lowest validation loss, if the model is that one.
+
+        Raises:
+            NotFinite: as `save_model`.
+        """
+        self.save_model()
+        output, best = Path(self.args.output_dir), None
+        if self._exports_best and self.state.best_global_step:
+            best = output / f"checkpoint-{self.state.best_global_step}"
+        if best is None or not self.args.should_save:
+            return None
+        if fault := find_fault(best):
+            sys.stderr.write(
+                f"{best} had the lowest validation loss and is not whole ({fault}): the last is exported.\n"
+            )
+            return None
+        for file in best.iterdir():  # a checkpoint has the files of an export, and others
+            if file.is_file() and (output / file.name).is_file():
+                shutil.copyfile(file, output / file.name)
+        return best.name
 
     def throughput(self) -> dict[str, float]:
         """Sums over all ranks since the run's first step, and rates from them. Every rank must call it."""

@@ -33,6 +33,7 @@ INSTEAD = {
     "bf16_full_eval": "--bf16, which validation follows",
     "data_seed": "--seed, which is for the data, too",
     "do_eval": "--eval_strategy steps or epoch",
+    "eval_on_start": "the first validation, which --eval_steps or --save_steps says when to make",
     "do_predict": "llava-skip eval",
     "do_train": "the command without it: it always trains",
     "enable_jit_checkpoint": "the command without it: a run saves a checkpoint at SIGTERM anyway",
@@ -55,7 +56,7 @@ INSTEAD = {
 """Flags that are refused, and what to use for the same purpose."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "eval_strategy": ("no",),
+    "eval_strategy": ("no", "steps", "epoch"),
     "lr_scheduler_type": (
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
         "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",

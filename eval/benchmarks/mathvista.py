@@ -62,6 +62,7 @@ class MathVista(Benchmark):
     list_columns = frozenset({"choices"})
     id_columns = ("pid", "index", "question_id", "id")
     answer_columns = ("response", "prediction", "text")
+    takes_judge_prompt = True
 
     def read(self, data: Path) -> list[Row]:
         """Read a file, or testmini.json in a folder, with the prompts of a query.json in the same folder."""
@@ -204,7 +205,7 @@ def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge:
     Raises:
         JudgeUnavailable: the endpoint fails; its replies so far are kept.
     """
-    prompts = {s.id: extraction_prompt(s.fields, answers[s.id]) for s in samples}
+    prompts = {s.id: extraction_prompt(s.fields, answers[s.id], judge.prompt) for s in samples}
     path = judge.file("extractions")
     replies = read_replies(path, {str(id_): prompt for id_, prompt in prompts.items()}, extraction=str)
     unasked = [s for s in samples if str(s.id) not in replies]
@@ -214,8 +215,10 @@ def ask_for_answers(samples: Sequence[Sample], answers: Mapping[Id, str], judge:
     return {s.id: replies[str(s.id)]["extraction"] for s in samples if str(s.id) in replies}
 
 
-def extraction_prompt(fields: Row, response: str) -> str:
-    """The question to the judge: instruction, five worked cases, and the open one."""
+def extraction_prompt(fields: Row, response: str, text: str | None = None) -> str:
+    """The question to the judge: instruction, five worked cases, and the open one; or the official `text` and form."""
+    if text is not None:
+        return f"{text.strip()}\n\n{fields['question']}\n\n{response}\n\nExtracted answer: "
     cases = [
         f"Hint: Please {HINTS[kind]}\nQuestion: {question}\n\nModel response: {said}\n\nExtracted answer: {answer}"
         for kind, question, said, answer in WORKED_CASES

@@ -1,5 +1,7 @@
 """MM-Vet (mm-vet.json): open questions, graded 0 to 1 by a language model and averaged by capability."""
 
+import csv
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row
 from eval.sample import Id, Sample, Score
 from eval.scoring.grading import Grades, grade, parse_grade
-from eval.scoring.judge import Judge, read_replies
+from eval.scoring.judge import Judge, file_part, read_replies
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.texts import shortened
 
@@ -27,6 +29,7 @@ class MMVet(Benchmark):
     embedded = "mm-vet/mm-vet.json"
     columns = ("question", "answer", "capability")
     list_columns = frozenset({"capability"})
+    takes_judge_prompt = True
 
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Take VLMEvalKit's `category` for the capabilities."""
@@ -131,6 +134,21 @@ class MMVet(Benchmark):
         per_sample = dict(zip((by_id[id_].id for id_ in order), table.mean(axis=1).tolist(), strict=True))
         return Score("scored", self.rule, self._mean(totals), scores, counts, _notes(counts), per_sample=per_sample)
 
+    def reports(self, score: Score, name: str) -> dict[str, str]:
+        """The two CSV reports of the official script, named as it names them."""
+        if score.status != "scored" or self.chosen_rule != "official":
+            return {}
+        runs, values = score.counts["runs"], score.scores
+        judged = f"_{file_part(score.judge['model'])}" if score.judge else ""
+        model, graded, rest = name.partition("-grade-")  # a grade file's name has the judge and the runs
+        tail = rest if graded else f"{runs}runs"
+        common = {"total": values["total"], "std": values["std"], "runs": str(values["runs"])}
+        parts = {
+            "cap-score": {capability: values[capability] for capability in score.counts["capabilities"]},
+            "cap-int-score": values["combinations"],
+        }
+        return {f"{model}{judged}-{kind}-{tail}.csv": _csv(model, {**own, **common}) for kind, own in parts.items()}
+
     def _times(self, name: str, names: tuple[str, ...]) -> int:
         """How often a question with these capabilities counts for one of them.
 
@@ -150,6 +168,13 @@ def capability_set(fields: Row) -> tuple[str, ...]:
     names = {str(name).strip() for name in names}
     known = [name for name in CAPABILITIES if name in names]
     return (*known, *sorted(names - set(known)))
+
+
+def _csv(model: str, values: Mapping[str, Any]) -> str:
+    """One row under a header, the model's name first, as pandas writes it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["", *values], [model, *values.values()]])
+    return text.getvalue()
 
 
 def _renamed(row: Row) -> Row:

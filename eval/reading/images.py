@@ -67,7 +67,7 @@ class ImageSource:
 
     def _fault(self, error: ImageError) -> UserError:
         if isinstance(error.__cause__, FileNotFoundError):
-            return UserError(f"{self.sample}: image file {self.data} does not exist; check --images.")
+            return UserError(f"{self.sample}: image file {shortened(self.data)} does not exist; check --images.")
         return UserError(f"{self.sample}: its image cannot be decoded ({error}); repair or replace it.")
 
     def _source(self) -> bytes | Path:

@@ -68,8 +68,7 @@ def load_checkpoint(
         vision_tower: folder or hub name of the CLIP tower, if it is not in the checkpoint and not where that says.
         projector: a `mm_projector.bin`, or its folder.
         lora: folder of a LoRA adapter, which is merged.
-        language_model_type: what the language model is (such as `llama`), where a family of LLaVA's layout gives its
-            type another name.
+        language_model_type: what the language model is, such as `llama`, if its family gives the type another name.
         attn_implementation: as in `from_pretrained`.
         log: log the report unless the checkpoint fits exactly.
 

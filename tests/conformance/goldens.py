@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,8 @@ LOGITS = 1e-4
 """Tolerance of logits and other values, absolute."""
 GRADIENTS = 1e-5
 """Tolerance of gradients, relative to the largest entry of the tensor."""
-_SMALLEST_SCALE = 1e-3
-"""Gradients that are zero up to rounding are measured against this instead of their own size."""
+SMALLEST_SHARE = 0.1
+"""Smaller gradients are measured against this share of the file's largest one: some are zero up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,20 @@ def close(what: str, actual: Tensor, golden: Tensor, tolerance: float = LOGITS) 
     return Comparison(what, difference.max().item() if difference.numel() else 0.0, tolerance)
 
 
-def close_gradient(what: str, actual: Tensor | None, golden: Tensor) -> Comparison:
-    """Largest difference relative to the golden's largest entry; infinite if there is no gradient."""
+def close_gradient(what: str, actual: Tensor | None, golden: Tensor, whole: float = 0.0) -> Comparison:
+    """Largest difference relative to the golden's largest entry; infinite if there is no gradient.
+
+    Args:
+        what: for the report.
+        actual: the gradient.
+        golden: the gradient that is right.
+        whole: the largest entry of all gradients of the same loss.
+    """
     if actual is None:
         return Comparison(f"{what} (no gradient)", float("inf"), GRADIENTS)
-    absolute = close(what, actual.reshape(golden.shape), golden)
-    scale = max(golden.abs().max().item(), _SMALLEST_SCALE)
-    return Comparison(what, absolute.error / scale, GRADIENTS)
+    absolute = close(what, actual.reshape(golden.shape) if actual.numel() == golden.numel() else actual, golden)
+    scale = max(golden.abs().max().item(), SMALLEST_SHARE * whole)
+    return Comparison(absolute.what, absolute.error / scale if scale else absolute.error, GRADIENTS)
 
 
 def same(what: str, actual: Tensor, golden: Tensor) -> Comparison:
@@ -59,6 +67,10 @@ def same(what: str, actual: Tensor, golden: Tensor) -> Comparison:
     if actual.shape != golden.shape:
         return close(what, actual, golden, 0.0)
     return Comparison(what, float((actual.long() != golden.long()).sum().item()), 0.0)
+
+
+RESAMPLER_QUERIES = ("weight.cls_token_", "model.mm_projector.cls_token_")
+"""How the names of a resampler's queries begin, in a file of it alone and in one of a model."""
 
 
 class Golden:
@@ -82,6 +94,31 @@ class Golden:
         """Names of the tensors, from the index alone."""
         return set(self.entry.get("tensors", ()))
 
+    @property
+    def named(self) -> set[str]:
+        """The words of `note_weights`, which names the files of the weights."""
+        return set(re.findall(r"[\w.-]+", self.entry.get("note_weights", "")))
+
+    @property
+    def is_resampler(self) -> bool:
+        """Whether it holds the weights of a resampler."""
+        return any(name.startswith(RESAMPLER_QUERIES) for name in self.names()) and "logits" not in self.names()
+
+    @property
+    def resampler(self) -> dict[str, Any]:
+        """The sizes of a resampler: of the file, or of the table `cos`, in its entry, in that of a run, or apart."""
+        if "window_sizes" in self.entry:
+            return self.entry
+        runs = (file.entry for file in self.folder.files.values() if self.name in file.named)
+        table = next((e["cos"] for e in (self.entry, *runs, self.folder.sizes) if "cos" in e), None)
+        if table is None:
+            raise ValueError(f"{self.name}: the index has no table `cos` with the sizes of the resampler.")
+        shapes = {
+            name.rsplit(".", 2)[-2]: shape for name, (shape, _) in self.entry["tensors"].items() if "weight" in name
+        }
+        widths = {"llm_dim": shapes["out_proj"][0], "out_dim": shapes["out_proj"][1], "context_dim": shapes["to_kv"][1]}
+        return widths | {"tokens_per_side": max(table["window_sizes"])} | table
+
     def cases(self) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         """Case name -> (its entry, its tensors without the case's prefix)."""
         return {
@@ -93,6 +130,10 @@ class Golden:
 class GoldenFolder:
     """A folder laid out like the project's goldens.
 
+    Attributes:
+        files: of the entries of the index that list tensors.
+        sizes: the other entries, sizes that several files share.
+
     Raises:
         MissingFileError: it has no index.json.
     """
@@ -102,7 +143,9 @@ class GoldenFolder:
         if not index.is_file():
             raise MissingFileError(f"{index} does not exist: give a folder with an index.json and safetensors files.")
         self.path = path
-        self.files = {name: Golden(self, name, entry) for name, entry in read_json(index).items()}
+        entries = read_json(index)
+        self.files = {name: Golden(self, name, entry) for name, entry in entries.items() if "tensors" in entry}
+        self.sizes = {name: entry for name, entry in entries.items() if name not in self.files}
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -129,12 +172,15 @@ class GoldenFolder:
         fitting = [
             file
             for file in self.files.values()
-            if marker in file.names() and "logits" not in file.names() and file.entry.get(field) == golden.entry[field]
+            if marker in file.names()
+            and "logits" not in file.names()
+            and (file.entry.get(field) == golden.entry.get(field) or file.name in golden.named)
         ]
         if not fitting:
             raise ValueError(f"{golden.name}: no file of the folder holds {marker} with the same {field}.")
-        note = golden.entry.get("note_weights", "")
-        return max(fitting, key=lambda file: (file.name in note, _common_prefix(file.name, golden.name))).tensors
+        return max(
+            fitting, key=lambda file: (file.name in golden.named, _common_prefix(file.name, golden.name))
+        ).tensors
 
     def resampler_for(self, golden: Golden) -> Golden:
         """The file of the resampler for features of the same width as in `golden`.
@@ -144,11 +190,10 @@ class GoldenFolder:
         """
         level = next(name for name in sorted(golden.names()) if name.startswith("feat."))
         width = golden.tensors[level].shape[-1]
-        note = golden.entry.get("note_weights", "")
-        fitting = [f for f in self.files.values() if f.entry.get("context_dim") == width and "window_sizes" in f.entry]
+        fitting = [f for f in self.files.values() if f.is_resampler and f.resampler["context_dim"] == width]
         if not fitting:
             raise ValueError(f"{golden.name}: no file of the folder holds a resampler for features of width {width}.")
-        return max(fitting, key=lambda file: file.name in note)
+        return max(fitting, key=lambda file: file.name in golden.named)
 
 
 def _common_prefix(a: str, b: str) -> int:
@@ -160,3 +205,8 @@ def gradient_names(tensors: dict[str, Tensor]) -> list[str]:
     return [
         name.removeprefix("grad.") for name in tensors if name.startswith("grad.") and name != "grad.image_features"
     ]
+
+
+def largest_gradient(tensors: dict[str, Tensor]) -> float:
+    """The largest entry of all gradients that a file holds."""
+    return max((tensor.abs().max().item() for name, tensor in tensors.items() if name.startswith("grad.")), default=0.0)

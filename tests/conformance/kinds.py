@@ -53,6 +53,8 @@ def _find_check(golden: Golden) -> Callable[[Golden], list[Comparison]]:
         return models.check_language_weights
     if "logits" not in names and "model.mm_projector.0.weight" in names:
         return models.check_vision_weights
+    if golden.is_resampler:
+        return parts.check_resampler_weights
     family = family_of(entry)
     if "logits" in names and "skip_argument_features" in names and is_known_family(family):
         return models.check_end_to_end

@@ -13,7 +13,7 @@ from llava_skip.checkpoints import native_name
 from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
 from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles, pad_to_square
-from tests.conformance.goldens import Comparison, Golden, close, close_gradient, same
+from tests.conformance.goldens import Comparison, Golden, close, close_gradient, largest_gradient, same
 
 
 def check_selection(golden: Golden) -> list[Comparison]:
@@ -74,24 +74,37 @@ def check_resampler(golden: Golden) -> list[Comparison]:
     """Features of each level -> the queries of all scales, and gradients of features and weights."""
     t = golden.tensors
     config = resampler_config(golden)
-    module = ChainOfSightResampler(config, golden.entry["context_dim"], golden.entry["llm_dim"])
-    module.load_state_dict(resampler_weights(golden))
+    module = _build_resampler(golden)
     features = [t[f"feat.block_{level}"].requires_grad_() for level in config.levels]
     out = module([drop_class_token(level) for level in features])
     results = [close("output", out, t["out"])]
     (out * t["grad_weight"]).sum().backward()
+    whole = largest_gradient(t)
     for level, feature in zip(config.levels, features, strict=True):
-        results.append(close_gradient(f"gradient of level {level}", feature.grad, t[f"grad.feat.block_{level}"]))
+        results.append(close_gradient(f"gradient of level {level}", feature.grad, t[f"grad.feat.block_{level}"], whole))
     parameters = dict(module.named_parameters())
     for name in (name.removeprefix("grad.weight.") for name in t if name.startswith("grad.weight.")):
         gradient = parameters[resampler_name(name)].grad
-        results.append(close_gradient(f"gradient of {name}", gradient, t[f"grad.weight.{name}"]))
+        results.append(close_gradient(f"gradient of {name}", gradient, t[f"grad.weight.{name}"], whole))
     return results
+
+
+def check_resampler_weights(golden: Golden) -> list[Comparison]:
+    """The weights fit a resampler of the sizes in the index, name by name."""
+    _build_resampler(golden)
+    return [Comparison(f"{len(golden.tensors)} tensors fit", 0.0, 0.0)]
+
+
+def _build_resampler(golden: Golden) -> ChainOfSightResampler:
+    sizes = golden.resampler
+    module = ChainOfSightResampler(resampler_config(golden), sizes["context_dim"], sizes["llm_dim"])
+    module.load_state_dict(resampler_weights(golden))
+    return module
 
 
 def resampler_config(golden: Golden) -> ResamplerConfig:
     """The configuration of a resampler golden; its features are named by level and given as they are."""
-    entry = golden.entry
+    entry = golden.resampler
     return ResamplerConfig(
         windows=entry["window_sizes"],
         queries=entry["n_query"],
@@ -103,7 +116,8 @@ def resampler_config(golden: Golden) -> ResamplerConfig:
 
 def resampler_weights(golden: Golden) -> dict[str, Tensor]:
     """Its weights under the names of `ChainOfSightResampler`."""
-    weights = {n.removeprefix("weight."): t for n, t in golden.tensors.items() if n.startswith("weight.")}
+    starts = ("weight.", "model.mm_projector.")
+    weights = {n.removeprefix(start): t for n, t in golden.tensors.items() for start in starts if n.startswith(start)}
     return {resampler_name(name): tensor for name, tensor in weights.items()}
 
 

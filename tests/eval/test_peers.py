@@ -1,8 +1,8 @@
 """Rules with a peer's name against what the peer's own code made of the same prediction file.
 
 `peers.json` holds questions and odd answers that were made for this, and for each rule the headline and the questions
-that VLMEvalKit (2026-08; read by pandas from xlsx) or lmms-eval 0.7.3 count as right. `skip` are the answers for which
-lmms-eval draws a letter.
+that VLMEvalKit (its code of 2026-05 with the letter rule of 2026-06, on xlsx files) or lmms-eval 0.7.3 count as right.
+`skip` are the answers for which lmms-eval draws a letter.
 """
 
 import json

@@ -1,11 +1,16 @@
+import copy
 import io
+import re
+from itertools import groupby
 
 import pytest
 import sentencepiece
+from tokenizers import normalizers
 from transformers import LlamaTokenizer
 
 from llava_skip import LlavaSkipProcessor
 from llava_skip.conversation import LLAVA_VERSIONS, load_template, template_names
+from llava_skip.processing import begins_text_with_space
 from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
@@ -172,8 +177,8 @@ def test_a_template_that_refuses_a_conversation_says_why():
 
 
 @pytest.fixture(scope="module")
-def llama_tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
+def pieces():
+    """A SentencePiece model as LLaMA's."""
     words = ["A cat. Black and white. What is this? What color? USER: ASSISTANT: [INST] [/INST]"] * 50
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -181,11 +186,115 @@ def llama_tokenizer(tmp_path_factory):
         character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=True, minloglevel=2,
         remove_extra_whitespaces=False, hard_vocab_limit=False,
     )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=False)
+    return model.getvalue()
+
+
+def tokenizer_of(pieces, folder, **flags):
+    (folder / "tokenizer.model").write_bytes(pieces)
+    tokenizer = LlamaTokenizer.from_pretrained(folder, **flags)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(pieces, tmp_path_factory):
+    return tokenizer_of(pieces, tmp_path_factory.mktemp("llama"), legacy=False)
+
+
+def llama_processor(tokenizer, name):
+    config = small_config(vocab_size=500)
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    return LlavaSkipProcessor.for_config(config, tokenizer, name)
+
+
+def llavas_ids(pieces, text, legacy):
+    """What LLaVA's own code gives with the tokenizer that it was made for, one -1 an image, by SentencePiece alone.
+
+    Each text between images is tokenised for itself. That tokenizer cuts it at </s> and <s>. Without `legacy` only the
+    first part begins with a space, and none does whose text is empty.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    assert model.decode(model.encode(":")[:1]) == "" and len(model.encode(":")) == 2
+
+    def part(words, begins):
+        return model.encode(words) if begins else model.encode(f":{words}")[2:]
+
+    ids = [model.bos_id()]
+    for number, chunk in enumerate(text.split("<image>")):
+        ids += [-1] if number else []
+        for place, words in enumerate(re.split("(</?s>)", chunk)):
+            if words in ("<s>", "</s>"):
+                ids.append(model.piece_to_id(words))
+            elif words:
+                ids += part(words, legacy or place == 0)
+    return ids
+
+
+CONVERSATIONS = {
+    "image first": TURNS,
+    "image last": [{"role": "user", "content": "What is this?\n<image>"}, *TURNS[1:]],
+    "images inside": [{"role": "user", "content": "<image> and <image>A cat.<image><image>\nWhat"}, *TURNS[1:]],
+    "image alone": [{"role": "user", "content": "<image>"}, *TURNS[1:]],
+    "text": TURNS[2:],
+}
+
+
+@pytest.mark.parametrize("flags", [{"legacy": True}, {"legacy": False}, {}], ids=str)
+@pytest.mark.parametrize("name", ["v1", "llava_v1", "llava_llama_2", "mistral", "plain", "v0"])
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_ids_are_llavas_whatever_the_tokenizers_flags(pieces, tmp_path, flags, name, kind):
+    turns = CONVERSATIONS[kind]
+    tokenizer = tokenizer_of(pieces, tmp_path, **flags)
+    processor = llama_processor(tokenizer, name)
+    text, _ = processor.render_conversation(turns)
+    expected = llavas_ids(pieces, text, flags.get("legacy", False))
+
+    def images_as_one(ids):
+        image = processor.image_token_id
+        runs = [list(run) for _, run in groupby(ids, lambda token: token == image)]
+        return [one for run in runs for one in ([-1] * (len(run) // tokens) if run[0] == image else run)]
+
+    ids, supervised = processor.tokenize_conversation(turns)
+    tokens = 1
+    assert images_as_one(ids.tolist()) == expected
+    tokens = processor.image_seq_length
+    images = [random_image()] * text.count("<image>")
+    sample = processor.encode_conversation(turns, images)
+    assert images_as_one(sample["input_ids"]) == expected
+    labels = [token for token in sample["labels"] if token != -100]
+    assert labels == ids[supervised].tolist() and labels
+    asked = processor(images=[images] if images else None, text=[text])["input_ids"][0]
+    assert asked == sample["input_ids"]
+
+
+def test_nothing_is_written_behind_the_last_image(llama_tokenizer):
+    processor = llama_processor(llama_tokenizer, "plain")
+    ids = processor(images=[[random_image()]], text=["<image>"])["input_ids"][0]
+    assert ids == [1] + [processor.image_token_id] * processor.image_seq_length
+
+
+def test_a_tokenizer_of_bytes_gets_no_space():
+    assert not begins_text_with_space(byte_tokenizer())
+
+
+def test_a_tokenizer_that_says_so_has_no_first_token(pieces, tmp_path):
+    for given, first in ((None, 1), (True, 1), (False, None)):
+        flags = {} if given is None else {"add_bos_token": given}
+        tokenizer = llama_processor(tokenizer_of(pieces, tmp_path, **flags), "v1").tokenizer
+        assert (tokenizer("A cat")["input_ids"][0] == 1) == (first == 1)
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_part_gets_no_second_one(llama_tokenizer):
+    """As files of older releases do it."""
+    old = copy.deepcopy(llama_tokenizer)
+    backend = old.backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    found = [
+        llama_processor(each, "v1").tokenize_conversation(TURNS[:2])[0].tolist() for each in (old, llama_tokenizer)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -196,9 +305,7 @@ def llama_tokenizer(tmp_path_factory):
     ],
 )
 def test_sentencepiece_tokens_that_are_supervised(llama_tokenizer, name, supervised):
-    config = small_config(vocab_size=500)
-    config.image_token_index = llama_tokenizer.convert_tokens_to_ids("<image>")
-    processor = LlavaSkipProcessor.for_config(config, llama_tokenizer, name)
+    processor = llama_processor(llama_tokenizer, name)
     sample = processor.encode_conversation(TURNS, [random_image()])
     runs, tokens = [[]], llama_tokenizer.convert_ids_to_tokens(sample["input_ids"])
     for token, label in zip(tokens, sample["labels"], strict=True):

@@ -154,8 +154,13 @@ def test_a_preempted_two_node_job_is_requeued_and_ends_with_the_same_loss(cluste
 
 @pytest.mark.slow
 def test_a_job_that_is_requeued_on_fewer_nodes_continues(cluster, digits, undisturbed, tmp_path):
+    for _ in range(240):  # a node that has just ended a job is not idle at once, and the job would do without it
+        if len(call("sinfo", "--noheader", "--Node", "--states=idle", **cluster).splitlines()) == 2:
+            break
+        time.sleep(0.5)
     job = training(cluster, digits, tmp_path / "fewer", nodes="1-2")
     job.wait((tmp_path / "fewer/run/checkpoint-9").exists)
+    assert job.state()["NumNodes"] == "2"
     call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test", **cluster)
     try:
         call("scancel", "--signal=USR1", "--batch", job.number, **cluster)

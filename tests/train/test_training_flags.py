@@ -74,7 +74,10 @@ EXAMPLES = {
     "weight_decay": ("0.1", 0.1),
 }
 VALIDATION = {
-    "eval_strategy": ("no", "no"),
+    "eval_delay": ("3", 3),
+    "eval_steps": ("3", 3),
+    "eval_strategy": ("epoch", "epoch"),
+    "load_best_model_at_end": ("true", True),
     "per_device_eval_batch_size": ("4", 4),
 }
 
@@ -82,7 +85,10 @@ VALIDATION = {
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS & OURS - {"deepspeed"}))
 def test_each_flag_of_the_list_resolves(name):
     value, expected = (EXAMPLES | VALIDATION)[name]
-    more = ["--dataloader_num_workers", "1"] if name == "dataloader_prefetch_factor" else []
+    more = {
+        "dataloader_prefetch_factor": ["--dataloader_num_workers", "1"],
+        "load_best_model_at_end": ["--eval_strategy", "steps"],
+    }.get(name, [])
     resolved = parse([*GIVEN, f"--{name}", value, *more])[2].to_dict()
     assert resolved[name] == expected
 

@@ -91,12 +91,16 @@ class LogLine(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Print the line; above the bar where there is one."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        width = len(str(state.max_steps))
+        if "eval_loss" in logs:
+            tqdm.write(f"step {state.global_step:{width}}/{state.max_steps} | validation loss {logs['eval_loss']:7.4f}")
+        if "loss" not in logs:
             return
         first, start = self._began
         elapsed = time.monotonic() - start
         left = elapsed / max(1, state.global_step - first) * (state.max_steps - state.global_step)
-        width = len(str(state.max_steps))
         parts = [f"step {state.global_step:{width}}/{state.max_steps}"]
         parts += [form.format(logs[name]) for name, form in _CONSOLE.items() if name in logs]
         parts.append(f"{_clock(elapsed)} elapsed, {_clock(left)} left")

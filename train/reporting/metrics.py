@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +105,14 @@ class Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is no training: its time is not counted."""
+        began = time.perf_counter()
+        yield
+        if self._started:
+            self._started += time.perf_counter() - began
 
     def count(self, inputs: dict[str, Tensor]) -> None:
         """Add a micro batch."""

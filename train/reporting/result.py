@@ -12,11 +12,14 @@ SHOWN = 4
 """Columns that the table names."""
 
 
-def draw_loss(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """The loss over the steps as a PNG, from Trainer's log history."""
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+def draw_loss(history: list[dict[str, float]], validation: list[dict[str, float]], path: Path, title: str) -> None:
+    """The losses of training and validation over the steps as a PNG, from Trainer's log history."""
     with figure(path) as axes:
-        axes.plot([step for step, _ in points], [loss for _, loss in points], linewidth=1.5)
+        axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history], linewidth=1.5)
+        if validation:
+            points = [(entry["step"], entry["eval_loss"]) for entry in validation]
+            axes.plot(*zip(*points, strict=True), marker="o", linewidth=1.5)
+            axes.legend(["training", "validation"])
         axes.set(xlabel="step", ylabel="loss (nats a token)", title=chart_label(title), yscale="log")
         axes.grid(alpha=0.3, which="both")
 
@@ -32,7 +35,7 @@ def _unread(result: dict[str, Any]) -> str:
 
 def show_result(result: dict[str, Any], output: Path) -> None:
     """Print the table, and what to do next."""
-    rows = (
+    rows = [
         ("steps", f"{result['steps']}"),
         ("final loss", f"{result['final_loss']:.4f}"),
         ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
@@ -43,6 +46,18 @@ def show_result(result: dict[str, Any], output: Path) -> None:
         ("samples cut to max_length", f"{result['truncated']:.0f}"),
         ("samples without supervised tokens", f"{result.get('unsupervised', 0):.0f}"),
         ("seconds", f"{result['seconds']:.1f}"),
-    )
+    ]
+    if validation := result.get("validation"):
+        rows[2:2] = _validation_rows(result, validation)
     output_console().print(make_table(f"{result['preset']} -> {output}", ("", ""), rows))
     print_next(f"llava-skip eval --model {shown(output)}; the loss curve: {output / 'loss.png'}")
+
+
+def _validation_rows(result: dict[str, Any], validation: list[dict[str, float]]) -> list[tuple[str, str]]:
+    last, lowest = validation[-1], min(validation, key=lambda entry: entry["eval_loss"])
+    return [
+        ("validation loss", f"{last['eval_loss']:.4f}, lowest {lowest['eval_loss']:.4f} at step {lowest['step']}"),
+        ("validation samples", f"{last['eval_samples']:.0f}, of which {last['eval_truncated']:.0f} cut to max_length"),
+        ("faulty validation records dropped", f"{result['dropped_validation']}"),
+        ("exported model", result["exported"]),
+    ]

@@ -155,7 +155,7 @@ class ResumableTrainer(Trainer):
             manifest.files = {name: written for part in parts for name, written in part.items()}
             seal(output / self._saving, manifest)
             (output / UNFINISHED).unlink()
-            rotate_checkpoints(str(output), self._kept_checkpoints)
+            rotate_checkpoints(str(output), self._kept_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._saving = None
 

@@ -120,6 +120,10 @@ class Watchdog(TrainerCallback):
         step = state.global_step
         self.mark(f"saving step {step}" if control.should_save else f"reading the data of step {step + 1}")
 
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A batch of the validation data was computed."""
+        self.mark(f"validating step {state.global_step}")
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint was written."""
         self.mark(f"reading the data of step {state.global_step + 1}")
