@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor, set_seed
+from transformers import AutoConfig, set_seed
 
 from llava_skip.checkpoints.files import check_tensors, is_adapter
+from llava_skip.checkpoints.processor import load_processor
 from llava_skip.convert import Precision, new_folder
 from llava_skip.ends import learn_ends
 from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
@@ -63,7 +64,7 @@ def merge(
         check_tensors(file)
     hide_bars_in_files()
     model = PeftModel.from_pretrained(load_base(adapter, base, dtype.torch_dtype), adapter).merge_and_unload()
-    processor = AutoProcessor.from_pretrained(adapter)
+    processor = load_processor(adapter)
     learn_ends(model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

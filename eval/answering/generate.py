@@ -17,7 +17,6 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
 )
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
@@ -25,6 +24,7 @@ from eval.answering.models import SavedModel
 from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
 from llava_skip.checkpoints.loading import check_native
+from llava_skip.checkpoints.processor import load_processor
 from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig
@@ -93,9 +93,8 @@ class Generator:
         self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
         self.processor: Any = self.tokenizer
         hide_bars_in_files()
-        with _readable(model.folder):
-            if self.takes_images:
-                self.processor = AutoProcessor.from_pretrained(model.folder)
+        if self.takes_images:
+            self.processor = load_processor(model.folder)
         if not getattr(self.processor, "chat_template", None):
             raise UserError(
                 f"{model.folder}: its processor has no chat template; save it with the one it was trained on "

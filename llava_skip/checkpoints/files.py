@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from llava_skip_base.files import find_local, read_json, refuse_pointer
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+_UNREADABLE = (
+    *(SafetensorError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+    *(AssertionError, OverflowError, struct.error, zipfile.BadZipFile),
+)
+"""What the readers of safetensors and, from the second on, of torch's files raise on damaged bytes."""
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which a folder with a PEFT adapter is recognised."""
 
@@ -160,7 +166,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it does not hold plain tensors ({one_line(error, 1)})") from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:  # the last three are torch's
+    except _UNREADABLE as error:
         raise _broken(path, error) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is refused: it does not hold a dictionary of tensors.")

@@ -96,9 +96,7 @@ def load_checkpoint(
     kept = {name: tensor for name, tensor in weights.items() if name not in report.unused}
     report.loaded = len(kept)
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
-    if source.adapter:
-        merge_lora(model, source.adapter, source.factors)
-        report.notes.append(f"LoRA adapter of {lora} merged into {len(source.factors) // 2} modules.")
+    _add_adapter(model, source)
     _set_stop_tokens(model, source.folder)
     model.load_report = report
     if log and not report.is_exact:
@@ -236,6 +234,13 @@ def _build(
         return LlavaSkipForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, **options
         )
+
+
+def _add_adapter(model: LlavaSkipForConditionalGeneration, source: Source) -> None:
+    if source.adapter:
+        merge_lora(model, source.adapter, source.factors)
+        modules = len(source.factors) // 2
+        source.report.notes.append(f"LoRA adapter of {source.adapter} merged into {modules} modules.")
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def check_config(raw: Any, where: str) -> None:
 
 def _fault(name: str, value: Any) -> str | None:
     """What a value should be; None if it can be meant, or is of no interest."""
+    if callable(getattr(PreTrainedConfig, name, None)):
+        return "left out: a field may not take the place of a method"
     if name in _SIZES or name in _OPTIONAL_SIZES:
         fits = _is_count(value, 1, _LARGEST) or (value is None and name in _OPTIONAL_SIZES)
         return None if fits else f"a whole number from 1 to {_LARGEST}"

@@ -83,7 +83,7 @@ def test_images_are_shown_where_the_question_names_their_places() -> None:
         ("config.json", "{", "config.json is not valid JSON"),
         ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
         ("tokenizer.json", None, "broken holds no tokenizer that can be read"),
-        ("processor_config.json", None, "broken: cannot be loaded"),
+        ("processor_config.json", None, "broken: its processor cannot be loaded"),
         ("model.safetensors", "cut", "broken cannot be loaded: model.safetensors is broken"),
     ],
 )
