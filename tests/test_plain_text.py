@@ -87,7 +87,7 @@ def test_charts_are_drawn_whatever_the_names(tmp_path, draw):
     if draw == "loss":
         names = [" ".join(WORDS), r"$\frac{$", "\ud83d"]
         for name in names:
-            draw_loss([{"step": n, "loss": 2.0 / n} for n in (1, 2)], tmp_path / "a.png", name)
+            draw_loss([{"step": n, "loss": 2.0 / n} for n in (1, 2)], [], tmp_path / "a.png", name)
     else:
         (bars if draw == "bars" else radar)(tmp_path / "a.png", names, scores)
     assert Image.open(tmp_path / "a.png").size > (300, 300)

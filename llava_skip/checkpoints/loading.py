@@ -79,9 +79,8 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    source = open_source(
-        path, vision_tower=vision_tower, projector=projector, lora=lora, language_model_type=language_model_type
-    )
+    parts: dict[str, Any] = {"vision_tower": vision_tower, "projector": projector, "lora": lora}
+    source = open_source(path, language_model_type=language_model_type, **parts)
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
