@@ -79,9 +79,8 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    source = open_source(
-        path, vision_tower=vision_tower, projector=projector, lora=lora, language_model_type=language_model_type
-    )
+    named = {"vision_tower": vision_tower, "projector": projector, "language_model_type": language_model_type}
+    source = open_source(path, lora=lora, **named)  # type: ignore[arg-type]
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
@@ -102,6 +101,11 @@ def load_checkpoint(
     if log and not report.is_exact:
         logger.warning("%s", plain(report))
     return model.eval()
+
+
+def _tell(report: LoadReport) -> None:
+    if not report.is_exact:
+        logger.warning("%s", report)
 
 
 def check_fit(folder: Path, config: LlavaSkipConfig) -> None:
