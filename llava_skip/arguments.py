@@ -15,7 +15,6 @@ from llava_skip_base.errors import UserError
 KNOWN = {
     *TransformersKwargs.__annotations__,
     *("token_type_ids", "mm_token_type_ids"),  # processors add them; they say nothing that the ids do not say
-    *("tokenizer", "assistant_tokenizer"),  # `generate` hands them on with its own
     "attention_instances",  # what an engine puts in place of each layer's attention
 }
 """Arguments that are handed on to the language model or the tower."""
