@@ -79,13 +79,8 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-<<<<<<< HEAD
     parts: dict[str, Any] = {"vision_tower": vision_tower, "projector": projector, "lora": lora}
     source = open_source(path, language_model_type=language_model_type, **parts)
-=======
-    named = {"vision_tower": vision_tower, "projector": projector, "language_model_type": language_model_type}
-    source = open_source(path, lora=lora, **named)  # type: ignore[arg-type]
->>>>>>> ckpt
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
