@@ -90,12 +90,12 @@ class ResumableTrainer(Trainer):
         return self.before.get("seconds", 0.0) + time.perf_counter() - self._began
 
     def progress(self) -> dict[str, Any]:
-        """What transformers does not save: the loss since the last log entry, its sum up to there, and the time.
+        """What transformers does not save: each process's loss since the last log entry, its sum up to there, the time.
 
         Every process calls it, after it has written its files of a checkpoint. A subclass may add its own sums.
         """
         return {
-            "loss": self.accelerator.reduce(self._new_loss.double(), reduction="mean").item(),
+            "loss": self.accelerator.gather(self._new_loss).flatten().tolist(),
             "loss_sum": self._logged_loss,
             "logged_step": self._logged_step,
             "seconds": self.seconds,
@@ -106,9 +106,17 @@ class ResumableTrainer(Trainer):
         if self._redivided:
             finish(self._redivided, self)
         self._began = time.perf_counter()
-        self._new_loss = torch.tensor(self.before.get("loss", 0.0), device=self.args.device)
+        self._new_loss = torch.tensor(self._own_loss(), device=self.args.device)
         self._logged_loss = self.before.get("loss_sum", 0.0)
         self._logged_step = self.before.get("logged_step", 0)
+
+    def _own_loss(self) -> float:
+        """This process's loss since the last log entry; the mean of all if there were other processes before."""
+        saved = self.before.get("loss", 0.0)
+        losses = saved if isinstance(saved, list) else [saved]
+        if len(losses) == self.args.world_size:
+            return losses[self.args.process_index]
+        return sum(losses) / len(losses)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; the loss is added up."""
