@@ -158,15 +158,20 @@ def run(
     judge_timeout: options.JudgeTimeout = 60.0,
     judge_budget: options.JudgeBudget = None,
     judge_dry_run: options.JudgeDryRun = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check benchmarks, data and models; answer nothing.")
+    ] = False,
 ) -> None:
     """Answer benchmarks with saved models and score them; the same command again continues an interrupted run."""
     console = output_console()
-    limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout, "budget": judge_budget}
-    limits["dry_run"] = judge_dry_run
+    limits: dict[str, Any] = {"concurrency": judge_concurrency, "timeout": judge_timeout}
+    limits |= {"budget": judge_budget, "dry_run": judge_dry_run}
     names = chosen_benchmarks(benchmarks, data or [])
-    output = output or Path(shown(results()))
-    sizes = output, batch_size, max_new_tokens, limit
-    runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [])
+    sizes = (output := output or Path(shown(results()))), batch_size, max_new_tokens, limit
+    runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [], dry_run)
+    if dry_run:
+        print_text(f"{', '.join(names)}: nothing is wrong with the benchmarks{' and models' if model else ''}")
+        return
     texts = options.read_judge_prompt(judge_prompt, [run.benchmark for run in runs if run.model is runs[0].model])
     judges = [
         options.make_judge(

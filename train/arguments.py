@@ -179,6 +179,7 @@ class DataArguments:
 _ABOVE_ZERO = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "logging_steps",
     "save_steps", "adam_epsilon", "ddp_timeout", "eval_steps", "per_device_eval_batch_size",
+    "eval_benchmarks_limit",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "eval_delay", "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers",
@@ -204,6 +205,7 @@ class RunArguments(TrainingArguments):
         "reporting": ("logging_steps", "report_to", "run_name", "peak_tflops", "disable_tqdm"),
         "validation": (
             "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "load_best_model_at_end",
+            "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
         ),
         "inherited": INHERITED,
     }  # fmt: skip
@@ -231,6 +233,15 @@ class RunArguments(TrainingArguments):
     load_best_model_at_end: bool = field(
         default=False,
         metadata={"help": "Keep the checkpoint with the lowest validation loss, and export it instead of the last."},
+    )
+    eval_benchmarks: str | None = field(
+        default=None, metadata={"help": "Benchmarks of llava-skip eval for each checkpoint, separated by commas."}
+    )
+    eval_benchmarks_data: list[str] | None = field(
+        default=None, metadata={"help": "Their FILE, or NAME=FILE for each; default: the embedded set."}
+    )
+    eval_benchmarks_limit: int | None = field(
+        default=None, metadata={"help": "Only the first N questions of each benchmark."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete what the output folder holds before the run."})
     dry_run: bool = field(
@@ -329,6 +340,7 @@ _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
+    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from llava_skip_base.paths import checkpoints, shown
 from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
+from train.benchmarks import check_benchmarks
 from train.command_line import read_command_line
 from train.data import (
     ConversationDataset,
@@ -107,6 +108,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     if data.streaming and run.max_steps < 1:
         raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
     check_validation(data, run)
+    check_benchmarks(model, run)
     sources = read_sources(data.data, data.images)
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None

@@ -24,6 +24,7 @@ from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
 from llava_skip_base.files import read_json, write_json
+from train.benchmarks import Benchmarks, benchmark_scores
 from train.data import ConversationDataset, RecordError
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
@@ -62,7 +63,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
     learn_ends(model, run.processor)
-    preemption = Preemption()
+    preemption, watchdog = Preemption(), Watchdog(arguments.hang_timeout_seconds)
     trainer = SkipTrainer(
         model=model,
         args=arguments,
@@ -70,10 +71,12 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         eval_dataset=run.validation,
         data_collator=run.collator,
         processing_class=run.processor,
-        callbacks=[preemption, Watchdog(arguments.hang_timeout_seconds)],
+        callbacks=[preemption, watchdog],
         resolved=run.resolved,
         validation=Validation(run.validation, run.collator, arguments) if run.validation else None,
     )
+    if arguments.eval_benchmarks:
+        trainer.add_callback(Benchmarks(arguments, trainer.log, watchdog.mark, preemption))
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if preemption.agreed:
@@ -107,6 +110,7 @@ def _report(
         "unread_columns": run.unread,
         "history": history,
         "validation": validation,
+        "benchmarks": benchmark_scores(run.output),
         "exported": exported or "the last step",
         **counts,
     }

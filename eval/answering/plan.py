@@ -1,7 +1,7 @@
 """Which model answers which questions: the inputs of an evaluation, checked before anything heavy is loaded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -236,6 +236,15 @@ def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
     return models
 
 
+def _load(
+    benchmark: Benchmark, files: Mapping[str, Path], folders: Mapping[str, Path], limit: int | None
+) -> tuple[Benchmark, Path, Path | None, Any, Any]:
+    """A benchmark, its file, its image folder, its questions, and the stamps of the file before it was read."""
+    path, folder = files.get(benchmark.name) or embedded_file(benchmark), folders.get(benchmark.name)
+    before, samples = stamps(path), benchmark.load(path, folder)
+    return benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples, before
+
+
 def plan_runs(
     names: Sequence[str],
     folders: Sequence[Path],
@@ -248,6 +257,7 @@ def plan_runs(
     blind: bool,
     rules: Sequence[str],
     protocols: Sequence[str],
+    dry_run: bool = False,
 ) -> list[Run]:
     """Check all inputs, the cheap ones first, before a model is loaded.
 
@@ -263,6 +273,7 @@ def plan_runs(
         blind: ask without images.
         rules: how to score, or none for the official rules.
         protocols: how to ask, or none for the default protocols.
+        dry_run: no model is needed; without one there are no runs.
 
     Returns:
         A run for each model and benchmark, the benchmarks of one model together.
@@ -282,12 +293,8 @@ def plan_runs(
             raise UserError(f"{shortened(given)}: no such image folder; check --images.")
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{output}: is a file; give a folder for the results with --output.")
-    models = checked_models(folders)
-    loaded = []
-    for benchmark in benchmarks:
-        path, folder = files.get(benchmark.name) or embedded_file(benchmark), image_folders.get(benchmark.name)
-        before, samples = stamps(path), benchmark.load(path, folder)
-        loaded.append((benchmark, path, folder, benchmark.limit(samples, limit) if limit else samples, before))
+    models = [] if dry_run and not folders else checked_models(folders)
+    loaded = [_load(benchmark, files, image_folders, limit) for benchmark in benchmarks]
     runs = [
         Run(own, model, path, folder, samples, before, output, batch_size, max_new_tokens or own.max_new_tokens, blind)
         for model in models

@@ -105,7 +105,7 @@ def tower_config(source: str) -> CLIPVisionConfig:
 
 
 def clip_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
-    """Configuration of a CLIP tower from its config.json, or from that of a whole CLIP.
+    """Configuration of a CLIP tower from its config.json, from that of a whole CLIP, or of a model that has the tower.
 
     Raises:
         UserError: another kind of tower.
@@ -113,6 +113,9 @@ def clip_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
     kind = raw.get("model_type")
     if kind == "clip":
         return make_config(CLIPConfig, raw, where).vision_config
+    own = raw.get("vision_config")
+    if kind in (LlavaSkipConfig.model_type, "llava", "llava_next") and isinstance(own, dict):
+        return clip_config(own, f"{where}'s tower")
     if kind != "clip_vision_model":
         raise UserError(f"{where} is a {kind} model: give a CLIP tower, such as openai/clip-vit-large-patch14-336.")
     return make_config(CLIPVisionConfig, raw, where)

@@ -230,7 +230,7 @@ def test_a_chat_template_that_fails_is_named_before_weights_load(
 ) -> None:
     folder = shutil.copytree(saved, tmp_path / "foreign")
     (folder / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr(eval.answering.generate.AutoModelForImageTextToText, "from_pretrained", None)  # not called
+    monkeypatch.setattr(eval.answering.generate.AutoModelForImageTextToText, "from_pretrained", None)
     monkeypatch.setattr(llava_skip.foreign_templates, "SECONDS", 0.5)
     with pytest.raises(UserError, match=f"foreign: {message}.*--template NAME"):
         Generator(check_model(folder), numerics())

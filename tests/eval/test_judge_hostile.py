@@ -23,6 +23,19 @@ def completion(content: str) -> bytes:
     return b'{"choices": [{"message": {"content": ' + content.encode() + b"}}]}"
 
 
+def read_request(connection: socket.socket) -> bytes:
+    """A whole request; closing a connection with a part unread would reset it."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(1 << 20)
+    head, _, body = received.partition(b"\r\n\r\n")
+    left = int(head.lower().split(b"content-length:")[1].split()[0]) - len(body)
+    while left > 0:
+        received += (more := connection.recv(left))
+        left -= len(more)
+    return received
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Behaviour], str]]:
     """Starts an endpoint that reads a request and then does what it is told with the connection."""
@@ -43,7 +56,7 @@ def serve() -> Iterator[Callable[[Behaviour], str]]:
         def answer(connection: socket.socket) -> None:
             with connection:
                 try:
-                    RECEIVED.append(connection.recv(1 << 20))
+                    RECEIVED.append(read_request(connection))
                     behaviour(connection)
                 except OSError:
                     pass  # the judge gave up, as it should

@@ -3,7 +3,6 @@
 Seeded, so that a failure can be repeated; FUZZ_ROUNDS multiplies the number of tries.
 """
 
-import copy
 import json
 import os
 import random
@@ -24,12 +23,11 @@ from llava_skip.checkpoints.schema import read_config
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
 from tests.support.conversations import byte_tokenizer
+from tests.support.damage import damaged
 from tests.support.small_models import small_config
 from tests.support.stand_ins import language_model, vision_tower, word_tokenizer
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
-VALUES = [None, -1, 0, 1, 7, 1.5, "x", "", [], {}, True, False, 10**30, -(10**30), 1e308, float("nan")]
-VALUES += [[1, 2], [[]], [None], {"a": 1}, {"model_type": 3}, "llama", "../x", [10**9, "\ud83d"], ["x"] * 3]
 
 
 @pytest.fixture(scope="module")
@@ -42,33 +40,6 @@ def models(tmp_path_factory):
     language_model(folder / "llm", word_tokenizer(folder / "words"))
     vision_tower(folder / "clip")
     return folder
-
-
-def places(part, path=()):
-    for name, value in part.items():
-        yield (*path, name)
-        if isinstance(value, dict):
-            yield from places(value, (*path, name))
-
-
-def damaged(raw, rng):
-    """The text of a JSON object with one to three values changed, removed or added, or a text that is cut."""
-    new = copy.deepcopy(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        *path, last = rng.choice(list(places(new)))
-        part = new
-        for step in path:
-            part = part[step]
-        if rng.random() < 0.15:
-            del part[last]
-        else:
-            part[last if rng.random() < 0.95 else rng.choice(["text_config", "to_dict", "rope_scaling", "dtype"])] = (
-                rng.choice(VALUES)
-            )
-        if not new:
-            break
-    text = json.dumps(new)
-    return text if rng.random() < 0.95 else rng.choice([text[: rng.randrange(len(text))], "[]", "", "3", "[" * 10**5])
 
 
 def attack(path, read, tries, seed):

@@ -96,6 +96,8 @@ class LogLine(TrainerCallback):
         width = len(str(state.max_steps))
         if "eval_loss" in logs:
             tqdm.write(f"step {state.global_step:{width}}/{state.max_steps} | validation loss {logs['eval_loss']:7.4f}")
+        elif scores := [f"{name[5:]} {value:.1f}" for name, value in logs.items() if name.startswith("eval_")]:
+            tqdm.write(f"step {state.global_step:{width}}/{state.max_steps} | {' | '.join(scores)}")
         if "loss" not in logs:
             return
         first, start = self._began

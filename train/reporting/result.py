@@ -49,8 +49,24 @@ def show_result(result: dict[str, Any], output: Path) -> None:
     ]
     if validation := result.get("validation"):
         rows[2:2] = _validation_rows(result, validation)
+    rows[2:2] = _benchmark_rows(result.get("benchmarks", []))
     output_console().print(make_table(f"{result['preset']} -> {output}", ("", ""), rows))
     print_next(f"llava-skip eval --model {shown(output)}; the loss curve: {output / 'loss.png'}")
+
+
+def _benchmark_rows(evaluated: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The last score of each benchmark that was evaluated at checkpoints, its best one, and how many failed."""
+    rows = []
+    for name in dict.fromkeys(name for entry in evaluated for name in entry["scores"]):
+        found = [(entry["scores"].get(name), entry["step"]) for entry in evaluated]
+        scores = [(score, step) for score, step in found if score is not None]
+        text = "failed at every checkpoint"
+        if scores:
+            best, last = max(scores), scores[-1]
+            failed = f", failed at {len(found) - len(scores)} checkpoints" if len(scores) < len(found) else ""
+            text = f"{last[0]:.1f} at step {last[1]}, best {best[0]:.1f} at step {best[1]}{failed}"
+        rows.append((name, text))
+    return rows
 
 
 def _validation_rows(result: dict[str, Any], validation: list[dict[str, float]]) -> list[tuple[str, str]]:

@@ -32,6 +32,11 @@ class Preemption(TrainerCallback):
         self._any_asked = torch.zeros(1, dtype=torch.uint8)
         self._reduction: Any = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process got a signal."""
+        return self._asked is not None
+
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = signal.Signals(number)
 
