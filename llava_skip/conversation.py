@@ -13,9 +13,9 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llava_skip.foreign_templates import calling_template
 from llava_skip_base.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -72,25 +72,23 @@ def render(template: str, messages: Messages, special_tokens: dict[str, str]) ->
         special_tokens: the variables of templates for special tokens (`bos_token`, `eos_token`, ...).
 
     Raises:
-        UserError: the template refuses the conversation, or has no `generation` blocks and renders an earlier turn
-            differently when a later one follows, so that the supervised spans cannot be found.
+        UserError: the template refuses the conversation, fails or does not end, or has no `generation` blocks and
+            renders an earlier turn differently when a later one follows, so that the supervised spans cannot be found.
     """
 
     def rendered(turns: Messages, prompt: bool = False, mark: bool = False) -> tuple[str, list[Span]]:
-        texts, spans = render_jinja_template(
-            [turns], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=mark,
-            **special_tokens,
-        )  # fmt: skip
+        with calling_template("The conversation template", "correct it, or name one of the library with --template."):
+            texts, spans = render_jinja_template(
+                [turns], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=mark,
+                **special_tokens,
+            )  # fmt: skip
         return texts[0], spans[0] if mark else []
 
-    try:
-        if _GENERATION.search(template):
-            text, spans = rendered(messages, mark=True)
-        else:
-            eos_token = special_tokens.get("eos_token")
-            text, spans = _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, eos_token)
-    except TemplateError as error:
-        raise UserError(f"The conversation template refuses this conversation: {error}") from error
+    if _GENERATION.search(template):
+        text, spans = rendered(messages, mark=True)
+    else:
+        eos_token = special_tokens.get("eos_token")
+        text, spans = _spans_by_prefixes(lambda *turns: rendered(*turns)[0], messages, eos_token)
     return text, _wanted_spans(messages, spans)
 
 

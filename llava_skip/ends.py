@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llava_skip.conversation import render
+from llava_skip.foreign_templates import EndlessTemplate
 from llava_skip_base.errors import UserError
 
 _ANSWER = "wxyz"
@@ -91,6 +92,8 @@ def _text_after_an_answer(template: str, special_tokens: dict[str, str]) -> str:
         ]
         try:
             text, spans = render(template, messages, special_tokens)
+        except EndlessTemplate:
+            raise
         except UserError:  # it refuses this form, and a conversation that it does take will be shown to it later
             continue
         for first, end in spans:

@@ -101,13 +101,14 @@ class Generator:
                 "(llava-skip convert SOURCE OUTPUT --template NAME does)."
             )
         check_template(model.folder, self.processor, self.takes_images)
+        ends = ends_of(self.processor)
         with _readable(model.folder):
             loaded: Any = auto.from_pretrained(model.folder, **options)
         self.folder = model.folder
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self.model = loaded.to(device).eval()
         config = self.model.generation_config
-        self.ends = ends_of(self.processor).with_strings(config.stop_strings)  # an older folder names only the ids
+        self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import eval.answering.generate
-import eval.answering.templates
+import llava_skip.foreign_templates
 from eval.answering.answers import AnswerLog
 from eval.answering.generate import Generator, numerics
 from eval.answering.models import check_model
@@ -231,7 +231,7 @@ def test_a_chat_template_that_fails_is_named_before_weights_load(
     folder = shutil.copytree(saved, tmp_path / "foreign")
     (folder / "chat_template.jinja").write_text(template)
     monkeypatch.setattr(eval.answering.generate.AutoModelForImageTextToText, "from_pretrained", None)
-    monkeypatch.setattr(eval.answering.templates, "SECONDS", 0.5)
+    monkeypatch.setattr(llava_skip.foreign_templates, "SECONDS", 0.5)
     with pytest.raises(UserError, match=f"foreign: {message}.*--template NAME"):
         Generator(check_model(folder), numerics())
 
@@ -245,7 +245,7 @@ def test_a_chat_template_that_fails_for_one_question_alone(
         "{% if 'loop' in messages[0].content %}" + ENDLESS + "{% endif %}"
         "{% if 'fail' in messages[0].content %}{{ 1 / 0 }}{% endif %}" + text
     )
-    monkeypatch.setattr(eval.answering.templates, "SECONDS", 0.5)
+    monkeypatch.setattr(llava_skip.foreign_templates, "SECONDS", 0.5)
     generator = Generator(check_model(folder), numerics())
     assert len(generator.answer(["fine"], [()], 2)) == 1
     with pytest.raises(UserError, match="does not end within"):

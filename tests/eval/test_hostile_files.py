@@ -1,6 +1,7 @@
 """Texts of benchmark files, answers, models and results in everything that evaluation prints and draws."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,8 @@ def start(app: Any, *words: object) -> Result:
 
 
 def test_run_compare_and_overview(hostile: Path, model_folder: Path) -> None:
-    models = [model_folder.rename(model_folder.with_name(name)) if name == "[b]" else name for name in ["[b]"]]
-    import shutil
-
-    models.append(shutil.copytree(models[0], models[0].with_name("_$x$")))
+    first = model_folder.rename(model_folder.with_name("[b]"))
+    models = [first, shutil.copytree(first, first.with_name("_$x$"))]
     words = [word for model in models for word in ("--model", model)]
     done = start(eval.run.app, "--benchmarks", "mmstar", "--data", hostile, *words)
     assert lacking(done.output) == []

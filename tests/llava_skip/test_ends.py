@@ -1,11 +1,21 @@
 """A template decides how an answer ends: what is saved of it, and that an answer stops there and is cut there."""
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 from eval.answering.generate import Generator, numerics
@@ -17,10 +27,12 @@ from llava_skip.convert import convert
 from llava_skip.ends import ends_of, find_ends
 from llava_skip_base.console import make_app
 from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
 from tests.support.conversations import SPECIAL, byte_tokenizer, random_image
 from tests.support.small_models import small_config
 from tests.support.stand_ins import language_model, vision_tower
 
+CASE = Path(__file__).parents[1] / "cases/ckpt/llama3_base"
 BASE_EOS, EOT, IM_END = 2, 6, 8  # </s>, <|eot_id|>, <|im_end|>
 TOKENS = [*SPECIAL, "<|im_start|>", "<|im_end|>"]
 TURNS = "{{% for turn in messages %}}{{{{ turn['content'] }}}}{}{{% endfor %}}"
@@ -119,6 +131,16 @@ def test_a_join_saves_the_ends_of_its_template(sources, tmp_path, template, ids,
     for name in ("joined", "again", "hub"):
         saved = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert (saved["eos_token_id"], saved.get("stop_strings")) == (ids, strings), name
+
+
+def test_a_base_that_ends_otherwise_than_its_template(sources, tmp_path):
+    """A case from outside: `<|end_of_text|>` of a LLaMA-3 base, where answers end with `<|eot_id|>`."""
+    base = shutil.copytree(CASE, tmp_path / "base")
+    LlamaForCausalLM(LlamaConfig(**read_json(CASE / "config.json"))).save_pretrained(base)
+    run_convert(base, tmp_path / "out", "--vision-tower", sources / "clip", "--template", "llama3", "--preset", "llava")
+    ends = read_json(tmp_path / "out/generation_config.json")["eos_token_id"]
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|eot_id|>", "<|end_of_text|>"]
 
 
 class Script(LogitsProcessor):

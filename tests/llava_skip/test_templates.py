@@ -1,6 +1,7 @@
 import copy
 import io
 import re
+import signal
 from itertools import groupby
 
 import pytest
@@ -10,7 +11,10 @@ from transformers import LlamaTokenizer
 
 from llava_skip import LlavaSkipProcessor
 from llava_skip.conversation import LLAVA_VERSIONS, load_template, template_names
+from llava_skip.ends import ends_of
+from llava_skip.foreign_templates import EndlessTemplate
 from llava_skip.processing import begins_text_with_space
+from llava_skip_base.errors import UserError
 from tests.support.conversations import SPECIAL, TURNS, byte_tokenizer, random_image, segments
 from tests.support.small_models import small_config
 
@@ -172,8 +176,37 @@ def test_a_template_that_changes_earlier_turns_is_refused():
 
 
 def test_a_template_that_refuses_a_conversation_says_why():
-    with pytest.raises(ValueError, match="refuses this conversation: no system turns here"):
+    with pytest.raises(ValueError, match=r"fails \(TemplateError: no system turns here\); correct it, or name"):
         processor_of("{{ raise_exception('no system turns here') }}").encode_conversation(TURNS, [])
+
+
+LOOP = "{%% for %s in range(99999) %%}%s{%% endfor %%}"
+ENDLESS = LOOP % ("a", LOOP % ("b", LOOP % ("c", "")))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% generation %}{{ 1 / 0 }}{% endgeneration %}", "ZeroDivisionError"),
+    ],
+)
+def test_an_error_in_a_template_is_one_message(template, message):
+    with pytest.raises(UserError, match=rf"^The conversation template fails \({message}: "):
+        processor_of(template).encode_conversation(TURNS, [])
+    assert ends_of(processor_of(template)).strings == ()  # it may still take other conversations
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setattr("llava_skip.foreign_templates.SECONDS", 0.05)
+    for use in (ends_of, lambda processor: processor.encode_conversation(TURNS, [])):
+        with pytest.raises(EndlessTemplate, match=r"^The conversation template does not end within 0.05 s; correct it"):
+            use(processor_of(ENDLESS))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.fixture(scope="module")

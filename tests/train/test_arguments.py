@@ -44,6 +44,16 @@ def test_mistakes_show_before_a_model_is_made(tokenizer_folder, arguments, messa
         prepare(ModelArguments(**{"tokenizer": tokenizer_folder, "template": "v1", **arguments}))
 
 
+def test_a_template_that_never_ends_shows_before_a_model_is_made(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    loop = "{% for a in range(99999) %}"
+    tokenizer.chat_template = loop * 3 + "{% endfor %}" * 3
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("llava_skip.foreign_templates.SECONDS", 0.1)
+    with pytest.raises(ValueError, match="template does not end within 0.1 s; .*--template"):
+        prepare(ModelArguments(tokenizer=str(tmp_path), template=None))
+
+
 def test_a_model_that_is_nowhere_is_named(tokenizer_folder, monkeypatch, tmp_path):
     offline = mock.Mock(side_effect=OSError("We couldn't connect."))
     monkeypatch.setattr("llava_skip.checkpoints.files.snapshot_download", offline)

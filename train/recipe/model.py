@@ -15,6 +15,7 @@ from llava_skip.checkpoints.adapters import find_projector
 from llava_skip.checkpoints.files import check_model_weights
 from llava_skip.checkpoints.loading import check_fit
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.ends import ends_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import DEFAULT_PRESET, preset_config
 from llava_skip.processing import LlavaSkipProcessor, find_image_token
@@ -33,7 +34,7 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     """Configuration and processor of the run, without any weights: mistakes show before a model loads.
 
     Raises:
-        UserError: an unknown preset, size or template, or a tokenizer that does not fit.
+        UserError: an unknown preset, size or template, a template that does not end, or a tokenizer that does not fit.
         MissingFileError: a model or tokenizer folder that does not exist.
     """
     if arguments.model is None:
@@ -51,6 +52,7 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
             "give the tokenizer that belongs to the model."
         )
     processor = LlavaSkipProcessor.for_config(config, tokenizer, arguments.template)
+    ends_of(processor)  # the run saves them; a template that never ends shows now
     if arguments.image_aspect_ratio == "square":
         if get_front_end(config.front_end).cuts_tiles:
             raise UserError(
