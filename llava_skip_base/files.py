@@ -201,7 +201,7 @@ def local_path(source: str | Path) -> Path | None:
     otherwise.
     """
     path = Path(os.path.expanduser(source))
-    return None if isinstance(source, str) and not path.exists() and is_hub_name(source) else path
+    return None if isinstance(source, str) and not os.path.exists(path) and is_hub_name(source) else path
 
 
 def find_local(source: str | Path, what: str) -> Path | None:
@@ -215,8 +215,10 @@ def find_local(source: str | Path, what: str) -> Path | None:
         MissingFileError: it looks like a local path, and does not exist.
     """
     path = local_path(source)
-    if path is not None and not path.exists():
-        raise MissingFileError(f"The {what} {source} does not exist: give a folder or a hub name (owner/name).")
+    if path is not None and not os.path.exists(path):
+        raise MissingFileError(
+            f"The {what} {shortened(source, 300)} does not exist: give a folder or a hub name (owner/name)."
+        )
     return path
 
 

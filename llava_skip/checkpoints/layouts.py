@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,9 +77,10 @@ def text_config(raw: Mapping[str, Any], kind: str | None = None) -> PreTrainedCo
         raise UserError(f"The config.json lacks {absent}; sizes are never guessed.")
     kind = kind or _language_model_type(raw)
     if kind not in LANGUAGE_MODELS:
+        seen = f"{shortened(repr(kind))} (architectures {shortened(raw.get('architectures'), 200)})"
         raise UserError(
-            f"The language model of the config.json is of the unknown type {kind!r} (architectures "
-            f"{raw.get('architectures')}): if it is one of {', '.join(LANGUAGE_MODELS)} under another name, as in "
+            f"The language model of the config.json is of the unknown type {seen}: if it is one of "
+            f"{', '.join(LANGUAGE_MODELS)} under another name, as in "
             "ShareGPT4V, MGM, Bunny or Cambrian, say so with --language-model-type."
         )
     fields = {key: value for key, value in raw.items() if not _NOT_OF_THE_TEXT.match(key)}
@@ -265,7 +267,7 @@ def parts(raw: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
     text, vision = raw["text_config"], raw["vision_config"]
     kind = text.get("model_type", "llama")
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"The text_config of the config.json is of the unknown type {kind!r}.")
+        raise UserError(f"The text_config of the config.json is of the unknown type {shortened(repr(kind))}.")
     vision = {"model_type": "clip_vision_model", **vision}
     return {
         "text_config": make_config(CONFIG_MAPPING[kind], text, "The text_config of the config.json"),
@@ -330,6 +332,7 @@ def find_tower(raw: Mapping[str, Any], vision_tower: str | None, folder: Path) -
         raise UserError(
             f"mm_vision_tower is {shortened(repr(named))}; the model has one CLIP tower: name it by a text."
         )
-    if named and not vision_tower and not Path(named).expanduser().exists() and (folder / named).is_dir():
+    # os.path: a name that no file can have exists nowhere
+    if named and not vision_tower and not os.path.exists(os.path.expanduser(named)) and os.path.isdir(folder / named):
         return str(folder / named)
     return named

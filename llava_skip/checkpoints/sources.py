@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +215,7 @@ def _tower_config(source: Source, weights: Mapping[str, Tensor], own_tower: bool
     if own_tower:
         return layouts.tower_config_of_weights(weights)
     held = any(name.startswith(TOWER) for name in weights)
-    here = source.tower is not None and (path := local_path(source.tower)) is not None and path.is_dir()
+    here = source.tower is not None and (path := local_path(source.tower)) is not None and os.path.isdir(path)
     if held and not source.asked_tower and not here:
         source.report.notes.append(
             f"The tower {source.tower} is no folder: its sizes are read from its weights, heads of 64."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_skip.checkpoints.layouts import find_tower
 from llava_skip_base import files
 from llava_skip_base.errors import MissingFileError, UserError
 
@@ -173,6 +174,14 @@ def test_local_paths(source, tmp_path, monkeypatch):
     assert files.local_path(source) == Path(str(source).replace("~", str(tmp_path)))
     with pytest.raises(MissingFileError, match="The model .* does not exist: give a folder or a hub name"):
         files.find_local(source, "model")
+
+
+@pytest.mark.parametrize("source", ["x" * 9000, "x/" * 4500, "a\0b"])
+def test_names_that_no_file_can_have(source):
+    with pytest.raises(MissingFileError, match="does not exist") as caught:
+        files.find_local(source, "model")
+    assert len(str(caught.value)) < 500
+    assert find_tower({"mm_vision_tower": source}, None, Path()) == source
 
 
 def test_what_exists_is_local(tmp_path, monkeypatch):

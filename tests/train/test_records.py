@@ -67,6 +67,12 @@ def test_empty_columns_of_other_media_and_closed_tags_do_no_harm():
     assert normalise(row)["fault"] is None
 
 
+@pytest.mark.parametrize("answer", ["Use the <video> tag.", "Write `<audio>`, not `<video>`.", "<video> b </video>"])
+def test_an_answer_may_name_a_tag(answer):
+    assert normalise({"conversations": turns("How?", answer)})["fault"] is None
+    assert normalise({"conversations": turns("How?", f"{answer} <video>")})["fault"]  # at the end: a marker
+
+
 @pytest.mark.parametrize("system", ["Answer like a pirate.", "", None, " "])
 def test_a_records_own_system_text_comes_first(system):
     found = normalise({"system": system, "conversations": turns("Hi", "Yo")})

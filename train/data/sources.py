@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset
 from PIL import Image
 
 from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import MissingFileError, UserError, shortened
-from llava_skip_base.files import image_path, is_hub_name, read_json, read_text
+from llava_skip_base.files import image_path, is_hub_name, read_json
 from llava_skip_base.images import image_name, is_data_uri, open_image
+from llava_skip_base.yaml_files import read_yaml
 from train.data.reading import file_stamp, read_table, table_stamp
 from train.data.records import Record, as_record
 from train.data.turns import RecordError
@@ -67,11 +67,15 @@ class Source:
         if not isinstance(self.path, str) or not self.path:
             raise UserError(f"source {self.name!r} has no path: give a file, a folder or a hub name.")
         if not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1000:
-            raise UserError(f"source {self.name!r} has the weight {self.weight!r}; it must be between 0 and 1000.")
+            raise UserError(
+                f"source {self.name!r} has the weight {shortened(repr(self.weight))}; it must be between 0 and 1000."
+            )
         for name in ("images", "renames"):
             value = getattr(self, name) or ""
             if not all(isinstance(v, str) for v in (value.values() if isinstance(value, dict) else [value])):
-                raise UserError(f"source {self.name!r} has the {name} {value!r}; give a path, or names with paths.")
+                raise UserError(
+                    f"source {self.name!r} has the {name} {shortened(repr(value))}; give a path, or names with paths."
+                )
         for folder in self.images.values() if isinstance(self.images, dict) else [self.images]:
             if folder and not Path(folder).is_dir():
                 raise MissingFileError(f"IMAGES {folder} does not exist: give the folder that image paths start from.")
@@ -102,10 +106,7 @@ def read_sources(data: str, images: str = "") -> list[Source]:
 def _read_mixture(path: Path) -> list[Source]:
     if not path.is_file():
         raise MissingFileError(f"DATA {path} does not exist: give a YAML with `sources`.")
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"DATA {path} is not valid YAML: {error}") from error
+    content = read_yaml(path)
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries or set(content) != {"sources"}:
         raise UserError(f"DATA {path} must hold `sources:` alone, and under it each source's name with its fields.")
@@ -115,7 +116,11 @@ def _read_mixture(path: Path) -> list[Source]:
 def _read_source(name: str, entry: Any, mixture: Path) -> Source:
     known = [f.name for f in fields(Source) if f.name != "name"]
     if not isinstance(entry, dict) or (unknown := sorted(set(map(str, entry)) - set(known))):
-        seen = f"the unknown fields {unknown}" if isinstance(entry, dict) else f"no fields, but {entry!r}"
+        seen = (
+            f"the unknown fields {shortened(unknown, 200)}"
+            if isinstance(entry, dict)
+            else f"no fields, but {shortened(repr(entry))}"
+        )
         raise UserError(f"DATA {mixture}: source {name!r} has {seen}; known fields are {', '.join(known)}.")
     placed = {key: _beside(mixture, value) for key, value in entry.items() if key in ("path", "images", "renames")}
     return Source(**{"name": name, "path": "", **entry, **placed})

@@ -24,6 +24,8 @@ _IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELDS = ("image_url", "image", "url", "path", "base64")
 _OTHER_MEDIA = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)
 """A marker of another medium; in a web page such a tag is closed."""
+_IN_A_SENTENCE = re.compile(r"(?<=[^\s<>] )<(?:video|audio)>(?= [^\s<>])|`<(?:video|audio)>`")
+"""In an answer the name of a tag, as in: use the <video> tag."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -60,7 +62,7 @@ def read_turn(turn: dict[str, Any], forms: Sequence[tuple[str, str]]) -> Turn:
     if isinstance(content, list) and said == "content":
         parts = [_read_part(part) for part in content]
         content, images = "".join(text for text, _ in parts), [image for _, own in parts for image in own]
-    message: dict[str, Any] = {"role": role, "content": _check_markers(text_of(content))}
+    message: dict[str, Any] = {"role": role, "content": _check_markers(text_of(content), role)}
     if not _is_learnt(turn, role):
         message["supervised"] = False
     known = (speaker, said, *MARKS)
@@ -138,8 +140,8 @@ def _role(speaker: Any) -> str:
     return ROLES.get(name, shortened(name, 40))
 
 
-def _check_markers(text: str) -> str:
-    if found := _OTHER_MEDIA.search(text):
+def _check_markers(text: str, role: str) -> str:
+    if found := _OTHER_MEDIA.search(_IN_A_SENTENCE.sub("", text) if role == "assistant" else text):
         raise RecordError(f"{found[0]} cannot be trained on: a record may have text and images")
     return text
 

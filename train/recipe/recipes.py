@@ -15,11 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_text
 from llava_skip_base.paths import checkpoints, embedded_data, shown
+from llava_skip_base.yaml_files import read_yaml
 
 RECIPE = "--recipe"
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -102,10 +100,7 @@ def read_recipe(source: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"There is no recipe {source!r}: give a YAML file, or one of {', '.join(recipe_names())}.")
     if path.resolve() in above:
         raise UserError(f"The recipe {source} is based on itself.")
-    try:
-        recipe = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds no recipe: it must map arguments to values.")
     base = recipe.pop("base", None)
