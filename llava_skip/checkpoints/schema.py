@@ -70,6 +70,8 @@ def _fault(name: str, value: Any) -> str | None:
     """What a value should be; None if it can be meant, or is of no interest."""
     if callable(getattr(PreTrainedConfig, name, None)):
         return "left out: a field may not take the place of a method"
+    if isinstance(value, dict) and _has_odd_dtype(value):
+        return "an object in which each dtype is a text"
     if name in _SIZES or name in _OPTIONAL_SIZES:
         fits = _is_count(value, 1, _LARGEST) or (value is None and name in _OPTIONAL_SIZES)
         return None if fits else f"a whole number from 1 to {_LARGEST}"
@@ -94,6 +96,12 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "rope_theta":
         return None if _is_positive(value) else "a positive number"
     return None
+
+
+def _has_odd_dtype(value: dict[str, Any]) -> bool:
+    """Whether an object, or one in it, has a `dtype` that transformers cannot show in its messages."""
+    odd = not isinstance(value.get("dtype"), (str, int, dict, type(None)))
+    return odd or any(_has_odd_dtype(part) for part in value.values() if isinstance(part, dict))
 
 
 def _rope_fault(value: Any) -> str | None:

@@ -26,7 +26,7 @@ def damaged(raw, rng):
             del part[last]
         else:
             part[last if rng.random() < 0.95 else rng.choice(["text_config", "to_dict", "rope_scaling", "dtype"])] = (
-                rng.choice(VALUES)
+                copy.deepcopy(rng.choice(VALUES))
             )
         if not new:
             break
