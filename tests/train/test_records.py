@@ -73,6 +73,13 @@ def test_an_answer_may_name_a_tag(answer):
     assert normalise({"conversations": turns("How?", f"{answer} <video>")})["fault"]  # at the end: a marker
 
 
+def test_a_question_may_name_a_tag_but_not_begin_with_a_marker():
+    for question in ("How do I style the <video> tag?", "Is `<audio>` allowed?", "List all <video> elements"):
+        assert normalise({"conversations": turns(question, "So.")})["fault"] is None
+    for question in ("<video>\nWhat happens?", "What happens in <video>?", "<video> What is this tag?"):
+        assert normalise({"conversations": turns(question, "So.")})["fault"]
+
+
 @pytest.mark.parametrize("system", ["Answer like a pirate.", "", None, " "])
 def test_a_records_own_system_text_comes_first(system):
     found = normalise({"system": system, "conversations": turns("Hi", "Yo")})

@@ -24,7 +24,9 @@ _IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELDS = ("image_url", "image", "url", "path", "base64")
 _OTHER_MEDIA = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)
 """A marker of another medium; in a web page such a tag is closed."""
-_IN_A_SENTENCE = re.compile(r"(?<=[^\s<>] )<(?:video|audio)>(?= [^\s<>])|`<(?:video|audio)>`")
+_NAMED = re.compile(r"<(?:video|audio)>(?= (?:tag|element|attribute)s?\b)|`<(?:video|audio)>`")
+"""The name of a tag, in a text about web pages."""
+_IN_A_SENTENCE = re.compile(r"(?<=[^\s<>] )<(?:video|audio)>(?= [^\s<>])")
 """In an answer the name of a tag, as in: use the <video> tag."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -141,7 +143,8 @@ def _role(speaker: Any) -> str:
 
 
 def _check_markers(text: str, role: str) -> str:
-    if found := _OTHER_MEDIA.search(_IN_A_SENTENCE.sub("", text) if role == "assistant" else text):
+    named = _NAMED.sub("", text)
+    if found := _OTHER_MEDIA.search(_IN_A_SENTENCE.sub("", named) if role == "assistant" else named):
         raise RecordError(f"{found[0]} cannot be trained on: a record may have text and images")
     return text
 
