@@ -28,9 +28,14 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 def refuse_pointer(path: Path) -> None:
     """Raise UserError if a file that exists is a git-lfs pointer, in place of the file itself."""
+    if is_pointer(path):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in {path.parent}.")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file that exists is a git-lfs pointer."""
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in {path.parent}.")
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def read_text(path: Path) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from llava_skip_base.errors import UserError, shortened
+from llava_skip_base.files import is_pointer
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Formats that are tried, in Pillow's names; a JPEG may hold several (MPO). Others run programs (EPS), or are rare."""
@@ -64,8 +65,13 @@ def open_image(source: str | bytes | Path) -> Image.Image:
     if isinstance(source, str) and is_data_uri(source):
         source = data_uri_bytes(source)
     file, formats = io.BytesIO(source) if isinstance(source, bytes) else source, _formats()
-    with calling_pillow():
-        return Image.open(file, formats=formats)
+    try:
+        with calling_pillow():
+            return Image.open(file, formats=formats)
+    except ImageError:
+        if not isinstance(source, bytes) and (path := Path(source)).is_file() and is_pointer(path):
+            raise ImageError("a git-lfs pointer, not the image itself: run git lfs pull in its folder") from None
+        raise
 
 
 @cache

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import parse_json, read_json_lines, read_text, write_bytes
+from llava_skip_base.files import parse_json, read_json_lines, read_text, refuse_pointer, write_bytes
 from llava_skip_base.texts import shortened
 
 Row = dict[str, Any]
@@ -98,6 +98,7 @@ def read_rows(path: Path) -> list[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot read '{path.suffix}' files; give one of {', '.join(READERS)}.")
+    refuse_pointer(path)
     try:
         rows = list(reader(path))
     except UnicodeDecodeError as error:

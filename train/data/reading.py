@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
 from llava_skip_base.errors import MissingFileError, UserError, first_few, shortened
-from llava_skip_base.files import local_path
+from llava_skip_base.files import local_path, refuse_pointer
 from train.data.json_items import Item, json_items, json_kind
 from train.data.records import Record, broken, normalise
 
@@ -103,6 +103,8 @@ def _existing(path: str) -> Path | None:
     if not local.is_dir() and not json_kind(local) and local.suffix.lower() != ".parquet":
         known = ".json, .jsonl or .ndjson (also with .gz), .parquet, a folder or a hub name"
         raise UserError(f"DATA {path} is of an unknown kind: give {known}.")
+    if local.is_file():
+        refuse_pointer(local)
     return local
 
 
