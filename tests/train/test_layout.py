@@ -176,6 +176,9 @@ def test_between_zero_and_no_zero_a_checkpoint_is_refused(words, tmp_path, stage
             UserError, match=f"by 2 processes under ZeRO-3, and this run has 1 process without .*{hint}"
         ):
             prepare(checkpoint, run)
+        seal(checkpoint, Manifest(3, 2, 0))
+        with pytest.raises(UserError, match="this run has 1 process without .*such as 0"):
+            prepare(checkpoint, run)
     else:
         prepare(checkpoint, run)
         assert "2 processes without DeepSpeed, and this run has 1 process without" in capsys.readouterr().err

@@ -33,10 +33,11 @@ def prepare(checkpoint: Path, arguments: Any) -> None:
     if not is_redivided(manifest, arguments):
         return
     was, now = _described(manifest.world_size, manifest.zero_stage), _described(arguments.world_size, stage)
-    if bool(stage) != bool(manifest.zero_stage):
+    # Stages 1 to 3 are alike; stage 0 and no DeepSpeed save files of other kinds.
+    if (stage and 1) != (manifest.zero_stage and 1):
         raise UserError(
             f"{checkpoint} was written by {was}, and this run has {now}: continue it "
-            f"{f'under a ZeRO stage, such as {manifest.zero_stage}' if manifest.zero_stage else 'without ZeRO'}, or "
+            f"{f'under a ZeRO stage, such as {manifest.zero_stage}' if manifest.zero_stage is not None else 'without DeepSpeed'}, or "
             f"start another run from its weights (--model {checkpoint}, another OUTPUT)."
         )
     own = arguments.own_layout
