@@ -35,10 +35,12 @@ def prepare(checkpoint: Path, arguments: Any) -> None:
     was, now = _described(manifest.world_size, manifest.zero_stage), _described(arguments.world_size, stage)
     # Stages 1 to 3 are alike; stage 0 and no DeepSpeed save files of other kinds.
     if (stage and 1) != (manifest.zero_stage and 1):
+        how = "without DeepSpeed"
+        if manifest.zero_stage is not None:
+            how = f"under a ZeRO stage, such as {manifest.zero_stage}"
         raise UserError(
-            f"{checkpoint} was written by {was}, and this run has {now}: continue it "
-            f"{f'under a ZeRO stage, such as {manifest.zero_stage}' if manifest.zero_stage is not None else 'without DeepSpeed'}, or "
-            f"start another run from its weights (--model {checkpoint}, another OUTPUT)."
+            f"{checkpoint} was written by {was}, and this run has {now}: continue it {how}, or start another run from "
+            f"its weights (--model {checkpoint}, another OUTPUT)."
         )
     own = arguments.own_layout
     _say(f"{checkpoint.name} was written by {was}, and this run has {now}. A step has the same samples: {own}.")
