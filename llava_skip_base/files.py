@@ -189,9 +189,22 @@ def image_path(folder: str | Path, name: str) -> Path:
     Raises:
         UserError: the name is absolute or goes up.
     """
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if leaves_folder(name):
         raise UserError(f"{shortened(name)} leaves the image folder {folder}")
     return Path(folder) / name
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name that stands in a file is absolute or goes up."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
+
+
+def hash_file(path: Path, digest: Any) -> None:
+    """Add a file's bytes to a digest of `hashlib`, a piece at a time."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def is_hub_name(text: str) -> bool:

@@ -136,6 +136,6 @@ def orientation(image: Image.Image) -> int:
     try:
         with calling_pillow():
             value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except ImageError:  # data about the photograph may be broken: it is read all the same
+    except ImageError:  # data about the photograph may be broken, and the image still whole
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

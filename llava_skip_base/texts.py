@@ -18,3 +18,8 @@ def shortened(value: Any, limit: int = 80) -> str:
     """A value as text for a message, cut to `limit` characters."""
     text = str(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def one_line(error: BaseException, lines: int | None = None) -> str:
+    """The first `lines` of an error's message, as one."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())

@@ -10,9 +10,7 @@ from llava_skip_base.errors import UserError
 _QUESTION = "Which?"
 _PROBES: tuple[Any, ...] = (_QUESTION, [{"type": "image"}, {"type": "text", "text": _QUESTION}])
 """What a user can say, in the forms that templates take."""
-_ADVICE = (
-    "correct it, or save the model with another one (python -m llava_skip.convert SOURCE OUTPUT --template NAME does)."
-)
+_ADVICE = "correct it, or save the model with another one (llava-skip convert SOURCE OUTPUT --template NAME does)."
 
 
 def check_template(folder: Path, processor: Any, takes_images: bool) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import parse_json, read_json_lines, read_text, refuse_pointer, write_bytes
+from llava_skip_base.files import hash_file, parse_json, read_json_lines, read_text, refuse_pointer, write_bytes
 from llava_skip_base.texts import shortened
 
 Row = dict[str, Any]
@@ -122,9 +122,7 @@ def sha256(paths: Iterable[Path]) -> str:
     for path in files:
         if len(files) > 1:  # one file alone keeps the hash that sha256sum prints
             digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        hash_file(path, digest)
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava_skip_base.errors import MissingFileError, UserError, first_few
 from llava_skip_base.files import find_local, read_json, refuse_pointer
+from llava_skip_base.texts import one_line
 
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -176,8 +177,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _broken(path: Path, error: Exception) -> UserError:
     reason = one_line(error, 1) or type(error).__name__
     return UserError(f"{path.parent} cannot be loaded: {path.name} is broken ({reason}); copy or save it again.")
-
-
-def one_line(error: Exception, lines: int | None = None) -> str:
-    """The first `lines` of an error's message, as one."""
-    return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())

@@ -8,11 +8,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, BaseImageProcessor
 
-from llava_skip.checkpoints.files import one_line
 from llava_skip.checkpoints.tokenizer import check_tokenizer_files
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
-from llava_skip_base.texts import shortened
+from llava_skip_base.texts import one_line, shortened
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _COUNTS = {"image_seq_length", "crop_rows", "max_tiles", "patch_size"}

@@ -12,11 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llava_skip.checkpoints.files import find_folder, one_line, refuse_pointers
+from llava_skip.checkpoints.files import find_folder, refuse_pointers
 from llava_skip.processing import IMAGE_TOKEN
 from llava_skip_base.errors import MissingPackageError, UserError
 from llava_skip_base.files import read_json
-from llava_skip_base.texts import shortened
+from llava_skip_base.texts import one_line, shortened
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _SWITCHES = {"add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "clean_up_tokenization_spaces"}

@@ -6,7 +6,6 @@ import pytest
 from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip_base.exits import USER_ERROR
 from tests.support.conversations import byte_tokenizer, random_image
-from tests.support.interrupted import Attempts
 from tests.support.records import record
 from tests.support.runs import train
 from tests.support.small_models import small_config
@@ -55,13 +54,6 @@ def test_a_grouped_run_and_a_streamed_one(folder):
         run(folder, "both", "--streaming", "true", "--group_by_modality_length", "true")
     with pytest.raises(ValueError, match="leaves no step: there are 24 samples, and one takes 32"):
         run(folder, "short", "--dataloader_drop_last", "true", "--per_device_train_batch_size", "32")
-
-
-@pytest.fixture(scope="module")
-def attempt():
-    attempts = Attempts()
-    yield attempts
-    attempts.close()
 
 
 def in_folder(folder, *options):

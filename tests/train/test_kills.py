@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.support.interrupted import ROOT, Attempts, outcome, write_inputs
+from tests.support.interrupted import ROOT, outcome, write_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -17,13 +17,6 @@ SAVING = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "pro
 """Functions that run while a checkpoint is written, in this order; `seal` on rank 0 alone."""
 KINDS = (BETWEEN, BETWEEN, BETWEEN, SAVING, SAVING)
 """Five kills for each test, twenty in all."""
-
-
-@pytest.fixture(scope="module")
-def attempt():
-    attempts = Attempts()
-    yield attempts
-    attempts.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from llava_skip_base.exits import HUNG, NOT_SAVED, PREEMPTED, USER_ERROR
-from tests.support.interrupted import ROOT, Attempts, environment, outcome, write_inputs
+from tests.support.interrupted import ROOT, environment, outcome, write_inputs
 
 KILLS = {
     "in the first step": ("training_step", 1),
@@ -29,13 +29,6 @@ KILLS = {
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def attempt():
-    attempts = Attempts()
-    yield attempts
-    attempts.close()
 
 
 @pytest.fixture(scope="module")

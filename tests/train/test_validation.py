@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip_base.exits import PREEMPTED
-from tests.support.interrupted import Attempts, launch_and_wait, outcome, write_inputs
+from tests.support.interrupted import launch_and_wait, outcome, write_inputs
 from tests.support.runs import ROOT, losses, train
 from train.arguments import identity, resolved
 from train.data import load_records
@@ -189,13 +189,6 @@ def test_when_to_save_and_to_validate_makes_no_other_run(words):
 BEST = (*SHARE, "--load_best_model_at_end", "true", "--save_steps", "2", "--max_steps", "10")
 # A rate that grows, at which the loss only rises: the first checkpoint is the best.
 WORSE = ("--learning_rate", "10", "--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "20")
-
-
-@pytest.fixture(scope="module")
-def attempt():
-    attempts = Attempts()
-    yield attempts
-    attempts.close()
 
 
 def test_the_best_checkpoint_is_kept_and_exported(attempt, arguments, tmp_path):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llava_skip_base.errors import MissingFileError, UserError, first_few, shortened
 from llava_skip_base.files import local_path, refuse_pointer
+from llava_skip_base.texts import one_line
 from train.data.json_items import Item, json_items, json_kind
 from train.data.records import Record, broken, normalise
 
@@ -175,7 +176,7 @@ def _json_record(item: Item, name: str) -> Record:
 
 
 def _one_line(error: BaseException) -> str:
-    return shortened(" ".join(str(error).split()), 200)
+    return shortened(one_line(error), 200)
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:

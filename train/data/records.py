@@ -1,7 +1,7 @@
 """The one form of a record, whatever file it comes from, and what can be wrong with it before an image is opened.
 
 A record is `{"id", "messages", "images", "fault", "unread"}`: messages are `{"role", "content"}` turns in
-transformers' roles with `<image>` where an image belongs, and `"supervised": False` in an answer that is not learnt;
+transformers' roles with `<image>` where an image belongs, and `"supervised": False` in an answer without labels;
 images are file names, data URIs or `{"bytes", "path"}`; fault says why a row could not be brought into this form;
 unread names the columns that hold something and that nothing reads.
 """
@@ -151,7 +151,7 @@ def find_fault(record: Record, image_length: int, max_length: int) -> Fault | No
     if any(IMAGE_TOKEN in answer["content"] for answer in answers):
         return Fault("placeholders", f"an answer has {IMAGE_TOKEN}, but images can only be in a question")
     if not any(answer.get("supervised", True) for answer in answers):
-        return Fault("nothing learnt", "every answer is marked not to be learnt")
+        return Fault("nothing learnt", "every answer is marked as not supervised")
     return _find_image_fault(record, image_length, max_length)
 
 

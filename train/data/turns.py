@@ -17,7 +17,7 @@ ROLES = {
 }  # fmt: skip
 """Speakers of the formats -> roles of transformers'."""
 MARKS = ("weight", "loss", "train")
-"""Fields of a turn, each of which says whether it is learnt."""
+"""Fields of a turn, each of which says whether it is supervised."""
 _FORMS = (("from", "value"), ("role", "content"))
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -43,7 +43,7 @@ class Turn(NamedTuple):
     """A turn in the one form.
 
     Attributes:
-        message: `role`, `content`, and `supervised` if it is an answer that is not learnt.
+        message: `role`, `content`, and `supervised` if it is an answer that is not supervised.
         images: of its image parts, each as in a record, or None if the part does not name it.
         unread: fields that nothing reads.
     """
@@ -65,7 +65,7 @@ def read_turn(turn: dict[str, Any], forms: Sequence[tuple[str, str]]) -> Turn:
         parts = [_read_part(part) for part in content]
         content, images = "".join(text for text, _ in parts), [image for _, own in parts for image in own]
     message: dict[str, Any] = {"role": role, "content": _check_markers(text_of(content), role)}
-    if not _is_learnt(turn, role):
+    if not _is_supervised(turn, role):
         message["supervised"] = False
     known = (speaker, said, *MARKS)
     return Turn(message, images, [name for name, value in turn.items() if name not in known and value is not None])
@@ -149,7 +149,7 @@ def _check_markers(text: str, role: str) -> str:
     return text
 
 
-def _is_learnt(turn: dict[str, Any], role: str) -> bool:
+def _is_supervised(turn: dict[str, Any], role: str) -> bool:
     """Whether a turn's own fields leave it supervised, as far as turns of its role are."""
     answers = True
     for name in MARKS:
@@ -159,6 +159,6 @@ def _is_learnt(turn: dict[str, Any], role: str) -> bool:
         if value not in (0, 1):
             raise RecordError(f"a turn's '{name}' must be 0 or 1, or true or false, not {short(value)}")
         if role != "assistant" and value and name != "weight":
-            raise RecordError(f"a turn of the role {short(role)} has '{name}': true, but only answers are learnt")
+            raise RecordError(f"a turn of the role {short(role)} has '{name}': true, but only answers are supervised")
         answers = answers and bool(value)
     return answers or role != "assistant"

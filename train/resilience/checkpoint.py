@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_json, read_text, write_json
+from llava_skip_base.files import hash_file, leaves_folder, read_json, read_text, write_json
 
 MANIFEST = "checkpoint.json"
 """Lists the files of a whole checkpoint; written last."""
@@ -82,8 +82,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    return "\0" not in name and not leaves_folder(name)
 
 
 def _is_sum(value: Any) -> bool:
@@ -92,10 +91,8 @@ def _is_sum(value: Any) -> bool:
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file."""
-    with file.open("rb") as handle:
-        found = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            found.update(block)
+    found = hashlib.sha256()
+    hash_file(file, found)
     return found.hexdigest()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import one_line
 
 DEEPSPEED = {
     "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
@@ -59,7 +60,7 @@ def _refused(file: Path, why: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (one_line(error, 1) or type(error).__name__)[:200]
 
 
 @contextmanager
