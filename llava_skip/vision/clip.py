@@ -59,7 +59,11 @@ class ClipTower(CLIPVisionModel):
                 f"Images are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
                 "set the image processor's crop_size to the tower's image_size."
             )
-        return self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
+        states = self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
+        # Activation checkpointing makes transformers ask for gradients of a model's embeddings, these too: a frozen
+        # tower would then be run a second time and backwards, for nothing.
+        trained = pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return states if trained else states.detach()
 
     def _used_layers(self, feature_layer: int, rank: bool) -> int:
         depth = len(self.encoder.layers)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
+from llava_skip.products import Products, linear
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.front_end import Box, FrontEnd, grid_boxes
-from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
+from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig, resampler_products
 from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class ChainOfSightFrontEnd(FrontEnd):
     def visual_tokens(self, config: LlavaSkipConfig, crops: int) -> int:
         """The queries of all scales."""
         return sum(_resampler(config).queries)
+
+    def projector_products(self, config: LlavaSkipConfig, crops: float) -> Products:
+        """Those of the resampler."""
+        vision = config.vision_config
+        features = (vision.image_size // vision.patch_size) ** 2
+        return resampler_products(_resampler(config), features, vision.hidden_size) * crops + Products(
+            weights=linear(crops * self.visual_tokens(config, 1), _resampler(config).width, config.text_config.hidden_size)
+        )
 
     def build_projector(self, config: LlavaSkipConfig) -> nn.Module:
         """The resampler."""
