@@ -31,7 +31,12 @@ class DecoderFlops:
 
 
 def decoder_flops(
-    text: PreTrainedConfig, tokens: float, ffn_tokens: float, head_tokens: int, samples: int = 1, keys: float | None = None
+    text: PreTrainedConfig,
+    tokens: float,
+    ffn_tokens: float,
+    head_tokens: int,
+    samples: int = 1,
+    keys: float | None = None,
 ) -> DecoderFlops:
     """FLOPs of a forward through all layers and the head.
 

@@ -47,8 +47,17 @@ class ChainOfSightFrontEnd(FrontEnd):
         vision = config.vision_config
         features = (vision.image_size // vision.patch_size) ** 2
         return resampler_products(_resampler(config), features, vision.hidden_size) * crops + Products(
-            weights=linear(crops * self.visual_tokens(config, 1), _resampler(config).width, config.text_config.hidden_size)
+            weights=linear(
+                crops * self.visual_tokens(config, 1), _resampler(config).width, config.text_config.hidden_size
+            )
         )
+
+    def projector_bytes(self, config: LlavaSkipConfig, crops: float, element: int) -> int:
+        """Of the resampler: of each scale and level the features with their keys and values, and the queries."""
+        vision, resampler = config.vision_config, _resampler(config)
+        features = (vision.image_size // vision.patch_size) ** 2 * (2 * vision.hidden_size + 2 * resampler.width)
+        numbers = sum(features + 16 * queries * resampler.width for queries in resampler.queries)
+        return round(crops * element * (len(resampler.levels) * numbers + 2 * sum(resampler.queries) * resampler.width))
 
     def build_projector(self, config: LlavaSkipConfig) -> nn.Module:
         """The resampler."""

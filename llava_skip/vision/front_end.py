@@ -90,6 +90,11 @@ class FrontEnd:
         first = linear(tokens, config.vision_config.hidden_size, width)
         return Products(weights=first + linear(tokens, width, width), first=first)
 
+    def projector_bytes(self, config: LlavaSkipConfig, crops: float, element: int) -> int:
+        """Bytes that autograd saves of a trainable projector, with numbers of `element` bytes."""
+        widths = config.vision_config.hidden_size + 2 * config.text_config.hidden_size
+        return round(crops * config.patches * widths * element)
+
     # --- modules and tokens
 
     def build_projector(self, config: LlavaSkipConfig) -> nn.Module:

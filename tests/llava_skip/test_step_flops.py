@@ -1,7 +1,6 @@
 """The FLOPs of a training step by formula equal those that torch counts, forward and backward."""
 
 import pytest
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
