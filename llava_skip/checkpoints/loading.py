@@ -82,14 +82,13 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    parts: dict[str, Any] = {"vision_tower": vision_tower, "projector": projector, "lora": lora}
-    source = open_source(path, language_model_type=language_model_type, **parts)
+    parts: dict[str, Any] = {"projector": projector, "lora": lora, "language_model_type": language_model_type}
+    source = open_source(path, vision_tower=vision_tower, **parts)
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
         raise UserError(f"{path} has no embedding of the language model: is it a whole model?")
-    if config is None:
-        config = configure(source, weights, own_tower, preset=preset, skip=skip, reduction=reduction)
+    config = config or configure(source, weights, own_tower, preset=preset, skip=skip, reduction=reduction)
     if source.joins:
         weights |= _tower_weights(source, weights)
         _express_linear(weights, source.settings, report)
@@ -100,8 +99,8 @@ def load_checkpoint(
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
     _add_adapter(model, source)
     _set_stop_tokens(model, source.folder)
-    model.load_report = report
     _tell(report, log)
+    model.load_report = report
     return model.eval()
 
 
