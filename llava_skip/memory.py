@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.flops import head_widths
 from llava_skip.step_flops import Load
 from llava_skip.vision import get_front_end
 
@@ -34,8 +35,7 @@ def layer_bytes(text: PreTrainedConfig, load: Load, element: int = 2, masked: bo
         masked: whether attention gets a mask, as for a padded batch.
     """
     width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or width // heads
-    queries, key_values = heads * head_width, text.num_key_value_heads * head_width
+    queries, key_values = head_widths(text)
     norm = FLOAT * width + FLOAT + 2 * element * width
     attention = element * (2 * queries + 2 * (queries if masked else key_values)) + FLOAT * heads
     if text.model_type == "qwen3":  # norms of each head's query and key
@@ -190,5 +190,4 @@ def states(parameters: int, trainable: int, largest: int, zero: Zero, processes:
 
 def cache_token_bytes(text: PreTrainedConfig, element: int = 2) -> int:
     """Bytes of one token's keys and values in all layers."""
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers * 2 * text.num_key_value_heads * head_width * element
+    return text.num_hidden_layers * 2 * head_widths(text)[1] * element

@@ -11,8 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import decoder_flops
+from llava_skip.flops import decoder_flops, head_widths
 from llava_skip.products import Products, linear
+from llava_skip.reduction import LayerRows
 from llava_skip.vision import get_front_end
 
 ADAMW_FLOPS = 15
@@ -27,7 +28,7 @@ class Load:
         samples: their number.
         images: their number.
         crops: of all images.
-        tokens: that attend, averaged over the layers.
+        tokens: that attend, averaged over the layers. Where fewer ask than are asked: the number with equal products.
         pairs: query and key of one sample: the sum of squared numbers of tokens, averaged over the layers.
         ffn_tokens: that take the FFN, averaged over the layers.
         head_tokens: that reach the head: the supervised ones in training.
@@ -82,6 +83,19 @@ class StepFlops:
         return self.model + self.recomputed + self.optimizer
 
 
+def image_rows(config: LlavaSkipConfig, crops: int | None = None) -> list[LayerRows]:
+    """For each decoder layer the tokens of an image with `crops` crops; default: the most that it can have."""
+    crops, layers = crops or config.most_crops, config.text_config.num_hidden_layers
+    if (reduction := config.reduction_config) is not None:
+        return reduction.rule.layer_rows(reduction, config, crops)
+    tokens, skip = config.image_length(crops), config.skip_config
+    if skip is None:
+        return [LayerRows(tokens, tokens, tokens, tokens)] * layers
+    kept = skip.num_kept if skip.forget_cache else tokens
+    skips = [skip.layers is None or layer in skip.layers for layer in range(layers)]
+    return [LayerRows(tokens, tokens, skip.num_kept if skipping else tokens, kept) for skipping in skips]
+
+
 def tower_products(config: LlavaSkipConfig, crops: float) -> Products:
     """Of the tower's layers before the features, on `crops` crops, with the ranking where there is one."""
     vision = config.vision_config
@@ -127,14 +141,11 @@ def _decoder(config: LlavaSkipConfig, load: Load, rank: int) -> _Decoder:
     keys = load.pairs / load.tokens if load.tokens else 0
     flops = decoder_flops(text, load.tokens, load.ffn_tokens, 0, keys=keys)
     last = 0 if load.gathered else round(flops.ffn / 3)
-    own = Products(weights=flops.projections + flops.ffn, states=flops.attention, last=last)
-    width, inner = text.hidden_size, text.intermediate_size
-    head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, key_values = text.num_attention_heads * head_width, text.num_key_value_heads * head_width
-    attention = linear(load.tokens, rank, 2 * (width + queries) + 2 * (width + key_values))
-    return _Decoder(own, Products(weights=attention + linear(load.ffn_tokens, rank, 3 * (width + inner))) * (
-        text.num_hidden_layers
-    ))  # fmt: skip
+    own = Products(round(flops.projections) + flops.ffn, states=round(flops.attention), last=last)
+    width, (queries, key_values) = text.hidden_size, head_widths(text)
+    factors = linear(load.tokens, rank, 2 * (width + queries) + 2 * (width + key_values))
+    factors += linear(load.ffn_tokens, rank, 3 * (width + text.intermediate_size))
+    return _Decoder(own, Products(factors) * text.num_hidden_layers)
 
 
 def step_flops(

@@ -44,13 +44,11 @@ class ChainOfSightFrontEnd(FrontEnd):
 
     def projector_products(self, config: LlavaSkipConfig, crops: float) -> Products:
         """Those of the resampler."""
-        vision = config.vision_config
+        vision, resampler = config.vision_config, _resampler(config)
         features = (vision.image_size // vision.patch_size) ** 2
-        return resampler_products(_resampler(config), features, vision.hidden_size) * crops + Products(
-            weights=linear(
-                crops * self.visual_tokens(config, 1), _resampler(config).width, config.text_config.hidden_size
-            )
-        )
+        readers = resampler_products(resampler, features, vision.hidden_size)
+        last = linear(sum(resampler.queries), resampler.width, config.text_config.hidden_size)
+        return (readers + Products(weights=last)) * crops
 
     def projector_bytes(self, config: LlavaSkipConfig, crops: float, element: int) -> int:
         """Of the resampler: of each scale and level the features with their keys and values, and the queries."""

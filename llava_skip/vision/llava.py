@@ -20,6 +20,7 @@ class LlavaFrontEnd(FrontEnd):
 
     name = "llava"
     is_llava_hf = True
+    gives_patches = True
 
     def ranks(self, config: LlavaSkipConfig) -> bool:
         """A skipping model ranks them."""
