@@ -110,13 +110,19 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
     counts = parameter_counts(config, training.trained, training.lora_rank)
     steps = training.steps(shape.samples)
     share = steps * training.samples_per_step / shape.samples
-    epoch = shape.load(config, training.max_length)
+    # An image that --max_length would cut is counted whole, with its text, and does not fit.
+    epoch = shape.load(config, max(training.max_length, 2 * config.image_seq_length))
     load = Load(**{name: value * share for name, value in asdict(epoch).items() if name != "gathered"})
     updated = counts["trainable"] * steps
     flops = step_flops(config, load, training.trained, training.checkpointing, training.lora_rank, updated)
     seconds = machine.seconds(flops.total) + steps * machine.step_seconds
     peak = machine.gpus * machine.gpu.tflops * 1e12
     memory = training_memory(config, training, machine, counts, longest_batch(config, shape, training))
+    mean = {name: value * training.batch / shape.samples for name, value in asdict(epoch).items() if name != "gathered"}
+    usual = training_memory(config, training, machine, counts, Load(**mean))
+    memory |= {"mean_batch_peak": usual["peak"], "mean_batch_activations": usual["activations"]}
+    if too_long := shape.images.any() and config.image_seq_length >= training.max_length:
+        memory["fits"] = False
     return {
         "parameters": counts["all"],
         "trainable": counts["trainable"],
@@ -128,6 +134,7 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
         "hours": seconds / 3600,
         "mfu": flops.model / (seconds * peak),
         "memory": memory,
+        "image_is_cut": bool(too_long),
     }
 
 
@@ -163,9 +170,7 @@ def training_memory(
     parts = set(training.trained)
     tower, projector = "vision_tower" in parts, "multi_modal_projector" in parts
     masked = training.batch > 1
-    kept = {
-        on: activations(config, batch, tower, projector, on, masked=masked).total for on in (True, False)
-    }
+    kept = {on: activations(config, batch, tower, projector, on, masked=masked).total for on in (True, False)}
     peak = held.total + max(kept[training.checkpointing], held.update)
     return {
         "weights": held.weights / GIB,

@@ -125,5 +125,7 @@ def measured(records: RecordSet, processor: LlavaSkipProcessor, processes: int, 
     chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
     found = list(map_rows(_Lengths(records, processor), chosen, processes, "measuring samples"))
     text, supervised, images = np.array(found, dtype=np.float64).T
-    words = f"measured: {source}" + (f", {len(chosen):,} of its {len(rows):,} records" if len(chosen) < len(rows) else "")
+    words = f"measured: {source}" + (
+        f", {len(chosen):,} of its {len(rows):,} records" if len(chosen) < len(rows) else ""
+    )
     return Shape(np.full(len(chosen), len(records) / len(chosen)), text, supervised, images, words)
