@@ -64,8 +64,8 @@ UNEQUAL = """
 No single share of the peak predicts all of them. The implied shares go from {least_share:.0%} (`{least}`) to
 {most_share:.0%} (`{most}`): the paper's skipping models save less time than FLOPs, as if each step had a part that does
 not shrink (data, communication of ZeRO-3, padding), and its LLaVA-HD takes less time than 2880 tokens for every image
-would. A mean of {text} tokens of text is assumed; with 300 the implied shares are nearer to each other, and the order is
-the same. `llava-skip plan --utilisation` and `--step_seconds` take what you measure on your machine.
+would. A mean of {text} tokens of text is assumed; with 300 the implied shares are nearer to each other, in the same
+order. `llava-skip plan --utilisation` and `--step_seconds` take what you measure on your machine.
 """
 
 
