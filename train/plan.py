@@ -277,10 +277,7 @@ def main() -> None:
         if arguments.picture:
             draw(plan, Path(arguments.picture).expanduser())
         fitting = within(plan)
-    names = ", ".join(fitting)
-    print_next(
-        f"fitting: {names}. llava-skip train --preset {fitting[0]} ..., or --recipe; docs/plan.md has the rules."
-    )
+    print_next(f"these fit: {', '.join(fitting)}. llava-skip train --preset NAME ...; docs/plan.md has the rules.")
 
 
 if __name__ == "__main__":
