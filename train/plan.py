@@ -94,6 +94,9 @@ class PlanArguments:
     json: str = field(default="plan.json", metadata={"help": "File of all numbers; '' writes none."})
     picture: str = field(default="plan.png", metadata={"help": "PNG of hours and memory; '' draws none."})
 
+    dense: str = field(default="llava", init=False)
+    """Preset that the rival methods act on."""
+
     def __post_init__(self) -> None:
         above = ("gpus", "samples_per_step", "per_device_train_batch_size", "num_train_epochs", "max_length", "lora_r",
                  "prompt_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours", "budget_ms")  # fmt: skip
@@ -194,7 +197,7 @@ def make_plan(arguments: PlanArguments, shape: Shape | None) -> dict[str, Any]:
     rivals = [(None, text) for text in arguments.reduction or ()]
     presets = arguments.preset or ([] if rivals else list(PRESETS))
     for preset, rival in [*((name, None) for name in presets), *rivals]:
-        dense = (arguments.preset or ["llava"])[0] if rival else preset
+        dense = arguments.dense if rival else preset
         config = config_for(arguments.model, arguments.size, dense, rival)
         one: dict[str, Any] = {"name": rival or preset, "preset": dense, "reduction": rival}
         one["inference"] = inference_cost(config, machine, arguments.prompt_tokens, arguments.answer_tokens)
@@ -260,9 +263,9 @@ def read_arguments(words: Sequence[str]) -> PlanArguments:
     given = {word.partition("=")[0].removeprefix("--") for word in own if word.startswith("--")}
     if "samples_per_step" in recipe and "samples_per_step" not in given:
         own = [*own, "--samples_per_step", str(recipe["samples_per_step"])]
-    if isinstance(recipe.get("reduction"), str) and "preset" not in given | set(recipe):
-        own = [*own, "--preset", "llava"]
     (arguments,) = read_command_line((PlanArguments,), words if source is None else [RECIPE, source, *own])
+    if recipe.get("reduction") and "preset" not in given:  # its preset is what the method acts on
+        arguments.preset, arguments.dense = None, recipe.get("preset", arguments.dense)
     return arguments
 
 

@@ -79,21 +79,34 @@ class Training:
         return min(steps, self.max_steps) if self.max_steps > 0 else steps
 
 
+def _with_one_layer(config: LlavaSkipConfig) -> LlavaSkipConfig:
+    """The configuration with one decoder layer; what concerns single layers has no parameters."""
+    fields = config.to_dict()
+    text = fields["text_config"] | {"num_hidden_layers": 1}
+    if text.get("layer_types"):
+        text["layer_types"] = text["layer_types"][:1]
+    skip = None if fields["skip"] is None else {k: v for k, v in fields["skip"].items() if k != "layers"}
+    return LlavaSkipConfig.from_dict(fields | {"text_config": text, "skip": skip, "reduction": None})
+
+
 def parameter_counts(config: LlavaSkipConfig, trained: Collection[str], rank: int) -> dict[str, int]:
     """Parameters: of the model, of the language model, trainable ones, and what ZeRO-3 gathers at once.
 
-    They are counted in a model on the meta device, as a dry run does.
+    They are counted in a model on the meta device, as a dry run does; it has one decoder layer, since all are equal.
     """
+    short = _with_one_layer(config)
     with torch.device("meta"):
-        model = LlavaSkipForConditionalGeneration(config)
+        model = LlavaSkipForConditionalGeneration(short)
         choose_trained(model, trained)
-    freeze_unused(model, config)
-    parts = count_parameters(model)
-    trainable = sum(own for _, own in parts.values())
-    text = config.text_config
+    freeze_unused(model, short)
+    parts, text = count_parameters(model), config.text_config
     layer = sum(parameter.numel() for parameter in model.model.language_model.layers[0].parameters())
+    others, own = (text.num_hidden_layers - 1) * layer, "language_model" in trained
+    whole, chosen = parts["language_model"]
+    parts["language_model"] = (whole + others, chosen + others * own)
+    trainable = sum(number for _, number in parts.values())
     added = 0
-    if rank and "language_model" in trained:
+    if rank and own:
         linears = [p for n, p in model.model.language_model.layers[0].named_parameters() if n.endswith("proj.weight")]
         added = text.num_hidden_layers * rank * sum(sum(weight.shape) for weight in linears)
         trainable += added - parts["language_model"][1]
