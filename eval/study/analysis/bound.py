@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval.study.analysis.layer_bounds import FfnBound, attention_bound, hidden_product, why_unbounded
 from eval.study.analysis.spectral import largest_gain
-from eval.study.analysis.streams import Kinds, plain_attention, run_both
+from eval.study.analysis.streams import Kinds, divergence, plain_attention, run_both
 from llava_skip_base.console import figure
 from llava_skip_base.errors import UserError
 
@@ -44,7 +44,8 @@ DEFINITIONS = {
     "one_layer": "what one FFN adds to a skipped token of y, over the norm of its state y after attention: actual "
     "|FFN(n)|; product s(down) |silu(gate n) * up n|; norm s(down) s(gate) s(up) |n|^2; global, with max|g| sqrt(D) in "
     "the place of |n|",
-    "kl": "nats, KL(without skipping || with skipping) of the token after the prompt",
+    "kl": "nats, KL(without skipping || with skipping) of the token after the prompt; kl_answers: of the tokens of the "
+    "answers that follow prompts",
 }
 
 Values = dict[str, list[float]]
@@ -58,17 +59,18 @@ def measure(
     Args:
         model: `LlavaSkipForConditionalGeneration`, best in float32. If it skips, its skipped tokens are compared with
             not skipping them; if it is dense, all image tokens skip the FFN of every layer.
-        batches: what the processor gives for prompts, padded on either side, on the model's device; with `last` [B],
-            the index of each prompt's last token, where answers follow it. Samples without an image are left out.
+        batches: what the processor gives for prompts, padded on either side, on the model's device. Where answers
+            follow, also `last` [B], the index of each prompt's last token, and `answers` [B, T] bool, the tokens whose
+            next one belongs to an answer. Samples without an image are left out.
         steps: of power iteration for each Jacobian.
         progress: whether to show a bar.
 
     Returns:
-        `definitions`, `samples`, `skipping` ("of the checkpoint" or "all image tokens"), `layers`, `kl`, `left_out`
-        (why there are no bounds, or None) and `violations` (samples and layers in which a bound is below what was
-        measured). Of each layer: `layer`, `skips`, for "skipped" and "text" the errors `measured`, `local` and
-        `global`, `per_token` (|y - x| / |x| of single tokens), `one_layer` and the `constants`. A quantity is what
-        `spread` gives, over samples (`one_layer` and `per_token`: over tokens).
+        `definitions`, `samples`, `skipping` ("of the checkpoint" or "all image tokens"), `steps`, `kl`, `kl_answers`,
+        `left_out` (why there are no bounds, or None), `violations` (how often a bound is below what was measured) and
+        `layers`. Of each layer: `layer`, `skips`, for "skipped" and "text" the errors `measured`, `local` and `global`
+        and `per_token` (|y - x| / |x| of single tokens), `one_layer` and the `constants`. A quantity is what `spread`
+        gives, over samples (`one_layer` and `per_token`: over tokens).
 
     Raises:
         UserError: no batch has an image, or flash attention is used.
@@ -84,14 +86,16 @@ def measure(
             kinds = Kinds.of(model, inputs)
             if kinds.skipped.any():
                 errors = _Batch(model, kinds, bounds, steps, found)
-                with_skipping, without = run_both(model, inputs, kinds, errors.after_layer)
-                divergence = (without.exp() * (without - with_skipping)).sum(dim=1)
-                found.kl += divergence[errors.samples].tolist()
+                states = run_both(model, inputs, kinds, errors.after_layer)
+                has_image = kinds.skipped.any(dim=1, keepdim=True)
+                found.kl += divergence(model, states, kinds.last & has_image).tolist()
+                found.kl_answers += divergence(model, states, kinds.answers & has_image).tolist()
     model.train(was_training)
     if not found.kl:
         raise UserError("No prompt has an image, so nothing is skipped: give data with images.")
     dense = model.config.skip_config is None
     result = {"definitions": DEFINITIONS, "samples": len(found.kl), "left_out": reason, "kl": spread(found.kl)}
+    result["kl_answers"] = spread(found.kl_answers)
     result |= {"skipping": "all image tokens" if dense else "of the checkpoint", "steps": steps}
     return result | {"layers": found.rows(), "violations": dict(found.violations) if bounds else None}
 
@@ -113,6 +117,7 @@ class _Found:
         self.values: list[Values] = [defaultdict(list) for _ in range(layers)]
         self.skips = [False] * layers
         self.kl: list[float] = []
+        self.kl_answers: list[float] = []
         self.violations = dict.fromkeys(("one_layer", "local", "global"), 0)
 
     def add(self, layer: int, name: str, values: Tensor) -> None:

@@ -18,6 +18,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from llava_skip.routing import Route, skipped_tokens
 from llava_skip_base.errors import UserError
 
+MOST_LOGITS = 1 << 26
+"""Logits that are made at once, so that a large vocabulary fits into memory."""
 LayerHook = Callable[[int, Any, Tensor, dict[str, Any], Tensor], None]
 """Called after a decoder layer: its index, the layer, its input [2B, T, D], its other arguments, its output."""
 
@@ -32,7 +34,8 @@ class Kinds:
             one, all image tokens.
         behind: after the first skipped token of their sample, and not skipped: the tokens that skipping can change.
         text: those of `behind` that are no image tokens.
-        last: [B], the index of each prompt's last token.
+        last: the last token of each prompt.
+        answers: those whose next token belongs to an answer of the data.
     """
 
     real: Tensor
@@ -40,30 +43,31 @@ class Kinds:
     behind: Tensor
     text: Tensor
     last: Tensor
+    answers: Tensor
 
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Tensor]) -> Kinds:
-        """Of what the processor gives for a batch of prompts; `last` among it where answers follow them."""
+        """Of what the processor gives for a batch of prompts, and `last` and `answers` where answers follow them."""
         image, skip = model.model.find_images(inputs["input_ids"], None), model.config.skip_config
-        mask = inputs.get("attention_mask")
+        mask, last, answers = (inputs.get(name) for name in ("attention_mask", "last", "answers"))
         real = torch.ones_like(image) if mask is None else mask.bool()
         skipped = image if skip is None else skipped_tokens(image, skip)
         behind = real & ~skipped & (skipped.cumsum(dim=1) > 0)
-        last = inputs.get("last")
-        if last is None:
-            last = (real * torch.arange(real.shape[1], device=real.device)).argmax(dim=1)
-        return cls(real, skipped, behind, behind & ~image, last)
+        positions = torch.arange(real.shape[1], device=real.device)
+        last = (real * positions).argmax(dim=1) if last is None else last.to(real.device)
+        answers = torch.zeros_like(real) if answers is None else answers.to(real.device)
+        return cls(real, skipped, behind, behind & ~image, positions == last[:, None], answers)
 
 
 @torch.no_grad()
-def run_both(model: Any, inputs: Mapping[str, Tensor], kinds: Kinds, hook: LayerHook) -> tuple[Tensor, Tensor]:
+def run_both(model: Any, inputs: Mapping[str, Tensor], kinds: Kinds, hook: LayerHook) -> Tensor:
     """One forward over [2B, T]: samples 0 to B-1 with skipping, B to 2B-1 without.
 
     Weights, tokens, positions and masks are the same for both; only the route differs. Use `plain_attention` around it
     if `hook` differentiates.
 
     Returns:
-        Log-probabilities of the token after the prompt, [B, V] with skipping and without.
+        [2B, T, D], the states before the head.
     """
     skip = model.config.skip_config
     ffn = torch.cat([kinds.real & ~kinds.skipped, kinds.real]).flatten().nonzero().squeeze(1)
@@ -85,15 +89,25 @@ def run_both(model: Any, inputs: Mapping[str, Tensor], kinds: Kinds, hook: Layer
     try:
         names = ("input_ids", "attention_mask", "pixel_values", "crop_counts", "position_ids")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        hidden = model.model(**given, use_cache=False, return_dict=True).last_hidden_state
+        return model.model(**given, use_cache=False, return_dict=True).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
-    samples = torch.arange(len(hidden), device=hidden.device)
-    last = torch.cat([kinds.last, kinds.last]).to(hidden.device)
-    logits = model.lm_head(hidden[samples, last])
-    with_skipping, without = logits.double().log_softmax(dim=-1).chunk(2)
-    return with_skipping, without
+
+
+@torch.no_grad()
+def divergence(model: Any, states: Tensor, read: Tensor) -> Tensor:
+    """KL(without skipping || with skipping) in nats of what follows the tokens `read` [B, T], in their order.
+
+    `states` [2B, T, D] are those of `run_both`.
+    """
+    pairs = [half[read.to(states.device)] for half in states.chunk(2)]
+    rows = max(1, MOST_LOGITS // model.config.text_config.vocab_size)
+    found = []
+    for x, y in zip(*(half.split(rows) for half in pairs), strict=True):
+        p, q = (model.lm_head(part).double().log_softmax(dim=-1) for part in (y, x))
+        found.append((p.exp() * (p - q)).sum(dim=-1).cpu())
+    return torch.cat(found)
 
 
 @contextmanager

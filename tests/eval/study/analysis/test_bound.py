@@ -70,8 +70,7 @@ def test_what_is_measured_is_the_difference_of_two_forwards():
             assert medians(result, kind, "measured")[layer] == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-4)
             each = ((b - a).norm(dim=-1) / a.norm(dim=-1)).mean()
             assert result["layers"][layer][kind]["per_token"]["mean"] == pytest.approx(float(each), rel=1e-4)
-    p, q = (outputs.logits[0, -1].log_softmax(-1) for outputs in (y, x))
-    assert result["kl"]["mean"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+    assert result["kl"]["mean"] == pytest.approx(kl_at(model, inputs, -1), rel=1e-3)
 
 
 def test_a_padded_batch_equals_its_samples_alone():
@@ -187,8 +186,21 @@ def test_prompts_that_end_with_an_image_or_go_on_with_an_answer(tmp_path):
     sample = Sample(model, 1, (3, 5), seed=1)
     whole, cut = sample.alone(), {n: v[:, :-2] if v.ndim == 2 else v for n, v in sample.alone().items()}
     last = torch.tensor([whole["input_ids"].shape[1] - 3])
-    given = [measure(model, [i], steps=1, progress=False)["kl"]["mean"] for i in (whole | {"last": last}, cut, whole)]
-    assert given[0] == pytest.approx(given[1], rel=1e-3) and given[0] != pytest.approx(given[2], rel=0.1)
+    answers = torch.arange(whole["input_ids"].shape[1])[None] >= last
+    batches = (whole | {"last": last, "answers": answers}, cut, whole)
+    given = [measure(model, [batch], steps=1, progress=False) for batch in batches]
+    kl = [found["kl"]["mean"] for found in given]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3) and kl[0] != pytest.approx(kl[2], rel=0.1)
+    assert [found["kl_answers"]["n"] for found in given] == [3, 0, 0]
+    read = [kl_at(model, whole, place) for place in (-3, -2, -1)]
+    assert given[0]["kl_answers"]["mean"] == pytest.approx(sum(read) / 3, rel=1e-3)
+
+
+@torch.no_grad()
+def kl_at(model, inputs, place):
+    """KL of the token after one place, of two forwards."""
+    p, q = (outputs.logits[0, place].log_softmax(-1) for outputs in reversed(two_runs(model, inputs)))
+    return float((p.exp() * (p - q)).sum())
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch):
