@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from eval import options
 from eval.answering.answers import AnswerLog
+from eval.answering.costs import CostLog
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def answer_all(
     runs: Sequence[Run],
     logs: Sequence[AnswerLog],
+    costs: Sequence[CostLog],
     processes: int,
     numerics: "Numerics",
     finished: Callable[[int], None],
@@ -50,10 +52,12 @@ def answer_all(
     with tqdm(total=total, initial=done, unit="question", disable=(done == total) or None) as progress:
         for number in (number for number, count in enumerate(left) if not count):
             finished(number)
-        for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
+        for job, answered in answer_jobs([job for own in jobs for job in own], processes, numerics):
             run, log = runs[job.run], logs[job.run]
-            answers = run.new_answers(job, texts, log)
+            answers = run.new_answers(job, answered.texts, log)
             log.append(answers)
+            if answered.cost is not None:
+                costs[job.run].append(answered.cost)
             progress.set_description(plain(f"{run.benchmark.name}: {run.name}"), refresh=False)
             progress.update(len(answers))
             left[job.run] -= 1
@@ -61,7 +65,7 @@ def answer_all(
                 finished(job.run)
 
 
-def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
+def score_run(run: Run, log: AnswerLog, costs: CostLog, judge: Judge | None, numerics: "Numerics") -> Score:
     """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
@@ -69,7 +73,7 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
         write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
         score = run.benchmark.score(run.samples, answers, judge)
         write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
-        write_json(run.folder / "results.json", run.result(score, numerics))
+        write_json(run.folder / "results.json", run.result(score, numerics, costs))
         for name, text in run.benchmark.reports(score, run.name).items():
             write_text(run.folder / name, text)
     return score
@@ -93,6 +97,7 @@ def evaluate(
     start = time.monotonic()
     with ExitStack() as stack:
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
+        costs = [CostLog(run.folder, keep=bool(log.answers)) for run, log in zip(runs, logs, strict=True)]
         before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
             print_text(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
@@ -101,7 +106,7 @@ def evaluate(
             run = runs[number]
             facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
             try:
-                score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
+                score = outcomes[number] = score_run(run, logs[number], costs[number], judges[number], numerics)
                 seconds = round(time.monotonic() - start, 1)
                 with writing(run.folder):
                     write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
@@ -110,7 +115,7 @@ def evaluate(
                 return
             console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
 
-        answer_all(runs, logs, processes, numerics, finish)
+        answer_all(runs, logs, costs, processes, numerics, finish)
     return [outcomes[number] for number in range(len(runs))]
 
 

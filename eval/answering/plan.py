@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answering.answers import AnswerLog
+from eval.answering.costs import CostLog
 from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark
@@ -133,8 +134,8 @@ class Run:
             if id_ not in log.answers
         ]
 
-    def result(self, score: Score, numerics: "Numerics") -> dict[str, Any]:
-        """Everything that a reader of the score needs; nothing in it changes from run to run."""
+    def result(self, score: Score, numerics: "Numerics", costs: CostLog) -> dict[str, Any]:
+        """Everything that a reader of the score needs; only `costs`, which was measured, changes from run to run."""
         values = {name: value for name, value in asdict(score).items() if name != "per_sample"}
         images = None if self.images is None else str(self.images)
         limits = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
@@ -147,6 +148,7 @@ class Run:
             "data": {"path": str(self.data), "images": images, "sha256": self.data_sha256},
             "generation": {**limits, "greedy": True, "blind": self.blind, **asdict(numerics)},
             "versions": versions("torch", "transformers", "llava_skip"),
+            "costs": costs.summary(self.batch_size),
         }
 
     @cached_property

@@ -27,6 +27,7 @@ class Echo:
     batches: list[list[str]] = []
 
     loaded: list[str] = []
+    cost = None
 
     def __init__(self, model: Any, numerics: Any, rank: int) -> None:
         Echo.loaded.append(model.name)
@@ -314,6 +315,8 @@ SLOW_RUN = textwrap.dedent("""
     from eval.run import app
 
     class Slow:
+        cost = None
+
         def __init__(self, model, numerics, rank):
             pass
 
