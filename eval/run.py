@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from eval import options
 from eval.answering.answers import AnswerLog
 from eval.answering.costs import CostLog
-from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
+from eval.answering.plan import ALL, Run, checked_models, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
 from eval.overview import FOLDER, print_overview, write_overview
@@ -138,6 +139,17 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError]) -> int:
     return code
 
 
+def show_all(runs: Sequence[Run], outcomes: Sequence[Score | UserError], folder: Path, console: Console) -> None:
+    """Write the overview of the runs that were scored, if there are any, and print its table."""
+    finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+    if not finished:
+        return
+    with writing(folder):
+        overview = write_overview([Result.load(place) for place in finished], folder)
+    print_overview(overview, folder, console)
+    print_next(f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise")
+
+
 def run(
     model: Annotated[
         list[Path] | None, typer.Option(help="Saved model, may be repeated; the newest one by default.")
@@ -152,6 +164,9 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
+    reduction: Annotated[
+        list[str] | None, typer.Option(help="Rival METHOD:TOKENS[,NAME=VALUE...]; results go to MODEL@METHOD-TOKENS.")
+    ] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
@@ -173,30 +188,22 @@ def run(
     limits |= {"budget": judge_budget, "dry_run": judge_dry_run}
     names = chosen_benchmarks(benchmarks, data or [])
     sizes = (output := output or Path(shown(results()))), batch_size, max_new_tokens, limit
-    runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [], dry_run)
+    models = partial(checked_models, model or [], reduction or [], needed=not dry_run)
+    runs = plan_runs(names, models, data or [], images or [], *sizes, blind, rule or [], protocol or [])
     if dry_run:
         print_text(f"{', '.join(names)}: nothing is wrong with the benchmarks{' and models' if model else ''}")
         return
     texts = options.read_judge_prompt(judge_prompt, [run.benchmark for run in runs if run.model is runs[0].model])
+    common = judge_url, judge_model, judge_runs
     judges = [
-        options.make_judge(
-            *(judge_url, judge_model, judge_runs, run.folder, run.name), prompt=texts.get(run.benchmark.name), **limits
-        )
+        options.make_judge(*common, run.folder, run.name, prompt=texts.get(run.benchmark.name), **limits)
         for run in runs
     ]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
-    finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
-    folder = output / FOLDER
     code = conclude(runs, outcomes)
-    if finished:
-        with writing(folder):
-            overview = write_overview([Result.load(place) for place in finished], folder)
-        print_overview(overview, folder, console)
-        print_next(
-            f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
-        )
+    show_all(runs, outcomes, output / FOLDER, console)
     raise typer.Exit(code)
 
 

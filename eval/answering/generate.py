@@ -96,7 +96,7 @@ class Generator:
         if numerics.attn is not None:
             options["attn_implementation"] = numerics.attn
         if read_config(model.folder).get("model_type") == LlavaSkipConfig.model_type:
-            options["config"] = check_native(model.folder)
+            options["config"] = check_native(model.folder, model.reduction)
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
@@ -119,6 +119,13 @@ class Generator:
         config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
+        self.answer_as(model)
+
+    def answer_as(self, model: SavedModel) -> None:
+        """From now on answer as the same folder with another reduction, or with none."""
+        if model.configuration is not None:
+            self.model.set_reduction(model.configuration.reduction_config)
+            self.processor.follow(model.configuration)
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:

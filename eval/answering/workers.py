@@ -58,17 +58,19 @@ class Answerer:
     def __init__(self, numerics: "Numerics", rank: int = 0) -> None:
         self.numerics = numerics
         self.rank = rank
-        self._folder: Any = None
+        self._model: SavedModel | None = None
         self._generator: Any = None
 
     def __call__(self, job: Job) -> Answered:
-        """The answers to a job; its model is loaded if another one was."""
+        """The answers to a job; its model is loaded if another one was, and takes the job's reduction."""
         import eval.answering.generate as generate  # torch and transformers: slow to import, and only needed here
 
-        if job.model.folder != self._folder:
+        if self._model is None or job.model.folder != self._model.folder:
             self._generator = None  # frees the memory before the next one takes it
             self._generator = generate.Generator(job.model, self.numerics, self.rank)
-            self._folder = job.model.folder
+        elif job.model.reduction != self._model.reduction:
+            self._generator.answer_as(job.model)
+        self._model = job.model
         texts = self._generator.answer(job.prompts, job.images, job.max_new_tokens)
         return Answered(texts, self._generator.cost)
 
