@@ -85,11 +85,11 @@ def evaluate(
     judges: Sequence[Judge | None],
     processes: int | None,
     numerics: "Numerics",
-    console: Console,
+    console: Console | None,
 ) -> list[Score | UserError]:
     """Answer and score; a run that cannot be scored does not stop the others. The outcome of each run.
 
-    `processes` is None for one for each GPU, or one without a GPU.
+    `processes` is None for one for each GPU, or one without a GPU; without `console` no scores are printed.
     """
     import torch
 
@@ -114,7 +114,8 @@ def evaluate(
             except UserError as error:
                 outcomes[number] = error
                 return
-            console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
+            if console:
+                console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
 
         answer_all(runs, logs, costs, processes, numerics, finish)
     return [outcomes[number] for number in range(len(runs))]

@@ -19,7 +19,6 @@ from eval.showing.tradeoff import short_table, write_page, write_tradeoff
 from eval.study.candidates import Candidate, plan_candidates
 from eval.study.tradeoff import against, make_row
 from eval.versions import versions
-from llava_skip.reduction import reduction_names
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import writing
@@ -47,7 +46,9 @@ def evaluate_all(runs: Sequence[Run], processes: int | None, numerics: "Numerics
     return found
 
 
-def common_benchmarks(names: Sequence[str], candidates: Sequence[Candidate], found: dict[str, dict[str, Any]]) -> list[str]:
+def common_benchmarks(
+    names: Sequence[str], candidates: Sequence[Candidate], found: dict[str, dict[str, Any]]
+) -> list[str]:
     """The benchmarks on which every candidate has a score.
 
     Raises:
@@ -55,7 +56,9 @@ def common_benchmarks(names: Sequence[str], candidates: Sequence[Candidate], fou
     """
     common = [name for name in names if all(name in found.get(own.name, {}) for own in candidates)]
     if not common:
-        raise UserError("no benchmark has a score of every model, so there is nothing to compare; see the errors above.")
+        raise UserError(
+            "no benchmark has a score of every model, so there is nothing to compare; see the errors above."
+        )
     if lost := [name for name in names if name not in common]:
         print_text(f"note: {', '.join(lost)}: left out, because not every model has a score there")
     return common
@@ -118,7 +121,6 @@ def run(
     print_next(f"open {output / 'index.html'}; all numbers are in {output / 'tradeoff.json'}")
 
 
-METHODS = reduction_names()
 app = make_app(run)
 
 

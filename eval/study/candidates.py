@@ -166,8 +166,8 @@ def _series(reduction: ReductionConfig) -> str:
 def _configuration(model: SavedModel) -> LlavaSkipConfig:
     if model.configuration is None:
         raise UserError(
-            f"{model.folder}: is a {model.config.get('model_type')!r}, whose tokens and FLOPs are not known; convert it: "
-            f"llava-skip convert {model.folder} OUTPUT."
+            f"{model.folder}: is a {model.config.get('model_type')!r}, whose tokens and FLOPs are not known; convert "
+            f"it: llava-skip convert {model.folder} OUTPUT."
         )
     return model.configuration
 

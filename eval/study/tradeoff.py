@@ -146,7 +146,9 @@ def against(
         for other, rival in zip(candidates, rows, strict=True):
             if other.dense != own.dense or rival["as_it_is"] or rival["prefill_flops"] > row["prefill_flops"]:
                 continue
-            pairs = [pair(mine, results[other.name][name], n) for n, (name, mine) in enumerate(results[own.name].items())]
+            pairs = [
+                pair(mine, results[other.name][name], n) for n, (name, mine) in enumerate(results[own.name].items())
+            ]
             difference = mean_interval([each.difference() for each in pairs])
             rivals.append({"model": other.name, "reduction": rival["reduction"], "difference": asdict(difference)})
         found.append({"model": own.name, "flops_of_dense": row["flops_of_dense"], "rivals": rivals})
