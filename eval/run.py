@@ -19,9 +19,10 @@ from eval.answering.plan import ALL, Run, checked_models, chosen_benchmarks, pla
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
 from eval.overview import FOLDER, print_overview, write_overview
+from eval.reading.images import image_keys
 from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
-from eval.showing.results import Result
+from eval.showing.results import IMAGES, Result
 from eval.showing.score_table import score_table
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
@@ -75,6 +76,8 @@ def score_run(run: Run, log: AnswerLog, costs: CostLog, judge: Judge | None, num
         score = run.benchmark.score(run.samples, answers, judge)
         write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
         write_json(run.folder / "results.json", run.result(score, numerics, costs))
+        if not (run.folder / IMAGES).is_file():  # of the same questions: the folder holds the answers of one file
+            write_json(run.folder / IMAGES, image_keys(run.samples))
         for name, text in run.benchmark.reports(score, run.name).items():
             write_text(run.folder / name, text)
     return score

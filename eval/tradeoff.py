@@ -1,4 +1,4 @@
-"""Score against cost: ``python -m eval.tradeoff --model DENSE --model SKIPPING --methods random,grid --budgets 18,12,6``.
+"""Score against cost: ``llava-skip tradeoff --model DENSE --model SKIPPING --methods random,grid --budgets 18,12``.
 
 Every dense model with every method at every budget, and every other model as it is, on one set of questions.
 """

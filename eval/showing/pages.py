@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,11 +15,10 @@ from tqdm import tqdm
 from eval.benchmark import Benchmark
 from eval.benchmarks import get_benchmark
 from eval.reading.images import ImageSource
-from eval.reading.tables import Row, sha256
+from eval.reading.tables import Row
 from eval.showing.results import Result
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
-from llava_skip_base.texts import shortened
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which an image is kept exactly
@@ -115,12 +113,8 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
 
 def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
     """Show the images if the benchmark file is still the one that was answered; else say why there are none."""
-    data = result.facts["data"]
-    path, images = Path(data["path"]), data.get("images")
-    if not (os.path.isfile(path) or os.path.isdir(path)) or sha256([path]) != data["sha256"]:
-        return f"There are no images: {shortened(path)} is gone or has changed since the evaluation."
     try:
-        samples = benchmark.load(path, images and Path(images))
+        samples = result.load_samples(benchmark)
     except UserError as error:
         return f"There are no images: {error}"
     names: dict[Any, str] = {}

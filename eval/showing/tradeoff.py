@@ -71,8 +71,8 @@ def notes(tradeoff: Mapping[str, Any]) -> list[str]:
     measured = [own["costs"] for own in row["benchmarks"].values() if own["costs"]]
     lines = [
         f"Benchmarks, with their questions: {questions}. The score is the share of questions that are "
-        "answered rightly, in percent, as the mean of the benchmarks, and the brackets are its 95% confidence interval, "
-        "from resamples of the images.",
+        "answered rightly, in percent, as the mean of the benchmarks, and the brackets are its 95% confidence "
+        "interval, from resamples of the images.",
         "The difference is paired, question by question. FLOPs are those of the language model's prefill with one "
         f"image and {tradeoff['text_tokens']} tokens of text, by the formula of docs/costs.md.",
         "Tokens are those of an image that enter the language model, and the means over its layers of those that "
