@@ -18,6 +18,7 @@ HEADINGS = (
     "model", "tokens in", "in attention", "in the FFN", "in the cache", "FLOPs of dense", "score", "minus dense",
     "prefill (ms)", "decode (ms)", "peak memory (MiB)",
 )  # fmt: skip
+_SHORT = (0, 3, 5, 6, 7, 8, 9)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -32,8 +33,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def short_table(tradeoff: Mapping[str, Any]) -> PlainTable:
-    """The table for the terminal."""
-    return make_table("score against cost", HEADINGS, [cells(row) for row in tradeoff["rows"]], right=len(HEADINGS) - 1)
+    """The table for the terminal: what fits into it."""
+    rows = [[row[n] for n in _SHORT] for row in map(cells, tradeoff["rows"])]
+    return make_table("score against cost", [HEADINGS[n] for n in _SHORT], rows, right=len(_SHORT) - 1)
 
 
 def benchmark_cells(tradeoff: Mapping[str, Any]) -> list[list[str]]:
@@ -121,11 +123,10 @@ _X = {
 
 def _colors(count: int) -> list[Any]:
     """As many different colors."""
-    import matplotlib  # slow to import, as in `figure`
+    from matplotlib import colormaps  # slow to import, as in `figure`
 
-    if count <= 20:
-        return list(matplotlib.colormaps["tab20"].colors[:count])
-    return [matplotlib.colormaps["hsv"](number / count) for number in range(count)]
+    own = colormaps["tab20"]
+    return [own(number) if count <= own.N else colormaps["hsv"](number / count) for number in range(count)]
 
 
 def charts(tradeoff: Mapping[str, Any], folder: Path, prefix: str = "") -> list[str]:

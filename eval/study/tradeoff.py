@@ -10,10 +10,9 @@ from eval.scoring.headline import mean_headline
 from eval.scoring.intervals import Interval, bootstrap, difference_of, interval
 from eval.showing.results import Result
 from eval.study.candidates import Candidate
+from eval.study.statistics.scored import clusters_of, find_keys
 from llava_skip.flops import image_cost
 from llava_skip_base.errors import UserError
-
-MEAN = "mean of the benchmarks"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def pair(a: Result, b: Result, seed: int) -> Pair:
         raise UserError(f"{a.folder} and {b.folder} are about different questions; evaluate both again.")
     ids = tuple(b.values)
     first, second = (np.array([float(own.values[id_]) for id_ in ids]) for own in (a, b))
-    return Pair(ids, first, second, b.clusters(), seed)
+    return Pair(ids, first, second, clusters_of(ids, find_keys(b)), seed)
 
 
 def mean_interval(estimates: Sequence[tuple[float, np.ndarray]]) -> Interval:
