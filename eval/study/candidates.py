@@ -63,7 +63,7 @@ def read_methods(text: str) -> list[tuple[str, str]]:
         elif entry:
             get_reduction(entry)
             found.append((entry, ""))
-    if doubled := sorted({" ".join(own) for own in found if found.count(own) > 1}):
+    if doubled := sorted({"".join(own) for own in found if found.count(own) > 1}):
         raise UserError(f"--methods names {first_few(doubled)} twice; leave one out.")
     return found
 
@@ -147,8 +147,8 @@ def _check_use(
     """Refuse a method, a budget or a reduction that fits none of the dense models: it is a mistake."""
     used = [own.model.reduction for own in candidates if own.model.reduction is not None]
     names, numbers = {own.method for own in used}, {own.tokens for own in used}
-    wrong = [f"--methods {name}" for name, _ in methods if name not in names]
-    wrong += [f"--budgets {number}" for number in budgets if methods and number not in numbers]
+    wrong = [f"--budgets {number}" for number in budgets if methods and number not in numbers]
+    wrong += [f"--methods {name}" for name, _ in methods if name not in names]
     wrong += [f"--reduction {own}" for own in explicit if own not in used]
     if wrong:
         raise UserError(f"{wrong[0]} fits no dense model. {left_out[0]}")
