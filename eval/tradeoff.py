@@ -3,7 +3,8 @@
 Every dense model with every method at every budget, and every other model as it is, on one set of questions.
 """
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,10 +65,29 @@ def common_benchmarks(
     return common
 
 
+def command(
+    candidates: Sequence[Candidate],
+    given: Mapping[str, str],
+    reductions: Sequence[str],
+    names: Sequence[str],
+    limit: int | None,
+) -> str:
+    """The command of a trade-off, with the names of its models."""
+    words = ["llava-skip", "tradeoff"]
+    for name in dict.fromkeys(own.model.folder.resolve().name for own in candidates):
+        words += ["--model", name]
+    for option, value in given.items():
+        words += [f"--{option}", value] if value else []
+    for text in reductions:
+        words += ["--reduction", text]
+    words += ["--benchmarks", ",".join(names), *(["--limit", str(limit)] if limit else [])]
+    return shlex.join(words)
+
+
 def run(
     model: Annotated[list[Path], typer.Option(help="Saved model, may be repeated; at least one is dense.")],
     methods: Annotated[
-        str, typer.Option(help="Rivals on the dense models, each with its options behind: random,seed=1,grid.")
+        str, typer.Option(help="Rivals on the dense models, with options behind: random,seed=1,grid; or all.")
     ] = "",
     budgets: Annotated[str, typer.Option(help="Tokens of an image for each method, such as 18,12,6.")] = "",
     reduction: Annotated[
@@ -104,6 +124,7 @@ def run(
     scored = {name: {benchmark: own[benchmark] for benchmark in common} for name, own in found.items()}
     rows = [make_row(own, scored[own.name], scored[own.dense.name], text_tokens) for own in plan.candidates]
     facts = {
+        "command": command(plan.candidates, {"methods": methods, "budgets": budgets}, reduction or [], names, limit),
         "text_tokens": text_tokens,
         "batch_size": batch_size,
         "limit": limit,

@@ -72,6 +72,7 @@ def notes(tradeoff: Mapping[str, Any]) -> list[str]:
     questions = ", ".join(f"{name} ({own['questions']})" for name, own in row["benchmarks"].items())
     measured = [own["costs"] for own in row["benchmarks"].values() if own["costs"]]
     lines = [
+        f"Made by {tradeoff['command']} (torch {tradeoff['versions']['torch']}, {tradeoff['dtype']}).",
         f"Benchmarks, with their questions: {questions}. The score is the share of questions that are "
         "answered rightly, in percent, as the mean of the benchmarks, and the brackets are its 95% confidence "
         "interval, from resamples of the images.",

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from eval.answering.models import SavedModel, check_model
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.reduction import ReductionConfig, get_reduction
+from llava_skip.reduction import ReductionConfig, get_reduction, reduction_names
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.texts import shortened
+
+ALL_METHODS = "all"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,13 @@ class Plan:
 def read_methods(text: str) -> list[tuple[str, str]]:
     """Methods and their options of `--methods`: `random,fastv,first_layer=1` are two, the second with an option.
 
+    `all` are all methods that are registered.
+
     Raises:
         UserError: an unknown or repeated method, or an option in front of all.
     """
+    if text.strip() == ALL_METHODS:
+        return [(name, "") for name in reduction_names()]
     found: list[tuple[str, str]] = []
     for entry in (part.strip() for part in text.split(",")):
         if "=" in entry and found:
@@ -109,53 +116,41 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
             f"none of {first_few([model.name for model in models])} is dense, so there is nothing to compare with; "
             "give the dense model as well: --model DENSE."
         )
-    candidates, left_out = [], []
+    candidates: list[Candidate] = []
+    left_out, fitting = [], set()
     for model in dense:
         candidates.append(Candidate(model, model, model.name))
-        rivals = [(f"{name}{options}", _text(name, options, budget)) for name, options in named for budget in numbers]
-        rivals += [(_series(reduction), str(reduction)) for reduction in explicit]
-        own, refused = _rivals(model, rivals)
-        candidates += own
-        left_out += refused
-    _check_use(candidates, left_out, named, numbers, explicit)
+        asked = [_at_budget(model, name, options, budget) for name, options in named for budget in numbers]
+        asked += [_Asked(_series(own), str(own), (f"--reduction {own}",)) for own in explicit]
+        for own in asked:
+            try:
+                reduced = model.reduced(ReductionConfig.parse(own.text))
+            except UserError as error:
+                left_out.append(str(error))
+                continue
+            fitting |= {*own.options}
+            if reduced.name not in {other.name for other in candidates}:
+                candidates.append(Candidate(reduced, model, own.series))
+    # An option that fits none of the dense models is a mistake.
+    options = [option for own in asked for option in reversed(own.options)]
+    if wrong := [option for option in options if option not in fitting]:
+        raise UserError(f"{wrong[0]} fits no dense model. {left_out[0]}")
     others = [model for model, own in zip(models, is_dense, strict=True) if not own]
     candidates += [Candidate(model, _dense_of(model, dense), model.name) for model in others]
     return Plan(candidates, left_out)
 
 
-def _rivals(model: SavedModel, rivals: Sequence[tuple[str, str]]) -> tuple[list[Candidate], list[str]]:
-    """The candidates of a dense model, and the messages of those that do not fit it."""
-    candidates: dict[str, Candidate] = {}
-    left_out = []
-    for series, text in rivals:
-        try:
-            reduced = model.reduced(ReductionConfig.parse(text))
-        except UserError as error:
-            left_out.append(str(error))
-        else:
-            candidates.setdefault(reduced.name, Candidate(reduced, model, series))
-    return list(candidates.values()), left_out
+class _Asked(NamedTuple):
+    """A rival: what the figures name it, its text form, and the options of the command line that ask for it."""
+
+    series: str
+    text: str
+    options: tuple[str, ...]
 
 
-def _check_use(
-    candidates: Sequence[Candidate],
-    left_out: Sequence[str],
-    methods: Sequence[tuple[str, str]],
-    budgets: Sequence[int],
-    explicit: Sequence[ReductionConfig],
-) -> None:
-    """Refuse a method, a budget or a reduction that fits none of the dense models: it is a mistake."""
-    used = [own.model.reduction for own in candidates if own.model.reduction is not None]
-    names, numbers = {own.method for own in used}, {own.tokens for own in used}
-    wrong = [f"--budgets {number}" for number in budgets if methods and number not in numbers]
-    wrong += [f"--methods {name}" for name, _ in methods if name not in names]
-    wrong += [f"--reduction {own}" for own in explicit if own not in used]
-    if wrong:
-        raise UserError(f"{wrong[0]} fits no dense model. {left_out[0]}")
-
-
-def _text(method: str, options: str, budget: int) -> str:
-    return f"{method}:{budget}{options}"
+def _at_budget(model: SavedModel, method: str, options: str, budget: int) -> _Asked:
+    tokens = get_reduction(method).tokens_for(budget, _configuration(model))
+    return _Asked(f"{method}{options}", f"{method}:{tokens}{options}", (f"--methods {method}", f"--budgets {budget}"))
 
 
 def _series(reduction: ReductionConfig) -> str:
