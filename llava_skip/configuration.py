@@ -288,6 +288,9 @@ class LlavaSkipConfig(LlavaConfig):
                 f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
             )
         rule, front_end = reduction.rule, get_front_end(self.front_end)
+        layer, depth = self.vision_feature_layer, self.vision_config.num_hidden_layers
+        if front_end.reads_one_layer and (not -depth <= layer <= depth or layer == 0):
+            raise UserError(f"vision_feature_layer is {layer}, but the tower has {depth} layers.")
         if rule.reads_patches and not front_end.gives_patches:
             raise UserError(
                 f"reduction {reduction} reads the patches of one layer of the tower, and the tokens of the front end "
@@ -313,7 +316,7 @@ class LlavaSkipConfig(LlavaConfig):
     def read_tower_layers(self) -> int:
         """Layers of the tower that need weights: those before the features, and what a reduction reads beyond them."""
         reduction = self.reduction_config
-        return self.used_tower_layers if reduction is None else reduction.rule.tower_layers(self)
+        return self.used_tower_layers if reduction is None else reduction.rule.tower_layers(reduction, self)
 
     @property
     def skip_config(self) -> SkipConfig | None:

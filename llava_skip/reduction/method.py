@@ -116,7 +116,7 @@ class Reduction:
         """Rows of a crop of `tokens` visual tokens that enter the language model: P."""
         return tokens
 
-    def tower_layers(self, config: LlavaSkipConfig) -> int:
+    def tower_layers(self, reduction: ReductionConfig, config: LlavaSkipConfig) -> int:
         """Layers of the vision tower whose weights the method reads, from the first one on."""
         return config.used_tower_layers
 
@@ -169,7 +169,7 @@ class Selection(Reduction):
         """T."""
         return reduction.count
 
-    def states(self, config: LlavaSkipConfig) -> tuple[int, ...]:
+    def states(self, reduction: ReductionConfig, config: LlavaSkipConfig) -> tuple[int, ...]:
         """Entries of the tower's list of hidden states that `select` reads, beside the features."""
         return ()
 

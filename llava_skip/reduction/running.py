@@ -70,11 +70,11 @@ def make_runner(
     reduction, cuts = config.reduction_config, cuts_of(config)
     if reduction is None or not reduction.rule.in_decoder:
         return None
-    has_images = images is not None and bool(images.in_new.any())
+    # A rank that trains on text alone must call the same modules as the others, or ZeRO's collective calls would differ.
+    has_images = images is not None and (language_model.training or bool(images.in_new.any()))
     if isinstance(rule := reduction.rule, FreezeRule):
-        if not has_images:
+        if images is None or not has_images:
             return None
-        assert images is not None
         moving = ~images.in_new if route.real is None else ~images.in_new & route.real
         layers = rule.frozen(reduction, config.text_config.num_hidden_layers)
         return FrozenTokens(layers, language_model.config, moving, route.ffn_tokens)

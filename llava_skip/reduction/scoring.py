@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_skip.reduction.in_decoder import Cut
 from llava_skip.routing import align_right
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from llava_skip.decoder import SkippingLayer
@@ -67,6 +68,11 @@ class CutView:
         index, is_asking = align_right(self.asking)
         queries = self._queries(index)
         batch, heads, asking, width = queries.shape
+        if heads != (expected := self.layer.self_attn.config.num_attention_heads):
+            raise UserError(
+                f"Under tensor parallelism a process has {heads} of {expected} heads, and tokens are dropped by the mean "
+                "over all of them: run without it, or without the reduction."
+            )
         groups = self.keys.shape[1]
         logits = queries.reshape(batch, groups, -1, width) @ self.keys.transpose(2, 3) * self.layer.self_attn.scaling
         logits = logits.float().view(batch, heads, asking, -1)

@@ -10,7 +10,7 @@ E head width, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +104,15 @@ class Stage:
     arguments: dict[str, Any] | None = None
     ffn_tokens: Tensor | None = None
     whole: bool = True
+
+    def to(self, device: torch.device) -> Stage:
+        """On a device: a device map may have put the layers of a cut on another one than the first layer."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
+        }
+        return replace(self, **moved) if moved else self
 
     def take(self, hidden_states: Tensor) -> Tensor:
         """The hidden states of the stage before -> [B, N, D]."""
@@ -240,7 +249,7 @@ class Stages:
         keys: Tensor | None = None,
     ) -> None:
         """Decide which tokens the layers from `start` on see, and store what that means for them."""
-        stage, cache = self._stage_of(start - 1), arguments.get("past_key_values")
+        stage, cache = self._stage_of(start - 1).to(inputs.device), arguments.get("past_key_values")
         arguments = arguments | _on(inputs.device, stage.arguments or {})
         stored = self._before.get(start, Stored())
         behind = replace(stage, index=None, merged=None)
@@ -249,10 +258,10 @@ class Stages:
                 stored_keys = cache.keys_of(start) if isinstance(cache, StagedCache) else None
                 keys = keys_of(layer, inputs, arguments["position_embeddings"], stored_keys)
             before = stored if self.rule.scores_before else self._stored_in(start - 1)
-            asking = self._asking.gather(1, stage.places) & stage.live
+            asking = self._asking.to(inputs.device).gather(1, stage.places) & stage.live
             if stage.is_new is not None:
                 asking &= ~stage.is_new
-            num_images = self._stages[0].is_image.sum(dim=1)
+            num_images = self._stages[0].is_image.sum(dim=1).to(inputs.device)
             embeddings = arguments["position_embeddings"]
             view = CutView(layer, inputs, outputs, keys, before.mask, embeddings, stage, asking, num_images)
             choice = self.rule.choose(view, self.cuts[start], self.reduction)
@@ -286,7 +295,7 @@ class Stages:
         self, stage: Stage, stored: Stored, like: Tensor, arguments: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Positions of the tokens of a stage, their rotary embedding, and how much smaller they are at the end."""
-        first = self._stages[0]
+        first = self._stages[0].to(like.device)
         whole = first.positions.expand(len(stage.places), -1)
         shift = stored.shift
         if stage.whole and shift is None:

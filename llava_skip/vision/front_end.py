@@ -114,7 +114,8 @@ class FrontEnd:
         reduction = config.reduction_config
         if reduction is None or not isinstance(rule := reduction.rule, Selection):
             return self.tokens(tower, projector, pixel_values, config)
-        return rule.select(View(self, tower, projector, pixel_values, config, rule.states(config)), reduction)
+        view = View(self, tower, projector, pixel_values, config, rule.states(reduction, config))
+        return rule.select(view, reduction)
 
     def tokens(self, tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
         """Visual tokens [N, P, D] of images with one crop each, the retained first."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava_skip.reduction.choosing import take
 from llava_skip.vision.clip import ClipTower, class_attention
@@ -54,19 +55,24 @@ class View:
         """Index of the tower's layer that the features come out of."""
         return self.config.used_tower_layers - 1
 
+    @property
+    def side(self) -> int:
+        """Patches on a side of a crop."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
     @cached_property
     def _states(self) -> dict[int, Tensor]:
         indices = sorted({*self._needed, self.layer + 1})
         return dict(zip(indices, self.tower.hidden_states(self.pixel_values, indices), strict=True))
 
-    def state(self, index: int) -> Tensor:
-        """An entry of the tower's list of hidden states [N, 1 + P, C]: what enters the layer of this index."""
-        return self._states[index]
+    def entering(self, index: int) -> tuple[CLIPEncoderLayer, Tensor]:
+        """A layer of the tower and what enters it, [N, 1 + P, C]."""
+        return self.tower.encoder.layers[index], self._states[index]
 
     @property
     def features(self) -> Tensor:
         """[N, 1 + P, C], the class token first."""
-        return self.state(self.layer + 1)
+        return self._states[self.layer + 1]
 
     @property
     def patches(self) -> Tensor:
@@ -76,7 +82,7 @@ class View:
     @cached_property
     def class_scores(self) -> Tensor:
         """[N, H, P], attention of the class token to the patches in the layer of the features."""
-        return class_attention(self.tower.encoder.layers[self.layer], self.state(self.layer))
+        return class_attention(*self.entering(self.layer))
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -84,6 +90,11 @@ class View:
         if self.front_end.gives_patches:
             return self.projector(self.patches)
         return self.front_end.tokens(self.tower, self.projector, self.pixel_values, self.config)
+
+    def smaller(self, side: int) -> Tensor:
+        """[N, side * side, D], the visual tokens of the crops made smaller, to side x side patches."""
+        (features,) = self.tower.hidden_states(self.pixel_values, [self.layer + 1], side)
+        return self.projector(features[:, 1:])
 
     def keep(self, indices: Tensor) -> Tensor:
         """The visual tokens at indices [N, T], [N, T, D]; only these are projected, where that is possible."""
