@@ -70,7 +70,7 @@ def make_runner(
     reduction, cuts = config.reduction_config, cuts_of(config)
     if reduction is None or not reduction.rule.in_decoder:
         return None
-    # A rank that trains on text alone must call the same modules as the others, or ZeRO's collective calls would differ.
+    # A rank that trains on text alone must call the same modules as the others: ZeRO's collective calls follow them.
     has_images = images is not None and (language_model.training or bool(images.in_new.any()))
     if isinstance(rule := reduction.rule, FreezeRule):
         if images is None or not has_images:
@@ -117,12 +117,18 @@ def check_forward(
     if position_ids is not None and mask is None and cache is None and position_ids.shape[1] > 1:
         packed = packed or bool((position_ids.diff(dim=1) != 1).any())
     if packed:
-        raise UserError(
-            f"{what}, one sample at a time, and this batch has several samples in one sequence: train with "
-            "`--padding_free false` (a batch with padding)."
-        )
+        check_samples_apart(config)
     if torch.compiler.is_exporting():
         raise UserError(f"{what} by their values, which an exported graph cannot: export the model without reduction.")
+
+
+def check_samples_apart(config: LlavaSkipConfig) -> None:
+    """Raise UserError if the model cannot have several samples in one sequence."""
+    if cuts_of(config):
+        raise UserError(
+            f"reduction {config.reduction_config} drops tokens of each sample by itself, and this batch has several "
+            "samples in one sequence: train with `--padding_free false`, with padding."
+        )
 
 
 def supervised_tokens(config: LlavaSkipConfig, labels: Tensor | None, targets: Tensor | None) -> Tensor | None:

@@ -239,6 +239,22 @@ def test_a_training_step_reaches_what_the_dense_model_reaches(text):
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4)
 
 
+@EACH
+def test_a_text_only_step_calls_the_same_modules_in_the_same_order(text):
+    # ZeRO gathers a module's parameters when it is called, on all ranks at once.
+    orders = []
+    for num_images in (1, 0):
+        model, called = reduced(text).train(), []
+        for name, module in model.model.language_model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *_, name=name, called=called: called.append(name))
+        inputs = Sample(model, num_images, (3, 5) if num_images else (6,), seed=1).alone()
+        loss = model(**inputs, labels=labels_of(inputs, {0: [-2, -1]})).loss
+        loss.backward()
+        orders.append(called)
+    assert orders[0] == orders[1] and len(orders[0]) >= 21
+
+
 @torch.no_grad()
 def test_in_training_the_tokens_before_the_answers_ask():
     sample = mixed_samples(small_model(architecture="llava"))[0]  # 3 words, an image, 5 words
@@ -268,6 +284,7 @@ def test_pyramiddrop_drops_nothing_of_a_sample_without_an_answer():
     logits = model(**inputs, labels=labels_of(inputs, {0: [20, 21]})).logits
     is_image, is_left = inputs["input_ids"] == IMAGE_TOKEN_ID, (logits != 0).any(dim=2)
     assert (is_image & is_left).sum(dim=1).tolist() == [4, 32, 0, 32]
+    assert not model(**inputs, labels=labels_of(inputs, {})).loss
 
 
 # --- caches and turns
