@@ -143,9 +143,8 @@ class SkippingGenerationMixin(GenerationMixin):
         kwargs["tokenizer"] = self._tokenizer
 
     def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another cache or none."""
-        own = own_cache(self.config)
-        if own is None:
+        """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none."""
+        if (own := own_cache(self.config)) is None:
             return
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False

@@ -32,7 +32,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
-from llava_skip.reduction.running import check_forward, cuts_of, make_runner, own_cache
+from llava_skip.reduction.running import check_forward, make_runner, own_cache, supervised_tokens
 from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
@@ -156,7 +156,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new))
-        if (runner := make_runner(self.config, self.language_model, route, images, supervised)) is not None:
+        if (
+            runner := make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
+        ) is not None:
             route = replace(route, runner=runner)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -373,7 +375,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            supervised=self._supervised(labels, shift_labels),
+            supervised=supervised_tokens(self.config, labels, shift_labels),
             return_dict=True,
             **kwargs,
         )
@@ -383,13 +385,6 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         if loss is None or logits_to_keep is not None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
-
-    def _supervised(self, labels: Tensor | None, targets: Tensor | None) -> Tensor | None:
-        """[B, T] bool, the tokens whose next one has a label, for a reduction that reads it."""
-        if not cuts_of(self.config) or (labels is None and targets is None):
-            return None
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if targets is None else targets
-        return targets != IGNORE_INDEX
 
     def _supervised_loss(
         self, hidden_states: Tensor, labels: Tensor | None, targets: Tensor | None, items: Tensor | int | None

@@ -97,12 +97,12 @@ class _Frozen:
         self, attention: Any, normed: Tensor, tables: tuple[Tensor, ...], order: Tensor, cache: Cache | None
     ) -> None:
         self.order, self.cache = order, cache
-        shape = *normed.shape[:2], -1, attention.head_dim
-        keys = attention.k_proj(normed).view(shape)
+        heads = -1, attention.head_dim
+        keys = attention.k_proj(normed).unflatten(-1, heads)
         if hasattr(attention, "k_norm"):
             keys = attention.k_norm(keys)
         self.keys = apply_rotary_pos_emb(keys.transpose(1, 2), keys.transpose(1, 2), *tables)[0]
-        self.values = attention.v_proj(normed).view(shape).transpose(1, 2)
+        self.values = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, R, E] of the others -> those of all, in the order of the sequence."""

@@ -113,6 +113,47 @@ class DropRule(Reduction):
             rows.append(LayerRows(left, left, left, left))
         return rows
 
+    def extra_flops(
+        self,
+        reduction: ReductionConfig,
+        config: LlavaSkipConfig,
+        crops: int,
+        text_tokens: int,
+        behind: int | None = None,
+        asking: int | None = None,
+    ) -> int:
+        """The queries of the asking tokens and their products with all keys, at each cut."""
+        asking = self.expected_asking(text_tokens) if asking is None else asking
+        rows, total = self.layer_rows(reduction, config, crops), 0
+        for cut in self.cuts(reduction, len(rows), config.visual_tokens(1)):
+            before = rows[cut.layer - 1].queries
+            merged = rows[cut.layer].queries - max(1, min(cut.count(rows[0].queries), before))
+            products = self.products(reduction, config, asking, before + text_tokens, max(0, merged))
+            total += sum(2 * m * k * n for m, k, n in products)
+        return total
+
+    def expected_asking(self, text_tokens: int) -> int:
+        """How many tokens ask, where that is not known."""
+        return 1
+
+    def products(
+        self, reduction: ReductionConfig, config: LlavaSkipConfig, asking: int, tokens: int, merged: int
+    ) -> list[tuple[int, int, int]]:
+        """Sizes of the matrix products that decide a cut.
+
+        Args:
+            reduction: the numbers.
+            config: of the model.
+            asking: Q.
+            tokens: N, those of the stage before, text included.
+            merged: M.
+        """
+        text = config.text_config
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries, keys = text.num_attention_heads * head_width, text.num_key_value_heads * head_width
+        found = [(asking, text.hidden_size, queries), (asking, queries, tokens)]
+        return [*found, (tokens, text.hidden_size, keys)] if self.scores_before else found
+
 
 def check_attention(reduction: ReductionConfig, config: LlavaSkipConfig) -> None:
     """Raise UserError if a layer attends in a window: it would count the tokens that are left."""

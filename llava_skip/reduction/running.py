@@ -1,6 +1,6 @@
 """From a configuration and a forward to what runs its decoder layers, and the caches that fit.
 
-Shapes: B batch, T new tokens of a sample.
+Shapes: B batch, T new tokens of a sample, K tokens before them.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from llava_skip.cache import ForgettingCache
-from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.masking import is_two_dimensional
 from llava_skip.reduction.cache import StagedCache
 from llava_skip.reduction.config import ReductionConfig
@@ -54,6 +54,7 @@ def make_runner(
     language_model: Any,
     route: Route,
     images: ImageTokens | None,
+    mask: Any,
     supervised: Tensor | None = None,
 ) -> LayerRunner | None:
     """What runs the layers of one forward; None where the route does.
@@ -63,16 +64,17 @@ def make_runner(
         language_model: has the text configuration and the rotary embedding.
         route: of the forward.
         images: where its image tokens are; None in a decode step.
+        mask: [B, K + T] of the forward; None if nothing is padded.
         supervised: [B, T] bool, the tokens whose next one has a label; None without labels.
     """
     reduction, cuts = config.reduction_config, cuts_of(config)
     if reduction is None or not reduction.rule.in_decoder:
         return None
-    has_images = images is not None and bool(images.in_new.any())
+    # A rank that trains on text alone must call the same modules as the others: ZeRO's collective calls follow them.
+    has_images = images is not None and (language_model.training or bool(images.in_new.any()))
     if isinstance(rule := reduction.rule, FreezeRule):
-        if not has_images:
+        if images is None or not has_images:
             return None
-        assert images is not None
         moving = ~images.in_new if route.real is None else ~images.in_new & route.real
         layers = rule.frozen(reduction, config.text_config.num_hidden_layers)
         return FrozenTokens(layers, language_model.config, moving, route.ffn_tokens)
@@ -82,7 +84,7 @@ def make_runner(
     if images is not None:
         real = torch.ones_like(images.in_new) if route.real is None else route.real
         prompt = PromptTokens(images.in_new, real, supervised, images.generated)
-    return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens)
+    return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens, mask)
 
 
 def check_forward(
@@ -115,12 +117,34 @@ def check_forward(
     if position_ids is not None and mask is None and cache is None and position_ids.shape[1] > 1:
         packed = packed or bool((position_ids.diff(dim=1) != 1).any())
     if packed:
-        raise UserError(
-            f"{what}, one sample at a time, and this batch has several samples in one sequence: train with "
-            "`--padding_free false` (a batch with padding)."
-        )
+        check_samples_apart(config)
     if torch.compiler.is_exporting():
         raise UserError(f"{what} by their values, which an exported graph cannot: export the model without reduction.")
+
+
+def check_samples_apart(config: LlavaSkipConfig) -> None:
+    """Raise UserError if the model cannot have several samples in one sequence."""
+    if cuts_of(config):
+        raise UserError(
+            f"reduction {config.reduction_config} drops tokens of each sample by itself, and this batch has several "
+            "samples in one sequence: train with `--padding_free false`, with padding."
+        )
+
+
+def supervised_tokens(config: LlavaSkipConfig, labels: Tensor | None, targets: Tensor | None) -> Tensor | None:
+    """The tokens whose next one has a label, for a reduction that reads it; None for every other model.
+
+    Args:
+        config: of the model.
+        labels: [B, T], -100 where there is none.
+        targets: [B, T], the labels of each token's next one; they go before `labels`.
+
+    Returns:
+        [B, T] bool.
+    """
+    if targets is None and labels is not None and cuts_of(config):
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return None if targets is None or not cuts_of(config) else targets != IGNORE_INDEX
 
 
 def check_chunks(config: LlavaSkipConfig, size: int | None) -> None:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_skip.reduction.in_decoder import Cut
 from llava_skip.routing import align_right
+from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
     from llava_skip.decoder import SkippingLayer
@@ -67,9 +68,15 @@ class CutView:
         index, is_asking = align_right(self.asking)
         queries = self._queries(index)
         batch, heads, asking, width = queries.shape
-        groups = self.keys.shape[1]
-        logits = queries.reshape(batch, groups, -1, width) @ self.keys.transpose(2, 3) * self.layer.self_attn.scaling
-        logits = logits.float().view(batch, heads, asking, -1)
+        if heads != (expected := self.layer.self_attn.config.num_attention_heads):
+            raise UserError(
+                f"Under tensor parallelism a process has {heads} of {expected} heads, and tokens are dropped by the "
+                "mean over all of them: run without it, or without the reduction."
+            )
+        groups, keys = self.keys.shape[1:3]
+        queries = queries.reshape(batch, groups, heads // groups * asking, width)
+        logits = queries @ self.keys.transpose(2, 3) * self.layer.self_attn.scaling
+        logits = logits.float().view(batch, heads, asking, keys)
         seen = self.stage.live[:, None, :] & (
             torch.arange(self.inputs.shape[1], device=index.device) <= index[:, :, None]
         )
@@ -83,7 +90,7 @@ class CutView:
         """The queries of tokens [B, Q] of the stage, [B, H, Q, E]."""
         attention = self.layer.self_attn
         normed = self.layer.input_layernorm(self.inputs.gather(1, wide(index, self.inputs)))
-        queries = attention.q_proj(normed).view(*index.shape, -1, attention.head_dim)
+        queries = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "q_norm"):
             queries = attention.q_norm(queries)
         cosine, sine = self._embeddings(index)
@@ -129,7 +136,7 @@ def keys_of(layer: Any, inputs: Tensor, embeddings: tuple[Tensor, Tensor], store
         [B, key-value heads, K + N, E].
     """
     attention = layer.self_attn
-    keys = attention.k_proj(layer.input_layernorm(inputs)).view(*inputs.shape[:2], -1, attention.head_dim)
+    keys = attention.k_proj(layer.input_layernorm(inputs)).unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     keys = apply_rotary_pos_emb(keys.transpose(1, 2), keys.transpose(1, 2), *embeddings)[0]

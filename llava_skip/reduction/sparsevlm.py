@@ -26,6 +26,7 @@ from llava_skip.reduction.method import Option
 from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
+    from llava_skip.configuration import LlavaSkipConfig
     from llava_skip.reduction.config import ReductionConfig
     from llava_skip.reduction.stages import CutView, PromptTokens
 
@@ -65,7 +66,7 @@ class SparseVLM(DropRule):
         """Either the mean or the numbers that are kept."""
         if (reduction.tokens is None) == (reduction["kept"] is None):
             raise UserError(
-                f"reduction {reduction}: give the mean, as sparsevlm:192, or the numbers, as sparsevlm:kept=300+200+110."
+                f"reduction {reduction}: give the mean, as sparsevlm:192, or numbers, as sparsevlm:kept=300+200+110."
             )
 
     def renumbered(self, reduction: ReductionConfig) -> bool:
@@ -110,6 +111,33 @@ class SparseVLM(DropRule):
         kept = max(1, min(cut.count(tokens), before - 1))
         merged = 0 if reduction["plus"] or kept == before else merging(before - kept)[1]
         return kept + merged
+
+    def extra_flops(
+        self,
+        reduction: ReductionConfig,
+        config: LlavaSkipConfig,
+        crops: int,
+        text_tokens: int,
+        behind: int | None = None,
+        asking: int | None = None,
+    ) -> int:
+        """Also the products of image and text that name the raters; distances between tokens are left out."""
+        products = 2 * config.image_length(crops) * (text_tokens if behind is None else behind)
+        found = super().extra_flops(reduction, config, crops, text_tokens, behind, asking)
+        return found + products * config.text_config.hidden_size if found else 0
+
+    def expected_asking(self, text_tokens: int) -> int:
+        """About half of the text is above the mean."""
+        return -(-text_tokens // 2)
+
+    def products(
+        self, reduction: ReductionConfig, config: LlavaSkipConfig, asking: int, tokens: int, merged: int
+    ) -> list[tuple[int, int, int]]:
+        """Also those that merge, or the ones of positions alone."""
+        text = config.text_config
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        own = (asking, head_width, tokens) if reduction["plus"] else (merged, tokens, text.hidden_size)
+        return [*super().products(reduction, config, asking, tokens, merged), own]
 
     def asking(self, prompt: PromptTokens, embeddings: Tensor) -> Tensor:
         """Text tokens of which the softmax over text of (image . text), averaged over the image, is above its mean.

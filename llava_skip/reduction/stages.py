@@ -10,7 +10,7 @@ E head width, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +105,15 @@ class Stage:
     ffn_tokens: Tensor | None = None
     whole: bool = True
 
+    def to(self, device: torch.device) -> Stage:
+        """On a device: a device map may have put the layers of a cut on another one than the first layer."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
+        }
+        return replace(self, **moved) if moved else self
+
     def take(self, hidden_states: Tensor) -> Tensor:
         """The hidden states of the stage before -> [B, N, D]."""
         if self.index is None:
@@ -158,6 +167,7 @@ class Stages:
         prompt: PromptTokens | None,
         has_images: bool,
         ffn_tokens: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
         """Before the first layer.
 
@@ -168,6 +178,7 @@ class Stages:
             prompt: the tokens; None in a decode step, where all are text.
             has_images: whether image tokens are among them.
             ffn_tokens: flat indices of the tokens that take the FFN before the first cut; None if all do.
+            mask: [B, K + T] of the forward, False or 0 on padding; None if nothing is padded.
         """
         assert isinstance(reduction.rule, DropRule)
         self.rule, self.reduction = reduction.rule, reduction
@@ -175,6 +186,7 @@ class Stages:
         self.config: PreTrainedConfig = language_model.config
         self.rotary = language_model.rotary_emb
         self.prompt, self.has_images, self.ffn_tokens = prompt, has_images, ffn_tokens
+        self._mask, self._before = mask, {0: Stored()}
         self._stages: dict[int, Stage] = {}
         self._asking: Tensor | None = None
 
@@ -219,7 +231,11 @@ class Stages:
         nothing = torch.zeros(batch, tokens, dtype=torch.bool, device=hidden_states.device)
         live, images = (~nothing, nothing) if self.prompt is None else (self.prompt.real, self.prompt.is_image)
         self._stages[0] = Stage(places, live, images, arguments["position_ids"], ffn_tokens=self.ffn_tokens)
+        if isinstance(cache := arguments.get("past_key_values"), StagedCache):
+            self._before |= cache.stored
         if self.prompt is not None and self.has_images:
+            if self._mask is not None and self._mask.shape[1] > tokens:
+                self._before[0] = Stored(self._mask[:, :-tokens].bool())
             self._asking = self.rule.asking(self.prompt, hidden_states)
 
     @torch.no_grad()
@@ -233,19 +249,19 @@ class Stages:
         keys: Tensor | None = None,
     ) -> None:
         """Decide which tokens the layers from `start` on see, and store what that means for them."""
-        stage, cache = self._stage_of(start - 1), arguments.get("past_key_values")
+        stage, cache = self._stage_of(start - 1).to(inputs.device), arguments.get("past_key_values")
         arguments = arguments | _on(inputs.device, stage.arguments or {})
-        stored = cache.stored.get(start, Stored()) if isinstance(cache, StagedCache) else Stored()
+        stored = self._before.get(start, Stored())
         behind = replace(stage, index=None, merged=None)
         if self._asking is not None:
             if keys is None:
                 stored_keys = cache.keys_of(start) if isinstance(cache, StagedCache) else None
                 keys = keys_of(layer, inputs, arguments["position_embeddings"], stored_keys)
-            before = stored if self.rule.scores_before else self._stored_in(start - 1, cache)
-            asking = self._asking.gather(1, stage.places) & stage.live
+            before = stored if self.rule.scores_before else self._stored_in(start - 1)
+            asking = self._asking.to(inputs.device).gather(1, stage.places) & stage.live
             if stage.is_new is not None:
                 asking &= ~stage.is_new
-            num_images = self._stages[0].is_image.sum(dim=1)
+            num_images = self._stages[0].is_image.sum(dim=1).to(inputs.device)
             embeddings = arguments["position_embeddings"]
             view = CutView(layer, inputs, outputs, keys, before.mask, embeddings, stage, asking, num_images)
             choice = self.rule.choose(view, self.cuts[start], self.reduction)
@@ -253,9 +269,9 @@ class Stages:
                 behind = stage.after(choice)
         self._stages[start] = self._placed(start, behind, stored, cache, inputs, arguments)
 
-    def _stored_in(self, layer: int, cache: Cache | None) -> Stored:
-        starts = [start for start in self.cuts if start <= layer]
-        return cache.stored.get(max(starts), Stored()) if starts and isinstance(cache, StagedCache) else Stored()
+    def _stored_in(self, layer: int) -> Stored:
+        """What a layer had stored before this forward."""
+        return self._before[max(start for start in self._before if start <= layer)]
 
     def _placed(
         self, start: int, stage: Stage, stored: Stored, cache: Cache | None, like: Tensor, arguments: dict[str, Any]
@@ -279,12 +295,12 @@ class Stages:
         self, stage: Stage, stored: Stored, like: Tensor, arguments: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Positions of the tokens of a stage, their rotary embedding, and how much smaller they are at the end."""
-        first = self._stages[0]
+        first = self._stages[0].to(like.device)
         whole = first.positions.expand(len(stage.places), -1)
         shift = stored.shift
         if stage.whole and shift is None:
             return stage.positions, arguments["position_embeddings"], None
-        if stage.whole:
+        if stage.whole and shift is not None:
             positions = whole - shift
         elif not self.rule.renumbered(self.reduction):
             own, tables = stage.places, arguments["position_embeddings"]
