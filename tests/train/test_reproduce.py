@@ -43,10 +43,7 @@ def test_each_page_command_names_a_recipe_and_what_an_earlier_one_writes():
             recipe = read_recipe(found[1])
             assert not recipe["model"].startswith("{checkpoints}") or recipe["model"].split("/")[1] in written
             written.add(found[1])
-        elif found := re.match(r"llava-skip convert checkpoints/(\S+) checkpoints/(\S+) --reduction (\S+)$", line):
-            assert found[1] in written
-            written.add(found[2])
-        elif found := re.match(r"llava-skip eval --model checkpoints/(\S+) \$DATA$", line):
+        elif found := re.match(r"llava-skip eval --model checkpoints/(\S+) (--reduction \S+ )?\$DATA$", line):
             assert found[1] in written
     assert {row.name for row in rows()} <= written
 

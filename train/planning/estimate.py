@@ -199,30 +199,17 @@ def training_memory(
     }
 
 
-def inference_cost(
-    config: LlavaSkipConfig, machine: Machine, text_tokens: int, answer_tokens: int, images: int = 1
-) -> dict[str, Any]:
-    """Prefill and cache of a request with `images` images on one GPU, and requests that fit beside the weights."""
-    rows, text = image_rows(config), config.text_config
-    cost = image_cost(config, text_tokens)
-    queries, keys = (sum(getattr(layer, name) for layer in rows) / len(rows) for name in ("queries", "keys"))
-    both = sum((text_tokens + images * r.queries) * (text_tokens + images * r.keys) for r in rows) / len(rows)
-    load = Load(
-        samples=1,
-        images=images,
-        crops=images * config.most_crops,
-        tokens=text_tokens + images * (queries + keys) / 2,
-        pairs=both,
-        ffn_tokens=text_tokens + images * cost.ffn_tokens,
-        head_tokens=1,
-    )
-    flops = step_flops(config, load)
-    one = replace(machine, gpus=1)
-    weights = 2 * parameter_counts(config, (), 0)["all"]
+def inference_cost(config: LlavaSkipConfig, machine: Machine, text_tokens: int, answer_tokens: int) -> dict[str, Any]:
+    """Prefill and cache of a request with one image on one GPU, and requests that fit beside the weights."""
+    text, cost = config.text_config, image_cost(config, text_tokens)
+    crops, tokens = config.most_crops, text_tokens + cost.attention_tokens
+    before = step_flops(config, Load(1, 1, crops, tokens, tokens**2, tokens, head_tokens=0))
+    flops = before.tower + before.projector + cost.prefill_flops
     token = cache_token_bytes(text)
-    request = images * cost.cache_bytes + (text_tokens + answer_tokens) * token
+    request = cost.cache_bytes + (text_tokens + answer_tokens) * token
     # One prefill at a time holds all its tokens, the skipped ones too, and the states of a layer.
-    prefill = round(load.tokens * (token + 2 * (4 * text.hidden_size + 3 * text.intermediate_size)))
+    prefill = round((text_tokens + cost.tokens) * (token + 2 * (4 * text.hidden_size + 3 * text.intermediate_size)))
+    weights = 2 * parameter_counts(config, (), 0)["all"]
     free = machine.gpu.memory * USABLE * GIB - weights - prefill
     return {
         "tokens": cost.tokens,
@@ -230,9 +217,9 @@ def inference_cost(
         "ffn_tokens": cost.ffn_tokens,
         "cache_tokens": cost.cache_tokens,
         "cache_mib_an_image": cost.cache_bytes / 2**20,
-        "prefill_flops": flops.forward,
-        "tower_flops": flops.tower + flops.projector,
-        "prefill_ms": 1000 * one.seconds(flops.forward),
+        "prefill_flops": flops,
+        "tower_flops": before.tower + before.projector,
+        "prefill_ms": 1000 * replace(machine, gpus=1).seconds(flops),
         "request_mib": request / 2**20,
         "requests": max(0, int(free // request)),
     }

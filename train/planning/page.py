@@ -202,8 +202,7 @@ def commands(number: int, chosen: list[Row]) -> str:
             dense = row.recipe["model"]
             dense = next(r.name for r in chosen if "reduction" not in r.recipe and r.recipe["model"] == dense)
             text += "# the same without training, on the dense row's model\n"
-            text += f"llava-skip convert checkpoints/{dense} checkpoints/{row.name}-free --reduction "
-            text += f"{row.recipe['reduction']}\nllava-skip eval --model checkpoints/{row.name}-free $DATA\n"
+            text += f"llava-skip eval --model checkpoints/{dense} --reduction {row.recipe['reduction']} $DATA\n"
     text += "```\n"
     if set(names) & set(NEEDS_JUDGE):
         text += "\nMM-Vet needs a judge, MMBench and MathVista use one: [benchmarks](benchmarks/README.md#judges).\n"
