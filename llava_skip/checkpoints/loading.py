@@ -120,9 +120,18 @@ def check_fit(folder: Path, config: LlavaSkipConfig) -> None:
     _check(native_weights(read_model_shapes(folder)), config, report, new_projector=False)
 
 
-def check_native(folder: Path) -> LlavaSkipConfig:
-    """The configuration of a native model that fits its weights; see `check_fit`."""
-    config = configure(open_source(folder, weights=False), {}, own_tower=False)
+def read_native(folder: Path, reduction: ReductionConfig | None = None) -> LlavaSkipConfig:
+    """The configuration of a native model; with a rival method, if one is given.
+
+    Raises:
+        UserError: it is broken, or the method does not fit it.
+    """
+    return configure(open_source(folder, weights=False), {}, own_tower=False, reduction=reduction)
+
+
+def check_native(folder: Path, reduction: ReductionConfig | None = None) -> LlavaSkipConfig:
+    """The configuration of a native model that fits its weights; see `check_fit` and `read_native`."""
+    config = read_native(folder, reduction)
     check_fit(folder, config)
     return config
 

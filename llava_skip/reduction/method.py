@@ -113,6 +113,10 @@ class Reduction:
     def check(self, reduction: ReductionConfig, config: LlavaSkipConfig) -> None:
         """Raise UserError if the method does not fit the model; the front end has been looked at already."""
 
+    def tokens_for(self, budget: int, config: LlavaSkipConfig) -> int:
+        """TOKENS that makes `budget` tokens of a crop, or about as many, take the FFN, as a mean over the layers."""
+        return budget
+
     def rows(self, reduction: ReductionConfig, tokens: int) -> int:
         """Rows of a crop of `tokens` visual tokens that enter the language model: P."""
         return tokens

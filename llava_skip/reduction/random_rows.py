@@ -45,7 +45,8 @@ def lots(pixel_values: Tensor, tokens: int, seed: int) -> Tensor:
     """
     content = pixel_values.float().view(torch.int32).flatten(1).long().sum(dim=1, keepdim=True)
     places = torch.arange(1, tokens + 1, device=pixel_values.device)
-    return mixed(mixed(content + seed * _STEP) + places * _STEP)
+    start = content + torch.tensor(seed, device=content.device) * _STEP  # wraps around, as the other products do
+    return mixed(mixed(start) + places * _STEP)
 
 
 class RandomRows(Selection):
