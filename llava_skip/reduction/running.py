@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llava_skip.arguments import check_whole_mask
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.masking import is_two_dimensional
@@ -47,6 +49,12 @@ def own_cache(config: LlavaSkipConfig) -> Cache | None:
     if config.forgets:
         return ForgettingCache()
     return StagedCache() if cuts_of(config) else None
+
+
+def new_cache(config: LlavaSkipConfig) -> Cache:
+    """An empty cache for a model."""
+    own = own_cache(config)
+    return DynamicCache(config=config.text_config) if own is None else own
 
 
 def make_runner(
@@ -87,22 +95,32 @@ def make_runner(
     return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens, mask)
 
 
+def restored(outputs: BaseModelOutputWithPast, runner: LayerRunner | None) -> BaseModelOutputWithPast:
+    """What the language model gave, with all tokens of the forward."""
+    if runner is not None:
+        outputs.last_hidden_state = runner.restore(outputs.last_hidden_state)
+    return outputs
+
+
 def check_forward(
     config: LlavaSkipConfig,
     cache: Cache | None,
     mask: Any,
     position_ids: Tensor | None,
+    new: int,
     arguments: dict[str, Any],
 ) -> None:
-    """Raise UserError for a forward in which tokens cannot be dropped between layers.
+    """Raise UserError for a mask of another length, or a forward in which tokens cannot be dropped between layers.
 
     Args:
         config: of the model.
         cache: of the forward.
         mask: its attention mask.
         position_ids: [B, T]; where they start again, another sequence begins.
+        new: T.
         arguments: those that are handed on to the language model.
     """
+    check_whole_mask(mask, cache, new)
     if not cuts_of(config):
         return
     what = f"reduction {config.reduction_config} drops tokens inside the decoder"

@@ -107,7 +107,7 @@ class Stage:
 
     def to(self, device: torch.device) -> Stage:
         """On a device: a device map may have put the layers of a cut on another one than the first layer."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
