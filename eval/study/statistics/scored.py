@@ -70,6 +70,13 @@ class Scored:
         return headline_interval(mean_headline(self.ids, self.values(self.ids)), self.clusters)
 
 
+def same_headlines(group: Sequence[Scored]) -> list[Headline]:
+    """The headlines of results of one benchmark; their means over questions, if not all are sums of one kind."""
+    headlines = [own.headline for own in group]
+    kinds = {(frozenset(headline.ids), headline.parts.shape[1]) for headline in headlines}
+    return headlines if len(kinds) == 1 else [mean_headline(own.ids, own.values(own.ids)) for own in group]
+
+
 def clusters_of(ids: Sequence[str], keys: dict[str, str] | None) -> np.ndarray | None:
     """The number of the image of each of `ids`; None if `keys` lacks one, or if each has an image of its own."""
     if keys is None or any(id_ not in keys for id_ in ids):
