@@ -70,16 +70,8 @@ def difficulty_table(groups: dict[str, Comparison | None]) -> PlainTable:
 
 def many_table(names: tuple[str, str], rows: Sequence[Row], mean: Average) -> PlainTable:
     """All benchmarks for the terminal, and their average."""
-    headings = (
-        "benchmark",
-        "questions",
-        "images",
-        f"A: {names[0]}",
-        f"B: {names[1]}",
-        f"B - A, {_INTERVAL}",
-        "p",
-        "Holm",
-    )
+    sides = (f"A: {names[0]}", f"B: {names[1]}", f"B - A, {_INTERVAL}")
+    headings = ("benchmark", "questions", "images", *sides, "p", "Holm")
     lines = [
         (
             *(row.benchmark, row.questions, row.images or "", f"{row.a.value:.1f}", f"{row.b.value:.1f}"),
@@ -186,12 +178,13 @@ def run(
         if a or b or filtered:
             raise UserError("--models compares on all benchmarks: leave out the folders and --filter.")
         place = results_in or Path(shown(results()))
-        compare_models(models, *(results_of(name, [place]) for name in models), json)
+        one, other = (results_of(name, [place]) for name in models)
+        compare_models(models, one, other, json)
         return
     if a is None or b is None or results_in:
         raise UserError("give two results folders, or --models A B (with --results, where they are).")
     if _is_one(a) or _is_one(b):
-        compare_two(Result.load(a), Result.load(b), filtered and Result.load(filtered), json)
+        compare_two(Result.load(a), Result.load(b), Result.load(filtered) if filtered else None, json)
     elif filtered:
         raise UserError("--filter is for two results of one benchmark: give their folders.")
     else:

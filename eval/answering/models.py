@@ -1,5 +1,6 @@
 """Find and check a saved model before anything heavy is loaded."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, refuse_pointer
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SEED = re.compile(r"seed-\d+")
+"""Name of a seed's folder in that of `llava-skip train --seeds`."""
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.
 TEXTS = ("config.json", "generation_config.json", "*tokenizer*", "*processor_config.json", "*.jinja")
 
@@ -36,8 +39,9 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, also when it was given as `.`."""
-        return self.folder.resolve().name
+        """The folder's name, also when it was given as `.`; with that of its run, if it is one seed of several."""
+        folder = self.folder.resolve()
+        return f"{folder.parent.name}-{folder.name}" if _SEED.fullmatch(folder.name) else folder.name
 
     def describe(self) -> dict[str, Any]:
         """Which model it is, for the result file."""
@@ -69,6 +73,14 @@ def newest_model() -> Path:
             "'bash scripts/finetune_skip.sh', or give a saved model with --model."
         )
     return Path(paths.shown(max(found, key=lambda path: path.stat().st_mtime).parent))
+
+
+def with_seeds(folder: Path) -> list[Path]:
+    """The model folders that a folder stands for: those of all seeds, or itself."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return [folder]
+    seeds = [path for path in folder.iterdir() if _SEED.fullmatch(path.name) and path.is_dir()]
+    return sorted(seeds, key=lambda path: int(path.name.removeprefix("seed-"))) or [folder]
 
 
 def check_model(folder: Path) -> SavedModel:

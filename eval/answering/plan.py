@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answering.answers import AnswerLog
-from eval.answering.models import SavedModel, check_model, newest_model
+from eval.answering.models import SavedModel, check_model, newest_model, with_seeds
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
@@ -220,12 +220,12 @@ def embedded_file(benchmark: Benchmark) -> Path:
 
 
 def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
-    """Check the models, by default the newest one; their names must differ, because results are filed under them.
+    """Check the models, by default the newest one, and each seed of a folder of seeds; their names must differ.
 
     Raises:
         UserError: one is not whole, or two have one name.
     """
-    models = [check_model(folder) for folder in folders or [newest_model()]]
+    models = [check_model(own) for folder in folders or [newest_model()] for own in with_seeds(folder)]
     names = [model.name for model in models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

@@ -116,6 +116,12 @@ def load_scored(result: Result, keys: dict[str, str] | None = None) -> Scored:
     return Scored(result, headline, keys, tuple(notes))
 
 
+def load_group(results: Sequence[Result]) -> list[Scored]:
+    """Read several results of one benchmark file, whose images are looked for once."""
+    first = load_scored(results[0])
+    return [first, *(load_scored(result, first.keys or {}) for result in results[1:])]
+
+
 def refuse_unscored(result: Result) -> None:
     """Raise UserError if a result holds no scored question."""
     if result.facts["status"] != "scored" or not result.values:

@@ -44,13 +44,21 @@ def seed_of(name: str) -> tuple[str, int] | None:
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """The results of two seeds or more, by benchmark and the seeds' common name, in the order of the seeds."""
+    """The results of two seeds or more, by benchmark and the seeds' common name, in the order of the seeds.
+
+    Groups that do not answer the same questions of the same file are left out.
+    """
     groups: dict[tuple[str, str], list[tuple[int, Result]]] = defaultdict(list)
     for result in results:
-        if (found := seed_of(result.model)) is not None:
+        if (found := seed_of(result.model)) is not None and result.facts["status"] == "scored" and result.values:
             groups[result.benchmark, found[0]].append((found[1], result))
     ordered = {key: sorted(own, key=lambda entry: entry[0]) for key, own in sorted(groups.items())}
-    return {key: [result for _, result in own] for key, own in ordered.items() if len(own) > 1}
+    found_groups = {key: [result for _, result in own] for key, own in ordered.items() if len(own) > 1}
+    return {key: own for key, own in found_groups.items() if len({_asked(result) for result in own}) == 1}
+
+
+def _asked(result: Result) -> tuple[str, str, frozenset[str]]:
+    return result.facts["data"]["sha256"], result.facts["rule"], frozenset(result.values)
 
 
 def spread(group: Sequence[Scored]) -> Spread:
