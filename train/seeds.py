@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_skip_base.console import make_table, output_console, print_next, print_text
-from llava_skip_base.errors import UserError, first_few
+from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, write_json
 from llava_skip_base.paths import checkpoints, shown
 from train.recipe.recipes import RECIPE, read_recipe, take_option, with_folders, with_underscores
@@ -45,7 +45,7 @@ def take_seeds(words: Sequence[str]) -> tuple[list[int] | None, list[str]]:
         raise UserError(f"{SEEDS} is {text!r}; expected a number of runs, such as 3, or seeds, such as 42,43,44.")
     if "," in text:
         if doubled := sorted({number for number in numbers if numbers.count(number) > 1}):
-            raise UserError(f"{SEEDS} has {first_few(doubled)} more than once; give different seeds.")
+            raise UserError(f"{SEEDS} has {', '.join(map(str, doubled))} more than once; give different seeds.")
         return numbers, others
     if not 1 <= numbers[0] <= MOST:
         raise UserError(
