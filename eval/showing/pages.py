@@ -4,10 +4,11 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 from tqdm import tqdm
 
@@ -58,6 +59,18 @@ class Question:
     answers: list[Answer] = field(default_factory=list)
 
 
+@cache
+def template(name: str) -> Template:
+    """A page's template, which escapes every text."""
+    return Environment(
+        loader=PackageLoader("eval.showing"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
+
+
 def write_pages(
     folder: Path,
     benchmarks: Mapping[str, Sequence[Result]],
@@ -69,20 +82,11 @@ def write_pages(
 
     `table` is the scores as text, header first, `facts` the origin of each, `charts` names of files in the folder.
     """
-    environment = Environment(
-        loader=PackageLoader("eval.showing"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     for name, results in benchmarks.items():
         questions, note = collect_questions(get_benchmark(name), results, folder)
-        page = environment.get_template("questions.html.jinja").render(
-            benchmark=name, results=results, questions=questions, note=note
-        )
+        page = template("questions.html.jinja").render(benchmark=name, results=results, questions=questions, note=note)
         write_bytes(folder / f"{name}.html", page.encode("utf-8", "replace"))
-    index = environment.get_template("index.html.jinja").render(table=table, facts=facts, charts=charts)
+    index = template("index.html.jinja").render(table=table, facts=facts, charts=charts)
     write_bytes(folder / "index.html", index.encode("utf-8", "replace"))
 
 
