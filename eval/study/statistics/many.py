@@ -69,7 +69,7 @@ class Contest:
     @property
     def scale(self) -> float:
         """What makes the score one of 0 to 100."""
-        return 100 / self.a[0].result.facts.get("full_score", 100.0)
+        return 100 / (self.a[0].result.facts.get("full_score") or 100.0)
 
     @cached_property
     def draws(self) -> np.ndarray:

@@ -193,12 +193,14 @@ def _is_score(headline: Headline, result: Result) -> bool:
 
 
 def _named_images(result: Result) -> dict[str, str] | None:
-    if not (result.folder / "answers.jsonl").is_file():
+    try:
+        rows = result.answers()
+    except UserError:  # there are none, or they are damaged: nothing else of a comparison needs them
         return None
     keys = {}
-    for row in result.answers():
+    for row in rows:
         name = next((str(row[field]) for field in IMAGE_FIELDS if row.get(field)), None)
         if name is None:
             return None
-        keys[row["index"]] = f"{row['category']}/{name}" if not row.get("image_path") and "picture" in row else name
+        keys[row["index"]] = f"{row.get('category')}/{name}" if not row.get("image_path") and "picture" in row else name
     return keys or None
