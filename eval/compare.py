@@ -16,7 +16,7 @@ from eval.showing.results import Result, find_results
 from eval.study.statistics.loyalty import loyalty
 from eval.study.statistics.many import Average, Row, compare_many, contests, has_answers, results_of
 from eval.study.statistics.pairs import Comparison, Pair, load_pair
-from eval.study.statistics.vtc import DIFFICULT, SIMPLE, by_difficulty, is_downsampled
+from eval.study.statistics.vtc import DIFFICULT, GROUP_A, GROUP_B, SIMPLE, by_difficulty, is_downsampled
 from llava_skip_base.console import (
     PlainTable,
     chart_label,
@@ -59,6 +59,7 @@ def comparison_table(pair: Pair, found: Comparison, same: Interval | None) -> Pl
 def difficulty_table(groups: dict[str, Comparison | None]) -> PlainTable:
     """The comparison on the questions that a smaller image gets wrong, and on the others."""
     titles = {DIFFICULT: "wrong with a smaller image", SIMPLE: "right with a smaller image"}
+    titles |= {GROUP_A: "the first, where A is right", GROUP_B: "the second, where A is right"}
     rows = [
         (titles[name], found.questions, found.a, found.b, found.difference, f"{found.p:.3g}")
         if found

@@ -135,11 +135,12 @@ def sign_flip_test(difference: np.ndarray, clusters: np.ndarray | None = None) -
     Returns:
         The two-sided probability of a sum this far from 0, and whether it is exact (else from seeded draws).
     """
-    sums = clustered(difference.astype(float)[:, None], clusters)[:, 0]
-    sums = sums[np.abs(sums) > ROUNDING]
+    difference = difference.astype(float)
+    sums = clustered(difference[:, None], clusters)[:, 0]
+    sums, whole = sums[np.abs(sums) > ROUNDING], np.array_equal(difference, np.round(difference))
     if not len(sums):
-        return 1.0, True
-    if np.array_equal(sums, np.round(sums)):
+        return 1.0, whole
+    if whole:
         return _exact(np.abs(sums).astype(int), int(abs(sums.sum()))), True
     return tail(float(sums.sum()), _flipped(sums)), False
 

@@ -23,7 +23,7 @@ from eval.study.statistics.many import compare_many, contests, holm
 from eval.study.statistics.pairs import load_pair
 from eval.study.statistics.scored import find_keys, load_scored
 from eval.study.statistics.seeds import estimate, grouped, mean_draws, seed_of, spread
-from eval.study.statistics.vtc import DIFFICULT, SIMPLE, by_difficulty
+from eval.study.statistics.vtc import DIFFICULT, GROUP_A, SIMPLE, by_difficulty
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, write_json, write_json_lines
 
@@ -228,6 +228,10 @@ def test_filter_splits_the_questions_by_the_smaller_image(tmp_path: Path, pope: 
     assert difficult and simple and (difficult.questions, simple.questions) == (20, 40)
     assert (difficult.a.value, difficult.b.value, simple.difference.value) == (100.0, 50.0, 0.0)
     assert by_difficulty(load_pair(a, b), a)[DIFFICULT] is None
+    own = by_difficulty(load_pair(b, a), small)  # of the 20, the first model gets 10 right
+    assert [group and group.questions for group in own.values()] == [20, 40, 10, 40]
+    group_a = own[GROUP_A]
+    assert group_a and (group_a.a.value, group_a.b.value) == (100.0, 100.0)
 
 
 def test_names_of_seeds() -> None:

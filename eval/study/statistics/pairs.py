@@ -84,7 +84,7 @@ def compare(a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None = None) ->
         interval(100 * float(difference.mean()), draws),
         int((a > b).sum()),
         int((b > a).sum()),
-        _test_name(exact and a.dtype == b.dtype == bool, clusters),
+        _test_name(exact, clusters),
         p,
         p > 1 - CONFIDENCE,
         None if clusters is None else int(clusters.max()) + 1,
@@ -154,8 +154,7 @@ class Pair:
         a, b, headline = self._parts
         if not headline.is_mean:
             return tail(observed, self.chance), False
-        p, exact = sign_flip_test(b[:, 0] - a[:, 0], self.clusters)
-        return p, exact and all(isinstance(value, bool) for value in self.a.result.values.values())
+        return sign_flip_test(b[:, 0] - a[:, 0], self.clusters)
 
     @cached_property
     def _headlines(self) -> tuple[Headline, Headline]:

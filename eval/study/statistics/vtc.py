@@ -1,7 +1,8 @@
 """Scores on the questions that need the image's detail: those that a down-sampled image gets wrong.
 
 Many questions are answered as well from a smaller image, and say nothing about which visual tokens a method keeps.
-VTC-Bench (arXiv 2510.07143) lets the dense model answer with a down-sampled image and splits the questions by it.
+VTC-Bench (arXiv 2510.07143) lets the dense model answer with a down-sampled image and splits the questions by it. Its
+groups A and B hold only questions that the dense model gets right with the whole image.
 """
 
 import numpy as np
@@ -11,7 +12,9 @@ from eval.study.statistics.pairs import Comparison, Pair, compare, refuse_differ
 from eval.study.statistics.scored import refuse_unscored
 
 DIFFICULT, SIMPLE = "difficult", "simple"
-"""Questions that the down-sampled image gets wrong (VTC-Bench's group A), and right (group B)."""
+"""Questions that the down-sampled image gets wrong, and right."""
+GROUP_A, GROUP_B = "group_a", "group_b"
+"""Those of both that the first model, the dense one, gets right: VTC-Bench's groups."""
 RIGHT = 0.5
 """The grade from which an answer counts as right."""
 
@@ -20,7 +23,7 @@ def by_difficulty(pair: Pair, downsampled: Result) -> dict[str, Comparison | Non
     """Compare two models on each group of questions; None for an empty group.
 
     Args:
-        pair: the two results.
+        pair: the two results; the dense model's first, for VTC-Bench's groups.
         downsampled: the dense model's result with a smaller image, on the same questions.
 
     Raises:
@@ -32,7 +35,9 @@ def by_difficulty(pair: Pair, downsampled: Result) -> dict[str, Comparison | Non
     wrong = np.array([float(downsampled.values[id_]) < RIGHT for id_ in ids])
     a, b, clusters = pair.a.values(ids), pair.b.values(ids), pair.clusters
     found: dict[str, Comparison | None] = {}
-    for name, group in ((DIFFICULT, wrong), (SIMPLE, ~wrong)):
+    known = a.astype(float) >= RIGHT
+    groups = {DIFFICULT: wrong, SIMPLE: ~wrong, GROUP_A: wrong & known, GROUP_B: ~wrong & known}
+    for name, group in groups.items():
         own = None if clusters is None else np.unique(clusters[group], return_inverse=True)[1]
         found[name] = compare(a[group], b[group], own) if group.any() else None
     return found
