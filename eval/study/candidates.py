@@ -117,7 +117,8 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
             "give the dense model as well: --model DENSE."
         )
     candidates: list[Candidate] = []
-    left_out, fitting = [], set()
+    left_out: list[str] = []
+    fitting, reasons = set(), dict[str, str]()
     for model in dense:
         candidates.append(Candidate(model, model, model.name))
         asked = [_at_budget(model, name, options, budget) for name, options in named for budget in numbers]
@@ -127,14 +128,13 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
                 reduced = model.reduced(ReductionConfig.parse(own.text))
             except UserError as error:
                 left_out.append(str(error))
+                reasons |= dict.fromkeys(own.options, str(error))
                 continue
             fitting |= {*own.options}
             if reduced.name not in {other.name for other in candidates}:
                 candidates.append(Candidate(reduced, model, own.series))
-    # An option that fits none of the dense models is a mistake.
-    options = [option for own in asked for option in reversed(own.options)]
-    if wrong := [option for option in options if option not in fitting]:
-        raise UserError(f"{wrong[0]} fits no dense model. {left_out[0]}")
+    if wrong := sorted(reasons.keys() - fitting):  # a mistake, not a method that cannot have so few tokens
+        raise UserError(f"{wrong[0]} fits no dense model. {reasons[wrong[0]]}")
     others = [model for model, own in zip(models, is_dense, strict=True) if not own]
     candidates += [Candidate(model, _dense_of(model, dense), model.name) for model in others]
     return Plan(candidates, left_out)
