@@ -133,7 +133,8 @@ def _reduced_cost(config: LlavaSkipConfig, text_tokens: int) -> ImageCost:
         ffn_tokens=_mean(sum(rows.ffn for rows in layers), len(layers)),
         cache_tokens=_mean(cached, len(layers)),
         cache_bytes=cached * 2 * _head_widths(text)[1] * torch.bfloat16.itemsize,
-        prefill_flops=prefill_flops(text, layers, text_tokens),
+        prefill_flops=prefill_flops(text, layers, text_tokens)
+        + reduction.rule.extra_flops(reduction, config, config.most_crops, text_tokens),
     )
 
 

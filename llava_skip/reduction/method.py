@@ -129,6 +129,27 @@ class Reduction:
         rows = config.image_length(crops)
         return [LayerRows(rows, rows, rows, rows)] * config.text_config.num_hidden_layers
 
+    def extra_flops(
+        self,
+        reduction: ReductionConfig,
+        config: LlavaSkipConfig,
+        crops: int,
+        text_tokens: int,
+        behind: int | None = None,
+        asking: int | None = None,
+    ) -> int:
+        """FLOPs of the method itself in a prefill, beside those of the layers.
+
+        Args:
+            reduction: the numbers.
+            config: of the model.
+            crops: of the image.
+            text_tokens: tokens beside the image's.
+            behind: how many of them are behind the image; None: all.
+            asking: how many tokens decide what is kept; None: what the method expects.
+        """
+        return 0
+
 
 class Selection(Reduction):
     """A method that makes T rows of a crop's visual tokens before the language model; TOKENS is T."""
