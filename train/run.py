@@ -16,7 +16,6 @@ from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.reduction.running import check_samples_apart
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
-from llava_skip_base.paths import checkpoints, shown
 from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.benchmarks import check_benchmarks
 from train.command_line import read_command_line
@@ -39,6 +38,7 @@ from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.layout import RECORD, begun_with, continued, described, read_record
 from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
+from train.seeds import default_output
 from train.training_flags import check_optimizer, check_schedule
 from train.validation import check_validation, eval_sources, split
 
@@ -74,7 +74,7 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
         UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line(KINDS, command_line)
-    output = run.output_dir or shown(checkpoints() / (model.preset or "finetuned"))
+    output = run.output_dir or default_output(model.preset)
     begun = None
     if not run.overwrite:
         begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))

@@ -123,12 +123,15 @@ def _as_words(value: Any) -> list[str]:
 def _as_word(value: Any) -> str:
     if isinstance(value, (dict, bool)) or value is None:
         return json.dumps(value)
-    if not isinstance(value, str):
-        return str(value)
+    return with_folders(value) if isinstance(value, str) else str(value)
+
+
+def with_folders(text: str) -> str:
+    """A text of a recipe with the folders that its names stand for; they are written when they are not there."""
     for name, folder in _FOLDERS.items():
-        if name in value:
-            value = value.replace(name, shown(folder()))
-    return value
+        if name in text:
+            text = text.replace(name, shown(folder()))
+    return text
 
 
 def _embedded() -> Path:
