@@ -34,6 +34,11 @@ class FreezeRule(Reduction):
         """The layers are in the model."""
         self.frozen(reduction, config.text_config.num_hidden_layers)
 
+    def tokens_for(self, budget: int, config: LlavaSkipConfig) -> int:
+        """The number of layers in which the image's tokens must be frozen."""
+        layers = config.text_config.num_hidden_layers
+        return max(1, min(layers, round(layers * (1 - budget / config.visual_tokens(1)))))
+
     def layer_rows(self, reduction: ReductionConfig, config: LlavaSkipConfig, crops: int) -> list[LayerRows]:
         """All tokens have keys, values and a place in the cache in every layer."""
         tokens, layers = config.image_length(crops), config.text_config.num_hidden_layers

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen3Config
 
 from llava_skip.flops import prefill_flops
-from llava_skip.reduction import ReductionConfig
+from llava_skip.reduction import ReductionConfig, get_reduction
 from llava_skip.reduction.cache import StagedCache
 from llava_skip.reduction.running import cuts_of
 from llava_skip_base.errors import UserError
@@ -419,6 +419,8 @@ def test_the_schedules_are_the_published_ones():
         assert mean - 1 < used <= mean
     assert left_at("sparsevlm:192") == [(3, 300), (7, 200), (16, 110)]
     assert left_at("sparsevlm:64,plus=1") == [(3, 66), (7, 34), (16, 20)]
+    config = small_model(architecture="llava").config  # 3 layers, 16 tokens
+    assert [get_reduction("shortv").tokens_for(budget, config) for budget in (1, 5, 10, 16)] == [3, 2, 1, 1]
     reduction = ReductionConfig.parse("shortv:3")
     assert reduction.rule.frozen(reduction, 32) == (31, 30, 29)
     reduction = ReductionConfig.parse("shortv:2,order=5+3+1")
