@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import shortened
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig
@@ -57,7 +58,7 @@ class Option:
             for entry in entries
         )
         if not fits or (len(entries) > 1 and not self.many):
-            raise UserError(f"reduction: {name} is {value!r}; it must be {self._words()}.")
+            raise UserError(f"reduction: {name} is {shortened(repr(value))}; it must be {self._words()}.")
         numbers = [entry if self.whole else float(entry) for entry in entries]
         return tuple(numbers) if self.many else numbers[0]
 
