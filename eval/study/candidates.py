@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.answering.models import SavedModel, check_model
+from eval.answering.models import SavedModel, check_model, with_seeds
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.reduction import ReductionConfig, get_reduction, reduction_names
 from llava_skip_base.errors import UserError, first_few
@@ -94,7 +94,7 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
     """Check the models, and each dense one with each method at each budget.
 
     Args:
-        folders: of the models.
+        folders: of the models; a folder of seeds stands for the model of each.
         methods: see `read_methods`.
         budgets: see `read_budgets`.
         reductions: further methods with their numbers, as `METHOD:TOKENS[,NAME=VALUE...]`.
@@ -107,7 +107,7 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
     if named and not numbers:
         raise UserError("--methods is given without --budgets: give numbers of tokens, such as --budgets 18,12,6.")
     explicit = [ReductionConfig.parse(text) for text in reductions]
-    models = [check_model(folder) for folder in folders]
+    models = [check_model(own) for folder in folders for own in with_seeds(folder)]
     configurations = [_configuration(model) for model in models]
     is_dense = [own.skip is None and own.reduction is None for own in configurations]
     dense = [model for model, own in zip(models, is_dense, strict=True) if own]

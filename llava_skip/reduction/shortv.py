@@ -58,11 +58,6 @@ class ShortV(FreezeRule):
     name = "shortv"
     options: ClassVar[Mapping[str, Option]] = {"layers": Option(many=True), "order": Option(many=True)}
 
-    def tokens_for(self, budget: int, config: LlavaSkipConfig) -> int:
-        """The number of layers without which the FFN has `budget` tokens of a crop, as a mean; rounded, at least 1."""
-        layers = config.text_config.num_hidden_layers
-        return max(1, round(layers * (1 - budget / config.visual_tokens(1))))
-
     def check_numbers(self, reduction: ReductionConfig) -> None:
         """Either a number of layers or their names; an order only with a number; none twice."""
         layers, order = reduction["layers"], reduction["order"]
