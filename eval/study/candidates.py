@@ -127,7 +127,7 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
             try:
                 reduced = model.reduced(ReductionConfig.parse(own.text))
             except UserError as error:
-                left_out.append(str(error))
+                left_out.append(f"{model.name}: {str(error).removeprefix(f'{model.folder}: ')}")
                 reasons |= dict.fromkeys(own.options, str(error))
                 continue
             fitting |= {*own.options}
