@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig
 
 from llava_skip import LlavaSkipConfig, LlavaSkipForConditionalGeneration
 from llava_skip.flops import image_cost, prefill_flops
+from llava_skip.presets import SIZES
 from llava_skip.reduction import ReductionConfig, get_reduction, reduction_names
 from llava_skip_base.errors import UserError
 from tests.support.small_models import batch_of, mixed_samples, real_tokens, small_config, small_model
@@ -165,3 +167,22 @@ def test_without_a_reduction_the_configuration_is_as_before(tmp_path):
     assert model.config.image_seq_length == 5 and model.model.config is model.config
     model.set_reduction(None)
     assert model.config.image_seq_length == 16
+
+
+def test_no_choice_waits_for_the_device_or_costs_much_at_the_papers_size():
+    """On the meta device there are no values: whatever reads one back from a GPU, such as `.item()`, fails there."""
+    text = small_config(architecture="llava").text_config
+    config = LlavaSkipConfig(vision_config=CLIPVisionConfig(**SIZES["vicuna-7b"]["vision"]), text_config=text)
+    with torch.device("meta"):
+        model = LlavaSkipForConditionalGeneration(config)
+        pixels = torch.empty(2, 3, 336, 336)
+    model.set_attn_implementation("eager")
+    counted = {}
+    for name in (None, *(name for name, architecture in METHODS if architecture == "llava")):
+        model.set_reduction(None if name is None else ReductionConfig.parse(f"{name}:64"))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            assert model.model.encode_images(pixels).shape == (2, 576 if name is None else 64, text.hidden_size)
+        counted[name] = counter.get_total_flops()
+    share = {name: flops / counted[None] for name, flops in counted.items()}
+    assert share.pop("downsample") < 0.12  # 65 of 577 tokens
+    assert max(share.values()) < 1.04, share
