@@ -20,9 +20,11 @@ class MeanBenchmark(Benchmark):
 
     Attributes:
         gold: the column of the gold answers.
+        numbers_rows: whether there are public files without ids, in which the number of a row is its id.
     """
 
     gold: ClassVar[str] = "answer"
+    numbers_rows: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, answer: str, fields: Row) -> bool | float:
@@ -39,6 +41,16 @@ class MeanBenchmark(Benchmark):
     def has_gold(self, sample: Sample) -> bool:
         """Whether the file has a gold answer to the question."""
         return bool(sample.fields.get(self.gold, ""))
+
+    def identified(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows with an id: their own, or where the benchmark numbers rows and none has one, the number from 0."""
+        if not self.numbers_rows or any(name in rows[0] for name in self.id_columns):
+            return list(rows)
+        return [{**row, "index": str(number)} for number, row in enumerate(rows)]
+
+    def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
+        """Read the answers, under the ids that `identified` gives."""
+        return super().predictions(self.identified(rows), source, samples)
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Average over all questions and over each part; a file without any gold answer is not scored."""
@@ -119,10 +131,3 @@ def numbered_letter(answer: str) -> str:
     return (
         ascii_uppercase[int(text)] if text.isascii() and text.isdigit() and len(text) < 3 and int(text) < 26 else text
     )
-
-
-def numbered(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Rows with an id: their own, or for files without one the number of the row from 0."""
-    if any(name in rows[0] for name in names):
-        return list(rows)
-    return [{**row, "index": str(number)} for number, row in enumerate(rows)]

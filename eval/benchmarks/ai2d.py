@@ -11,7 +11,6 @@ from eval.benchmarks.mmbench import vlmevalkit_prompt
 from eval.mean_benchmark import (
     LetterBenchmark,
     lettered_question,
-    numbered,
     numbered_letter,
     option_columns,
     vlmevalkit_letter,
@@ -31,13 +30,14 @@ class AI2D(LetterBenchmark):
     protocols = ("lmms-eval", "vlmevalkit")
     max_new_tokens = 16
     limits = {"vlmevalkit": 1024}
+    numbers_rows = True
     embedded = "ai2d.tsv"
     columns = ("question", "A", "answer")
     public_names = {"A": "options (or A, B, ...)"}
 
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Options as columns, the gold answer as a letter; ids for files without."""
-        return [_normal(row) for row in numbered(rows, self.id_columns)]
+        return [_normal(row) for row in self.identified(rows)]
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
         """lmms-eval's prompts, which are LLaVA's for multiple choice; or VLMEvalKit's."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.benchmark import SHORT_INSTRUCTION
-from eval.mean_benchmark import MeanBenchmark, numbered
+from eval.mean_benchmark import MeanBenchmark
 from eval.reading.tables import Row, read_rows
 from eval.sample import Sample, as_list
 from eval.scoring.pandas_cells import cell_as_text
@@ -31,6 +31,7 @@ class ChartQA(MeanBenchmark):
     protocols = ("llava", "lmms-eval")
     max_new_tokens = 128
     limits = {"lmms-eval": 16}
+    numbers_rows = True
     embedded = "chartqa"
     columns = ("question", "references")
     list_columns = frozenset({"references"})
@@ -51,7 +52,7 @@ class ChartQA(MeanBenchmark):
 
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Give question, gold answers, image and split the same names; ids for files without."""
-        return [_normal(row) for row in numbered(rows, self.id_columns)]
+        return [_normal(row) for row in self.identified(rows)]
 
     def image_folder(self, data: Path) -> Path:
         """`png` beside the test files, as in the release, or `images`."""
@@ -70,7 +71,8 @@ class ChartQA(MeanBenchmark):
         if self.chosen_rule == "vlmevalkit":
             answer, golds = cell_as_text(answer).strip(), _vlmevalkit_golds(golds)
         elif self.chosen_rule == "official":
-            answer, golds = answer.strip(), [gold.strip() for gold in golds]
+            golds = [str(gold).strip() for text in golds for gold in as_list(text)]
+            answer = answer.strip()
         return any(is_right(answer, gold) for gold in golds)
 
     def parts(self, fields: Row) -> Sequence[str]:
@@ -98,12 +100,13 @@ def _number(text: str) -> float | None:
 
 def _vlmevalkit_golds(golds: Sequence[str]) -> list[str]:
     """The gold answers that VLMEvalKit sees: it takes a cell that reads as a list, of numbers too, for several."""
-    if len(golds) == 1 and golds[0].startswith("["):
+    listed = [item for text in golds for item in as_list(text)]
+    if len(listed) == 1 and listed[0].startswith("["):
         try:
-            return [str(item) for item in parse_json(golds[0])]
+            return [str(item) for item in parse_json(listed[0])]
         except ValueError:
             pass  # text that only starts with a bracket
-    return [cell_as_text(gold) for gold in golds]
+    return [cell_as_text(gold) for gold in listed]
 
 
 def _read_split(path: Path) -> list[Row]:
@@ -123,5 +126,5 @@ def _normal(row: Row) -> Row:
     image = {"image_path": row["imgname"]} if row.get("imgname") else {}
     split = str(row.get("split") or row.get("type") or "")
     named = next((name for name in SPLITS if name in split), split)
-    references = {} if found is None else {"references": as_list(found)}
+    references = {} if found is None else {"references": found if isinstance(found, list) else [found] if found else []}
     return {**kept, **question, **image, **references, "split": named}

@@ -13,7 +13,6 @@ from eval.benchmarks.mmbench import vlmevalkit_prompt
 from eval.mean_benchmark import (
     LetterBenchmark,
     lettered_question,
-    numbered,
     numbered_letter,
     option_columns,
     vlmevalkit_letter,
@@ -45,6 +44,7 @@ class ScienceQA(LetterBenchmark):
     protocols = ("llava", "vlmevalkit", "lmms-eval")
     max_new_tokens = 1024
     limits = {"lmms-eval": 16}
+    numbers_rows = True
     embedded = "scienceqa"
     columns = ("question", "A", "answer")
     public_names = {"A": "choices (or A, B, ...)"}
@@ -61,7 +61,7 @@ class ScienceQA(LetterBenchmark):
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Options as columns, the gold answer as a letter, and whether there is an image; ids for files without."""
         shown = any(name in row for row in rows for name in ("image", "image_path", "multimodal"))
-        return [_normal(row, shown) for row in numbered(rows, self.id_columns)]
+        return [_normal(row, shown) for row in self.identified(rows)]
 
     def find_images(self, rows: list[Row], folder: Path) -> list[tuple[ImageSource, ...]]:
         """The image of each question that has one."""

@@ -31,7 +31,7 @@ class VizWiz(MeanBenchmark):
         "vlmevalkit": "vizwiz/vlmevalkit-2026-05",
         "lmms-eval": "vizwiz/lmms-eval-0.7.3",
     }
-    protocols = ("llava", "lmms-eval")
+    protocols = ("llava", "llava-answerable", "lmms-eval")
     max_new_tokens = 128
     embedded = "vizwiz/val.json"
     columns = ("question",)
@@ -44,23 +44,32 @@ class VizWiz(MeanBenchmark):
 
     def normalise(self, rows: list[Row]) -> list[Row]:
         """Give question, image and the annotators' answers the same names; questions without an id get the image's."""
-        return [_normal(row) for row in rows]
+        rows = [_normal(row) for row in rows]
+        if all(row.get("answerable") == "1" for row in rows):
+            return [{**row, "all_answerable": "yes"} for row in rows]
+        return rows
 
     def image_folder(self, data: Path) -> Path:
         """The folder of the split, as VizWiz names it, or `images`."""
         folder = data.parent / ("test" if "test" in data.stem else data.stem)
         return folder if folder.is_dir() else super().image_folder(data)
 
+    def protocol(self, samples: Sequence[Sample]) -> str:
+        """The protocol; a file whose questions can all be answered is asked without the sentence about the others."""
+        if self.chosen_protocol == "llava" and all(sample.fields.get("all_answerable") for sample in samples):
+            return "llava-answerable"
+        return self.chosen_protocol
+
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
         """LLaVA's prompts; lmms-eval's have the question in lower case but for its first letter."""
-        lowered = self.chosen_protocol == "lmms-eval"
+        protocol = self.protocol(samples)
+        instruction = SHORT_INSTRUCTION if protocol == "llava-answerable" else INSTRUCTION
         questions = [sample.fields["question"] for sample in samples]
-        return [f"{text.capitalize() if lowered else text}\n{INSTRUCTION}" for text in questions]
+        return [f"{text.capitalize() if protocol == 'lmms-eval' else text}\n{instruction}" for text in questions]
 
     def predictions(self, rows: Sequence[Row], source: str, samples: Sequence[Sample]) -> dict[Id, str]:
         """Read the answers by id, or by image, as the server's own file names them."""
-        own = [{**row, "question_id": _stem(row["image"])} if _is_upload(row) else row for row in rows]
-        found = super().predictions(own, source, samples)
+        found = super().predictions([_with_id(_with_path(row)) for row in rows], source, samples)
         known = {sample.id for sample in samples}
         if known & found.keys():
             return found
@@ -96,10 +105,6 @@ class VizWiz(MeanBenchmark):
         return [f"{path}: {len(samples)} answers for the VizWiz server."]
 
 
-def _is_upload(row: Row) -> bool:
-    return isinstance(row.get("image"), str) and row.keys() <= {"image", "answer"}
-
-
 def _stem(name: str) -> str:
     return name.removesuffix(".jpg")
 
@@ -107,12 +112,22 @@ def _stem(name: str) -> str:
 def _normal(row: Row) -> Row:
     if isinstance(row.get("text"), str):
         row = {**row, "text": row["text"].removesuffix(INSTRUCTION)}
-    row = short_question(row)
-    image = row.get("image")
-    if "image_path" not in row and isinstance(image, str) and image.endswith(".jpg"):
-        row = {**{name: cell for name, cell in row.items() if name != "image"}, "image_path": image}
-    if row.get("image_path") and not any(row.get(name) for name in VizWiz.id_columns):
-        row = {**row, "question_id": _stem(row["image_path"])}
+    row = _with_id(_with_path(short_question(row)))
     answers = row.get("references", row.get("answers"))
     kept = {name: cell for name, cell in row.items() if name not in ("answers", "references")}
     return kept if answers is None else {**kept, "references": annotators_answers(answers)}
+
+
+def _with_path(row: Row) -> Row:
+    """A row whose image is a file's name, with it as `image_path`."""
+    image = row.get("image")
+    if "image_path" in row or not isinstance(image, str) or not image.endswith(".jpg"):
+        return row
+    return {**{name: cell for name, cell in row.items() if name != "image"}, "image_path": image}
+
+
+def _with_id(row: Row) -> Row:
+    """A row with an id: the name of its image where it has none."""
+    if not row.get("image_path") or any(row.get(name) for name in VizWiz.id_columns):
+        return row
+    return {**row, "question_id": _stem(row["image_path"])}
