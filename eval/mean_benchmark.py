@@ -102,6 +102,10 @@ class LetterBenchmark(MeanBenchmark):
         """Whether the answer names a letter."""
         return self.letter(answer, fields) is not None
 
+    def reading(self, answer: str, fields: Row) -> str:
+        """The letter, else the answer's words."""
+        return self.letter(answer, fields) or super().reading(answer, fields)
+
     def has_gold(self, sample: Sample) -> bool:
         """Whether the file has the gold letter."""
         return not is_missing(sample.fields.get(self.gold, ""))

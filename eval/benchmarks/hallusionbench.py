@@ -89,10 +89,14 @@ class HallusionBench(Benchmark):
             notes.append(f"{counts['unreadable']} answers are neither yes nor no by the rule and count as wrong.")
         return self._scored(samples, right, counts, notes)
 
+    def reading(self, answer: str, fields: Row) -> str:
+        """Yes or no, else the answer's words."""
+        return self._read(answer) or super().reading(answer, fields)
+
     def _read(self, answer: str) -> str | None:
-        if self.chosen_rule == "vlmevalkit":
-            return yes_or_no(answer)
-        return "yes" if "yes" in answer.lower() else "no"
+        if self.chosen_rule == "contains-yes":
+            return "yes" if "yes" in answer.lower() else "no"
+        return yes_or_no(answer)
 
     def _scored(self, samples: Sequence[Sample], right: Verdicts, counts: dict[str, Any], notes: list[str]) -> Score:
         # VLMEvalKit leaves the category out of its keys, so the sets of equal number and kind of both count as one.
