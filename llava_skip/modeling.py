@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
+from llava_skip.reduction.running import check_forward, make_runner, own_cache, supervised_tokens
 from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
@@ -133,15 +135,20 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         prompt_images: Tensor | None = None,
         generated: int = 0,
         use_cache: bool | None = None,
+        supervised: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`."""
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`.
+
+        `supervised` [B, T] bool, the tokens whose next one has a label, is read by reductions inside the decoder alone.
+        """
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
         found = self.find_images(input_ids, inputs_embeds)
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         check_whole_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
+        check_forward(config, past_key_values, attention_mask, position_ids, kwargs)
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
             seen = _num_seen(past_key_values)
@@ -149,6 +156,10 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new))
+        if (
+            runner := make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
+        ) is not None:
+            route = replace(route, runner=runner)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, images, position_ids),
@@ -159,13 +170,16 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        if runner is not None:
+            outputs.last_hidden_state = runner.restore(outputs.last_hidden_state)
         return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
 
     def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         if use_cache and cache is None:
-            cache = ForgettingCache() if self.config.forgets else DynamicCache(config=self.config.text_config)
+            own = own_cache(self.config)
+            cache = DynamicCache(config=self.config.text_config) if own is None else own
         return use_cache, cache
 
     def _images(
@@ -361,6 +375,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            supervised=supervised_tokens(self.config, labels, shift_labels),
             return_dict=True,
             **kwargs,
         )

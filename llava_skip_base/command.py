@@ -26,6 +26,8 @@ class Program:
 
 PROGRAMS: dict[str, Program] = {
     "train": Program("train.launch", "Train a model, one process for each GPU (--recipe NAME)."),
+    "plan": Program("train.plan", "Hours, memory and FLOPs of a run before it, and which models fit a budget."),
+    "reproduce": Program("train.reproduce", "Write the page of the paper's tables as commands (docs/reproduce.md)."),
     "validate-data": Program("train.validate_data", "Check a training data set, and list the faulty records."),
     "show-sample": Program("train.show_sample", "Show one record as the model is trained on it."),
     "bench-data": Program("train.bench_data", "Measure how fast a training data set is read."),

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.reduction.running import check_samples_apart
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from llava_skip_base.paths import checkpoints, shown
@@ -113,6 +114,8 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
+    if data.padding_free:
+        check_samples_apart(config)
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)

@@ -11,9 +11,8 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, refuse_pointer
 
 if TYPE_CHECKING:
-    from llava_skip.reduction import ReductionConfig
-
     from llava_skip.configuration import LlavaSkipConfig
+    from llava_skip.reduction import ReductionConfig
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.
