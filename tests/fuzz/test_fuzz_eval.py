@@ -83,7 +83,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
          "answer": "A", "question_type_id": 1, "data_type": "image", "data_id": "1.png"} for n in range(2)
     ],
     "vizwiz": [
-        {"image": f"{n}.jpg", "question": "?", "answers": [{"answer": "a"}] * 10, "answerable": 1, "answer_type": "other"}
+        {"image": f"{n}.jpg", "question": "?", "answers": [{"answer": "a"}] * 10, "answerable": 1, "answer_type": "x"}
         for n in range(2)
     ],
     "vqav2": [
