@@ -27,6 +27,7 @@ class Echo:
     batches: list[list[str]] = []
 
     loaded: list[str] = []
+    cost = None
 
     def __init__(self, model: Any, numerics: Any, rank: int) -> None:
         Echo.loaded.append(model.name)
@@ -71,7 +72,8 @@ def test_mmbench_from_end_to_end(
     assert result["score"] == 0.0
     assert result["scores"]["dev"]["vanilla"]["all_rows"] == 0.4
     assert result["protocol"] == "llava-en"
-    assert result["model"]["skip"] == {"retained": 7}
+    assert result["model"]["skip"] == {"retained": 7, "skipped": 9, "forget_cache": True}
+    assert result["image_tokens"] == {"entering": 18, "attention": 18, "ffn": 9, "cache": 9}
     assert len(result["data"]["sha256"]) == 64
     assert result["generation"]["max_new_tokens"] == 1024
     assert {"torch", "transformers", "llava_skip", "python"} == set(result["versions"])
@@ -152,6 +154,7 @@ def test_run_that_cannot_be_scored_does_not_stop_the_others(
 def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
     data = write_tsv(mmstar_rows)
     assert evaluate("mmstar", "--data", data, "--limit", 2).exit_code == 0
+    assert set(load("results/mmstar/tiny/images.json")) == {"0", "1"}
     assert load("results/mmstar/tiny/results.json")["counts"]["questions"] == 2
     done = evaluate("mmstar", "--data", data)
     assert "2 of 5 answers were there already" in done.output
@@ -159,6 +162,8 @@ def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[...
     assert result["score"] == pytest.approx(40.0)
     assert load("results/mmstar/tiny/run_info.json")["resumed"] == 2
     assert len(Path("results/mmstar/tiny/answers.jsonl").read_text().splitlines()) == 5
+    keys = load("results/mmstar/tiny/images.json")
+    assert set(keys) == set(load("results/mmstar/tiny/per_sample.json")) and len(set(keys.values())) == 5
 
 
 def test_finished_run_loads_no_model(
@@ -314,6 +319,8 @@ SLOW_RUN = textwrap.dedent("""
     from eval.run import app
 
     class Slow:
+        cost = None
+
         def __init__(self, model, numerics, rank):
             pass
 
