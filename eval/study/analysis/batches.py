@@ -57,8 +57,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what is no input of the model on a device."""
-        moved = (value.to(device) for value in (self.kinds, self.images, self.last, self.answers))
-        return Batch(self.inputs, *moved, self.ids)
+        kinds, images, last, answers = (v.to(device) for v in (self.kinds, self.images, self.last, self.answers))
+        return Batch(self.inputs, kinds, images, last, answers, self.ids)
 
 
 def make_batches(samples: Iterable[Encoded], config: LlavaSkipConfig, batch_size: int) -> list[Batch]:

@@ -20,6 +20,7 @@ from eval.benchmarks import get_benchmark
 from eval.reading.images import PLACEHOLDER, ImageSource
 from eval.reading.tables import sha256
 from llava_skip.configuration import IGNORE_INDEX
+from llava_skip.processing import image_first
 from llava_skip_base.errors import MissingFileError, UserError, first_few
 from llava_skip_base.files import image_path, read_json
 from llava_skip_base.texts import shortened
@@ -162,7 +163,7 @@ def _record(row: Any, number: int, folder: Path) -> Question | None:
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             return None
-        said.append({"role": role, "content": turn["value"]})
+        said.append({"role": role, "content": image_first(turn["value"])})
     asked = [turn["content"] for turn in said if turn["role"] == "user"]
     answered = [turn["content"] for turn in said if turn["role"] == "assistant"]
     names = row.get("image") or []
