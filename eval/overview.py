@@ -3,7 +3,6 @@
 A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, and pages with every question and answer.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from rich.console import Console
 
 from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
+from eval.showing.markdown import markdown_table
 from eval.showing.pages import write_pages
 from eval.showing.results import Result, find_results
 from llava_skip_base.console import make_app, make_table, output_console, print_text, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
-from llava_skip_base.texts import plain
 
 MOST_AXES = 24
 FOLDER = "overview"
@@ -121,23 +120,13 @@ def write_charts(folder: Path, overview: Overview) -> list[str]:
 
 def markdown(overview: Overview, charts: Sequence[str]) -> str:
     """Write the overview as Markdown: scores, charts, and where each number comes from."""
-    lines = ["# Results", "", *_markdown_table(overview.cells()), ""]
+    lines = ["# Results", "", *markdown_table(overview.cells()), ""]
     lines += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
     header = ["benchmark", "model", "preset", "status", "questions", "protocol", "rule", "data"]
     rows = [[*(str(fact[name]) for name in header[:-1]), fact["data"]["sha256"][:12]] for fact in overview.facts()]
-    lines += ["", "## Where the numbers come from", "", *_markdown_table([header, *rows]), ""]
+    lines += ["", "## Where the numbers come from", "", *markdown_table([header, *rows]), ""]
     lines.append("`data` is the start of the file's SHA-256; `overview.json` has all of it, with the versions.")
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(map(_markdown_text, row)) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
-def _markdown_text(text: str) -> str:
-    """A text in which nothing is markup, in one line."""
-    return re.sub(r"([\\`*_\[\]<>&|~$#!])", r"\\\1", " ".join(plain(text).split()))
 
 
 def write_overview(results: Sequence[Result], folder: Path) -> Overview:

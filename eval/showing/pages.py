@@ -60,6 +60,17 @@ class Question:
     answers: list[Answer] = field(default_factory=list)
 
 
+def page_environment() -> Environment:
+    """The templates of all pages: what is put into them is escaped."""
+    return Environment(
+        loader=PackageLoader("eval.showing"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def write_pages(
     folder: Path,
     benchmarks: Mapping[str, Sequence[Result]],
@@ -71,13 +82,7 @@ def write_pages(
 
     `table` is the scores as text, header first, `facts` the origin of each, `charts` names of files in the folder.
     """
-    environment = Environment(
-        loader=PackageLoader("eval.showing"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     for name, results in benchmarks.items():
         questions, note = collect_questions(get_benchmark(name), results, folder)
         page = environment.get_template("questions.html.jinja").render(

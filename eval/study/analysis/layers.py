@@ -39,22 +39,24 @@ MEASURES = {
     "from the mean) over all channels on the tokens of the other half; halves are of different images",
     "rank": "effective rank of one image's tokens (without summaries) as they enter the layer: exp of the entropy of "
     "their singular values, divided by the sum of these; not centred",
-    "attention": "attention that the last token of the prompt pays to the tokens of a kind in this layer: softmax "
+    "mass": "attention that the last token of the prompt pays to the tokens of a kind in this layer: softmax "
     "probabilities summed over these tokens, mean over the heads",
 }
 """Name of a measure -> its definition."""
+DEFINITIONS = CHANGES | MEASURES
 
 
+@torch.no_grad()
 def measure(model: LlavaSkipForConditionalGeneration, batches: Sequence[Batch]) -> dict[str, Any]:
     """All measures in every layer; see `CHANGES` and `MEASURES`.
 
     Returns:
         `kl`, `kl_answers`, `shortv` and `flips` are change -> for each layer `summarise` over the samples (`flips`: a
-        share); `linear` is kind -> for each layer R^2 and the tokens of both halves; `rank` and `attention` are
+        share); `linear` is kind -> for each layer R^2 and the tokens of both halves; `rank` and `mass` are
         `summarise` for each layer, the latter by kind. `order` are the layers by ShortV's contribution, the lowest
         first.
     """
-    result: dict[str, Any] = {"definitions": MEASURES, "changes": CHANGES, "rank": [], "linear": {}, "attention": {}}
+    result: dict[str, Any] = {"definitions": MEASURES, "changes": CHANGES, "rank": [], "linear": {}, "mass": {}}
     result |= {name: {change: [] for change in CHANGES} for name in ("kl", "kl_answers", "shortv", "flips")}
     halves = image_halves(batches)
     for index, layer, walks in layer_by_layer(model, batches, "layers"):
@@ -66,7 +68,7 @@ def measure(model: LlavaSkipForConditionalGeneration, batches: Sequence[Batch]) 
         for kind in masses[0]:
             values = torch.cat([own[kind] for own in masses])
             if values.isfinite().any():
-                result["attention"].setdefault(kind, []).append(summarise(values.cpu().numpy()))
+                result["mass"].setdefault(kind, []).append(summarise(values.cpu().numpy()))
     means = column(result["shortv"]["frozen"], "mean")
     result["order"] = sorted(range(len(means)), key=means.__getitem__)
     return result
@@ -241,7 +243,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
         fit.set(xlabel="layer", ylabel="R^2, held out", title="a linear map in the FFN's place")
         draw_bands(rank, result["rank"], "an image", "C1")
         rank.set(xlabel="layer", title="effective rank of an image's tokens", ylim=(0, None))
-        for kind, by_layer in result["attention"].items():
+        for kind, by_layer in result["mass"].items():
             draw_bands(mass, by_layer, kind, f"C{KINDS.index(kind)}")
         mass.set(xlabel="layer", title="attention of the last prompt token to", ylim=(0, 1))
         for axes in (fit, rank, mass):
@@ -252,7 +254,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: a row for each layer, means over the samples."""
-    linear, attention = result["linear"], {k: v for k, v in result["attention"].items() if k != "text"}
+    linear, masses = result["linear"], {k: v for k, v in result["mass"].items() if k != "text"}
     headings = [
         "layer",
         *(f"KL, {change}" for change in CHANGES),
@@ -260,12 +262,12 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "answers that change, frozen",
     ]
     headings += [f"R^2 linear, {kind}" for kind in linear] + ["effective rank"]
-    headings += [f"attention to {kind}" for kind in attention]
+    headings += [f"attention to {kind}" for kind in masses]
     rows = []
     for n in range(len(result["rank"])):
         cells = [as_text(result["kl"][change][n]["mean"]) for change in CHANGES]
         flips = result["flips"]["frozen"][n]
         cells += [as_text(result["shortv"]["frozen"][n]["mean"]), "-" if flips is None else f"{flips:.0%}"]
         cells += [as_text(own[n]["r2"]) for own in linear.values()] + [as_text(result["rank"][n]["mean"])]
-        rows.append([str(n), *cells, *(as_text(own[n]["mean"]) for own in attention.values())])
+        rows.append([str(n), *cells, *(as_text(own[n]["mean"]) for own in masses.values())])
     return headings, rows

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FEWEST = 2
+"""Tokens for each number of a channel's map; with fewer it follows their noise."""
+
 
 class LinearFit:
     """Least squares with a bias from sums alone, in float64: any number of tokens takes the memory of two matrices."""
@@ -29,13 +32,13 @@ class LinearFit:
     def result(self) -> dict[str, Any]:
         """R^2 on the other half, with the number of tokens of both.
 
-        R^2 is None where it says nothing: the fitted half has fewer tokens than a map has numbers for one channel
-        (D + 1), or the outputs of the other half do not differ.
+        R^2 is None where it says nothing: the fitted half has fewer than `FEWEST` tokens for each of the D + 1 numbers
+        that a channel's map has, or the outputs of the other half do not differ.
         """
         (gram, cross, _), (held, held_cross, squares) = self._sums[True], self._sums[False]
         count, other = int(gram[-1, -1]), int(held[-1, -1])
         numbers: dict[str, Any] = {"r2": None, "fitted": count, "held_out": other}
-        if count < len(gram) or not other:
+        if count < FEWEST * len(gram) or not other:
             return numbers
         weights = torch.linalg.pinv(gram, hermitian=True) @ cross
         errors = squares - 2 * (weights * held_cross).sum() + (weights * (held @ weights)).sum()

@@ -45,6 +45,7 @@ def as_text(value: float | None) -> str:
 def draw_bands(axes: Any, by_layer: Sequence[Numbers], label: str, color: Any, dashed: bool = False) -> None:
     """Median by layer as a line, and the middle half and the middle nine tenths of the values as bands."""
     layers = range(len(by_layer))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     line = "--" if dashed else "-"
     axes.plot(layers, column(by_layer, "q50"), line, color=color, label=label, linewidth=1.4, marker=".", markersize=4)
     for low, high, alpha in (("q25", "q75", 0.22), ("q05", "q95", 0.1)):

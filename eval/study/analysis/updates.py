@@ -21,7 +21,7 @@ from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip_base.console import figure
 
 TITLE = "What FFN and attention change (figure 1)"
-DEFINITIONS = {
+FORMULAS = {
     "update": "||u|| / ||x||",
     "norm": "||x + u|| / ||x||",
     "channels": "mean over the channels c of |u_c| / (|x_c| + 1e-6)",
@@ -33,9 +33,11 @@ UPDATES = {
     "attention": "u = what the layer's attention adds, x the state that enters the layer",
 }
 """Name of an update -> what x and u are."""
+DEFINITIONS = UPDATES | FORMULAS
 NOT_RUN = "FFN not run: what it would add"
 
 
+@torch.no_grad()
 def measure(
     model: LlavaSkipForConditionalGeneration, batches: Sequence[Batch], would_be: bool = True
 ) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def measure(
         `values` is update -> definition -> kind -> `summarise` of each layer; `ffn_run` is kind -> for each layer the
         share of the tokens that took its FFN. Kinds without tokens are left out.
     """
-    values: dict[str, Any] = {update: {name: defaultdict(list) for name in DEFINITIONS} for update in UPDATES}
+    values: dict[str, Any] = {update: {name: defaultdict(list) for name in FORMULAS} for update in UPDATES}
     run: dict[str, list[float]] = defaultdict(list)
     for index, layer, walks in layer_by_layer(model, batches, "updates"):
         parts = [_of_batch(walk, index, layer, would_be) for walk in walks]
@@ -63,14 +65,13 @@ def measure(
                 continue
             run[kind].append(float(taken[chosen].float().mean()))
             for update in UPDATES:
-                for place, name in enumerate(DEFINITIONS):
+                for place, name in enumerate(FORMULAS):
                     column = torch.cat([own[update][place] for _, _, own in parts])[chosen]
                     if update == "ffn" and not would_be:
                         column = column[taken[chosen]]
                     values[update][name][kind].append(summarise(column.numpy()))
     return {
         "definitions": DEFINITIONS,
-        "updates": UPDATES,
         "would_be": would_be,
         "ffn_run": dict(run),
         "values": {update: {name: dict(own) for name, own in by.items()} for update, by in values.items()},
@@ -116,7 +117,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
     for update, about in UPDATES.items():
         names.append(f"update-{update}.png")
         with figure(folder / names[-1], (11, 7.5), nrows=2, ncols=2) as grid:
-            for axes, (name, formula) in zip(grid.flat, DEFINITIONS.items(), strict=True):
+            for axes, (name, formula) in zip(grid.flat, FORMULAS.items(), strict=True):
                 for kind, by_layer in result["values"][update][name].items():
                     dashed = update == "ffn" and not _is_run(result, kind)
                     color = f"C{KINDS.index(kind)}"
@@ -135,10 +136,10 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for update in UPDATES:
         for kind in result["ffn_run"]:
-            cells = [as_text(middle(result["values"][update][name][kind])) for name in DEFINITIONS]
+            cells = [as_text(middle(result["values"][update][name][kind])) for name in FORMULAS]
             count = result["values"]["attention"]["update"][kind][0]["n"]
             rows.append([update, label_of(result, update, kind), f"{count:,}", *cells])
-    return ["update", "tokens", "how many", *DEFINITIONS.values()], rows
+    return ["update", "tokens", "how many", *FORMULAS.values()], rows
 
 
 def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[str], list[list[str]]]:

@@ -67,7 +67,7 @@ def decoder_layers(model: LlavaSkipForConditionalGeneration) -> Sequence[Skippin
     return layers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def start(model: LlavaSkipForConditionalGeneration, batch: Batch) -> Walk:
     """Run the model on a batch once, and stand before its first layer."""
     calls: list[dict[str, Any]] = []
@@ -92,7 +92,7 @@ def start(model: LlavaSkipForConditionalGeneration, batch: Batch) -> Walk:
     return Walk(moved, calls, states[0], tokens, outputs.last_hidden_state.flatten(0, 1)[tokens])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_by_layer(
     model: LlavaSkipForConditionalGeneration, batches: Sequence[Batch], title: str
 ) -> Iterator[tuple[int, SkippingLayer, list[Walk]]]:
@@ -123,7 +123,7 @@ def _no_attention(layer: SkippingLayer, tokens: Tensor) -> Iterator[None]:
         yield
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def finish_changed(
     model: LlavaSkipForConditionalGeneration, walk: Walk, index: int, tokens: Tensor, *, ffn: bool, attention: bool
 ) -> Tensor:
@@ -151,7 +151,7 @@ def finish_changed(
     return model.model.language_model.norm(state.flatten(0, 1)[walk.read])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def divergence(
     model: LlavaSkipForConditionalGeneration, full: Tensor, changed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
