@@ -37,12 +37,14 @@ class Models(NamedTuple):
     """How the models of an analysis are loaded."""
 
     numerics: Numerics
+    preset: str | None
     vision_tower: str | None
     template: str | None
 
-    def load(self, source: str) -> Analysed:
-        """Load a checkpoint."""
-        return load_analysed(source, self.numerics, self.vision_tower, self.template)
+    def load(self, source: str, other: bool = False) -> Analysed:
+        """Load a checkpoint; the preset is not for the `other` one, which is compared with."""
+        preset = None if other else self.preset
+        return load_analysed(source, self.numerics, preset, self.vision_tower, self.template)
 
 
 class View(NamedTuple):
@@ -178,7 +180,7 @@ def analyse(
     """
     views = []
     for source in sources[1:]:
-        other = models.load(source)
+        other = models.load(source, other=True)
         views.append(view_of(other, data.questions, list(encode(data.questions, other.processor)), batch_size))
         del other
     analysed = models.load(sources[0])
@@ -218,6 +220,9 @@ def run(
     parts: Annotated[str, typer.Option(help=f"What to do: {', '.join([*PARTS, SAMPLES])}, or all.")] = "all",
     pictures: Annotated[int, typer.Option(help="Questions that are shown with pictures.")] = 12,
     output: Annotated[Path | None, typer.Option(help="Folder of the page; results/analysis/NAME by default.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Preset of CHECKPOINT; what it says by default. A dense one can be made to skip.")
+    ] = None,
     vision_tower: Annotated[str | None, typer.Option(help="CLIP tower, if the checkpoint does not hold it.")] = None,
     template: Annotated[str | None, typer.Option(help="Conversation template, if it has none.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
@@ -233,7 +238,7 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder with --output.")
     found = read_questions(benchmark, data, images, samples)
-    models = Models(numerics(dtype), vision_tower, template)
+    models = Models(numerics(dtype), preset, vision_tower, template)
     result, sections = analyse(sources, models, found, names, batch_size, pictures, folder)
     console = output_console()
     for section in sections:

@@ -44,6 +44,7 @@ class Analysed:
         return {
             **self.saved.describe(),
             "layout": self.layout,
+            "preset": config.preset,
             "front_end": config.front_end,
             "skip": None if skip is None else skip.to_dict(),
             "language_model": config.text_config.model_type,
@@ -53,13 +54,18 @@ class Analysed:
 
 
 def load_analysed(
-    source: str, numerics: Numerics, vision_tower: str | None = None, template: str | None = None
+    source: str,
+    numerics: Numerics,
+    preset: str | None = None,
+    vision_tower: str | None = None,
+    template: str | None = None,
 ) -> Analysed:
     """Load a checkpoint of any layout (docs/checkpoints.md) with its processor.
 
     Args:
         source: folder or hub name.
         numerics: device, number format and attention.
+        preset: of the model that is analysed, where the checkpoint does not say it, or another one than its own.
         vision_tower: folder or hub name of the CLIP tower, if it is not where the checkpoint says.
         template: name of a conversation template, instead of the checkpoint's own.
 
@@ -70,10 +76,10 @@ def load_analysed(
     saved = check_model(folder)
     hide_bars_in_files()
     model = load_checkpoint(
-        source, None, getattr(torch, numerics.dtype), vision_tower=vision_tower, attn_implementation=numerics.attn
+        source, preset, getattr(torch, numerics.dtype), vision_tower=vision_tower, attn_implementation=numerics.attn
     )
     layout = model.load_report.layout
-    if layout == NATIVE and template is None:
+    if layout == NATIVE and template is None and preset is None:
         processor = load_processor(folder)
     else:
         tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)

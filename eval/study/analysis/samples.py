@@ -111,8 +111,9 @@ def _panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[tupl
     if parts.retained == total:
         return [("image", f"all {total} visual tokens take the whole decoder", image)]
     panels = [("retained", f"retained: {parts.retained} of {total} visual tokens", draw_retained(*place))]
-    caption = f"the others are merged to {tokens - parts.retained}: one colour a token, white where it is kept"
-    panels.append(("merged", caption, draw_merges(*place)))
+    if tokens < total:
+        caption = f"the others are merged to {tokens - parts.retained}: one colour a token, white where it is kept"
+        panels.append(("merged", caption, draw_merges(*place)))
     for number, weights in enumerate(parts.summaries):
         caption = f"summary {number + 1} of {sum(map(bool, weights))} tokens: the largest weighs {max(weights):.1%}"
         panels.append((f"summary{number + 1}", caption, draw_heat(*place, number)))
