@@ -44,6 +44,13 @@ def records(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take most of the time, and are the same for every model."""
+    for part in PARTS.values():
+        monkeypatch.setattr(part, "draw", lambda result, folder: [])
+
+
 def tiny(saved: Path, architecture: str) -> tuple[LlavaSkipForConditionalGeneration, LlavaSkipProcessor]:
     words = AutoTokenizer.from_pretrained(saved)
     config = small_config(architecture=architecture, vocab_size=len(words), eos_token_id=words.eos_token_id)
@@ -110,7 +117,7 @@ def check_page(folder: Path, pictures: int) -> dict:
 
 
 @pytest.mark.parametrize("architecture", PICTURES_OF)
-def test_every_front_end(saved, records, tmp_path, architecture):
+def test_every_front_end(saved, records, tmp_path, no_charts, architecture):
     model = native(saved, architecture, tmp_path / "model")
     code, _ = analyze(model, "--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out")
     result = check_page(tmp_path / "out", 3 * PICTURES_OF[architecture])
@@ -124,13 +131,14 @@ def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path):
     code, output = analyze(paper, *options, "--compare", hf)
     assert code == 0 and "give the same answer to" in output
     # The preset of the paper's file is scaled to 16 patches: three retained, four skipped.
+    assert (tmp_path / "out" / "update-ffn.png").stat().st_size > 10_000
     result = check_page(tmp_path / "out", 3 * (PICTURES_OF["llava"] + PICTURES_OF["sv-llava"]))
     assert result["model"]["layout"] == "original LLaVA" and result["model"]["preset"] == "sv-llava-100"
     assert [shown["model"] for shown in result["shown"][0]["shown"]] == ["paper", "hf"]
     assert result["agreement"]["questions"] == 3
 
 
-def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path):
+def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path, no_charts):
     data, model = write_tsv(mmbench_rows), native(saved, "sv-llava", tmp_path / "model")
     options = ("--samples", 2, "--parts", "updates", "--output", tmp_path / "out")
     code, output = analyze(model, "--benchmark", "mmbench", "--data", data, *options)

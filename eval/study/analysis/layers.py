@@ -235,7 +235,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
             right.set(xlabel="layer", ylabel="share", title="samples whose likeliest first token changes")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-        left.legend()
+        left.legend(loc="upper right")
     with figure(folder / "layers-states.png", (13, 4), ncols=3) as (fit, rank, mass):
         for kind, by_layer in result["linear"].items():
             values = [float("nan") if own["r2"] is None else own["r2"] for own in by_layer]
@@ -248,7 +248,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
         mass.set(xlabel="layer", title="attention of the last prompt token to", ylim=(0, 1))
         for axes in (fit, rank, mass):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper right")
     return ["layers-kl.png", "layers-states.png"]
 
 

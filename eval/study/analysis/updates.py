@@ -126,7 +126,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
                 if name != "norm":
                     axes.set_yscale("log")
                 axes.grid(alpha=0.3)
-            grid.flat[0].legend(fontsize=8)
+            grid.flat[0].legend(fontsize=8, loc="upper right")
             grid.flat[0].figure.suptitle(f"{update}: {about}", fontsize=10)
     return names
 
