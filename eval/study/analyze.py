@@ -14,7 +14,7 @@ import typer
 
 from eval.answering.generate import Numerics, numerics
 from eval.answering.models import check_model
-from eval.study.analysis import layers, updates
+from eval.study.analysis import error, layers, updates
 from eval.study.analysis.batches import make_batches
 from eval.study.analysis.loading import Analysed, load_analysed
 from eval.study.analysis.page import Section, write_page, write_tables
@@ -27,8 +27,8 @@ from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import write_json, writing
 from llava_skip_base.paths import results, shown
 
-PARTS: dict[str, Any] = {"updates": updates, "layers": layers}
-"""Name of a part -> its module, with TITLE, DEFINITIONS, `measure`, `draw` and `table`."""
+PARTS: dict[str, Any] = {"updates": updates, "error": error, "layers": layers}
+"""Name of a part -> its module, with TITLE, DEFINITIONS, `measure`, `draw`, `table` and `notes`."""
 SAMPLES = "samples"
 """The part that shows answers and pictures."""
 
@@ -154,10 +154,11 @@ def facts_of(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def write_outputs(result: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Path) -> list[Section]:
     """Draw the charts and write results.json, tables.md and index.html; the sections of the page."""
-    sections = [
-        Section(name, PARTS[name].TITLE, PARTS[name].DEFINITIONS, PARTS[name].draw(own, folder), PARTS[name].table(own))
-        for name, own in result["parts"].items()
-    ]
+    sections = []
+    for name, own in result["parts"].items():
+        part = PARTS[name]
+        shows = part.draw(own, folder), part.table(own), part.notes(own)
+        sections.append(Section(name, part.TITLE, part.DEFINITIONS, *shows))
     write_json(folder / "results.json", {**result, "shown": samples})
     facts, title = facts_of(result), result["model"]["name"]
     write_tables(folder, title, facts, sections)
@@ -238,12 +239,16 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder with --output.")
     found = read_questions(benchmark, data, images, samples)
+    if not any(question.images for question in found.questions):
+        raise UserError("None of the questions has an image: give other data, or more --samples.")
     models = Models(numerics(dtype), preset, vision_tower, template)
     result, sections = analyse(sources, models, found, names, batch_size, pictures, folder)
     console = output_console()
     for section in sections:
         headings, rows = section.table
         console.print(make_table(section.title, headings, rows, right=len(headings) - 1))
+        for note in section.notes:
+            print_text(note)
     if result["agreement"]:
         print_text(agreement_text(result["agreement"]))
     print_next(f"open {folder / 'index.html'}; the figures are in results.json and tables.md beside it")

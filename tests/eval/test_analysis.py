@@ -142,7 +142,7 @@ def test_what_a_skipped_ffn_would_add_is_named_and_can_be_left_out():
     assert updates.label_of(result, "attention", "skipped") == "skipped"
 
 
-# ------------------------------------------------------------------------------------------------------ one layer changed
+# ---------------------------------------------------------------------------------------------------- one layer changed
 
 
 @pytest.mark.parametrize("change", layers.CHANGES)
@@ -181,7 +181,7 @@ def test_without_a_change_the_rest_of_the_layers_is_the_model():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------------ states of a layer
+# ---------------------------------------------------------------------------------------------------- states of a layer
 
 
 def test_a_linear_ffn_is_found_to_be_linear():

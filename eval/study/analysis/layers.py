@@ -271,3 +271,13 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [as_text(own[n]["r2"]) for own in linear.values()] + [as_text(result["rank"][n]["mean"])]
         rows.append([str(n), *cells, *(as_text(own[n]["mean"]) for own in masses.values())])
     return headings, rows
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """ShortV's order of the layers, and on how many tokens the linear maps were fitted."""
+    order = "+".join(map(str, result["order"]))
+    found = [f"Layers by ShortV's contribution, the lowest first: {order}."]
+    for kind, by_layer in result["linear"].items():
+        own = by_layer[0]
+        found.append(f"Linear map, {kind}: fitted on {own['fitted']:,} tokens, judged on {own['held_out']:,}.")
+    return found

@@ -25,6 +25,7 @@ class Section:
         definitions: of what is shown, by name.
         charts: names of PNGs in the page's folder.
         table: headings and rows.
+        notes: sentences below it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Section:
     definitions: Mapping[str, str]
     charts: Sequence[str]
     table: Table
+    notes: Sequence[str] = ()
 
 
 def write_page(
@@ -59,14 +61,15 @@ def write_page(
 
 def write_tables(folder: Path, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> None:
     """Write ``tables.md``: the tables with their definitions and charts, as Markdown to be put into a document."""
-    lines = [f"# {_heading(title)}", "", *markdown_table([["", ""], *map(list, facts)]), ""]
+    lines = [f"# {_plain_text(title)}", "", *markdown_table([["", ""], *map(list, facts)]), ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         lines += markdown_table([["", "definition"], *([name, text] for name, text in section.definitions.items())])
         lines += ["", *(f"![{name.removesuffix('.png')}]({name})" for name in section.charts), ""]
         lines += [*markdown_table([section.table[0], *section.table[1]]), ""]
+        lines += [*(f"- {_plain_text(note)}" for note in section.notes), ""]
     write_text(folder / "tables.md", "\n".join(lines))
 
 
-def _heading(title: str) -> str:
-    return markdown_table([[title]])[0].strip("| ")
+def _plain_text(text: str) -> str:
+    return markdown_table([[text]])[0].removeprefix("| ").removesuffix(" |")

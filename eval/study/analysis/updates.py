@@ -148,3 +148,18 @@ def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[st
     headings = ["layer", *(label_of(result, update, kind) for kind in by_kind)]
     layers = len(next(iter(by_kind.values())))
     return headings, [[str(n), *(as_text(own[n]["q50"]) for own in by_kind.values())] for n in range(layers)]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """By how much the FFN changes text more than image tokens, and how many values were left out."""
+    values = result["values"]["ffn"]["update"]
+    text = middle(values["text"]) if "text" in values else None
+    found = []
+    for kind in (kind for kind in ("image", "retained", "skipped") if kind in values):
+        if text and (own := middle(values[kind])):
+            found.append(
+                f"The median FFN update of text, ||u|| / ||x|| averaged over the layers, is {text / own:.2f} times "
+                f"that of {label_of(result, 'ffn', kind)} tokens."
+            )
+    lost = sum(n["not_finite"] for by in result["values"].values() for o in by.values() for k in o.values() for n in k)
+    return found + ([f"{lost:,} values were not finite and are left out."] if lost else [])
