@@ -102,7 +102,7 @@ def analyze(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output + (result.stderr or "")
 
 
-def check_page(folder: Path, pictures: int) -> dict:
+def check_page(folder: Path, pictures: int, parts: tuple[str, ...] = tuple(PARTS)) -> dict:
     """Every file that the page names is there; the result."""
     page = (folder / "index.html").read_text()
     images = re.findall(r'<img src="([^"]+)"', page)
@@ -110,40 +110,49 @@ def check_page(folder: Path, pictures: int) -> dict:
     assert len([name for name in images if name.startswith("pictures/")]) == pictures
     result = json.loads((folder / "results.json").read_text())
     assert len(result["model"]["sha256"]) == 64 and result["versions"]["torch"] and result["samples"] == 3
-    assert set(result["parts"]) == set(PARTS)
+    assert set(result["parts"]) == set(parts)
     tables = (folder / "tables.md").read_text()
-    assert all(PARTS[name].TITLE in tables and PARTS[name].TITLE in page for name in PARTS)
+    assert all(PARTS[name].TITLE in tables and PARTS[name].TITLE in page for name in parts)
     return result
 
 
 @pytest.mark.parametrize("architecture", PICTURES_OF)
 def test_every_front_end(saved, records, tmp_path, no_charts, architecture):
     model = native(saved, architecture, tmp_path / "model")
-    code, _ = analyze(model, "--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out")
-    result = check_page(tmp_path / "out", 3 * PICTURES_OF[architecture])
+    options = ("--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out")
+    code, _ = analyze(model, *options, "--parts", "updates,layers,samples")
+    result = check_page(tmp_path / "out", 3 * PICTURES_OF[architecture], ("updates", "layers"))
     assert code == 0 and result["model"]["layout"] == "native"
     assert result["parts"]["layers"]["kl_answers"]["frozen"][0]["n"] == 2
 
 
-def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path):
+@pytest.mark.parametrize("charts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path, request, charts):
+    if not charts:
+        request.getfixturevalue("no_charts")
     hf, paper = llava_hf(saved, tmp_path / "hf"), papers(saved, tmp_path / "paper")
     options = ("--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out", "--template", "v1")
     code, output = analyze(paper, *options, "--compare", hf)
     assert code == 0 and "give the same answer to" in output
     # The preset of the paper's file is scaled to 16 patches: three retained, four skipped.
-    assert (tmp_path / "out" / "update-ffn.png").stat().st_size > 10_000
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.png")]
+    assert len(sizes) == 6 * charts and min(sizes, default=10_000) >= 10_000
     result = check_page(tmp_path / "out", 3 * (PICTURES_OF["llava"] + PICTURES_OF["sv-llava"]))
     assert result["model"]["layout"] == "original LLaVA" and result["model"]["preset"] == "sv-llava-100"
     assert [shown["model"] for shown in result["shown"][0]["shown"]] == ["paper", "hf"]
     assert result["agreement"]["questions"] == 3
+    error = result["parts"]["error"]
+    assert error["skipping"] == "of the checkpoint" and error["kl_answers"]["n"] and error["left_out"] is None
 
 
-def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path, no_charts):
+def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path):
     data, model = write_tsv(mmbench_rows), native(saved, "sv-llava", tmp_path / "model")
     options = ("--samples", 2, "--parts", "updates", "--output", tmp_path / "out")
     code, output = analyze(model, "--benchmark", "mmbench", "--data", data, *options)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == 0 and result["ids"] == ["mmbench/7", "mmbench/1000007"] and list(result["parts"]) == ["updates"]
+    charts = list((tmp_path / "out").glob("*.png"))
+    assert len(charts) == 2 and all(chart.stat().st_size > 10_000 for chart in charts)
     assert "what it would" in output and not result["shown"]
 
 
@@ -170,12 +179,13 @@ def test_mistakes_are_one_message(model_folder, tmp_path, monkeypatch, arguments
 
 def test_nothing_that_comes_from_files_is_markup(tmp_path):
     hostile = "<script>alert('x')</script> | $x_1$ **b**"
-    section = Section("part", hostile, {hostile: hostile}, [f"{hostile}.png"], ([hostile], [[hostile]]))
+    section = Section("part", hostile, {hostile: hostile}, [f"{hostile}.png"], ([hostile], [[hostile]]), [hostile])
     shown = {"model": hostile, "answer": hostile, "pictures": [{"file": f"{hostile}.png", "caption": hostile}]}
     sample = {"id": hostile, "prompt": hostile, "gold": hostile, "flipped": True, "shown": [shown]}
     write_page(tmp_path, hostile, [(hostile, hostile)], [section], [sample], hostile)
     page = (tmp_path / "index.html").read_text()
     own = page.replace('<script>\naddEventListener("error"', "")
     assert "<script>" not in own and page.count("&lt;script&gt;") >= 10
-    write_tables(tmp_path, hostile, [(hostile, hostile)], [Section("part", "t", {}, [], ([hostile], [[hostile]]))])
+    own = Section("part", "title", {hostile: hostile}, [], ([hostile], [[hostile]]), [hostile])
+    write_tables(tmp_path, hostile, [(hostile, hostile)], [own])
     assert "<script>" not in (tmp_path / "tables.md").read_text()
