@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 ENV := set -euo pipefail; . scripts/env.sh;
 
-.PHONY: help setup test test-slow fuzz check format bench conformance
+.PHONY: help setup test test-slow fuzz check format bench tradeoff conformance
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,13 @@ eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DAT
 
 bench: ## dense against skipping on random weights (DEVICE=cuda SIZE=llama3-8b for true widths)
 	@$(ENV) $$PYTHON -m eval.study.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+
+tradeoff: METHODS ?= all
+tradeoff: BUDGETS ?= 18,12,6
+tradeoff: ## score against FLOPs and time: MODEL="DENSE SKIPPING" METHODS=random,grid BUDGETS=18,12,6 (default: embedded set)
+	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.tradeoff $(foreach m,$(MODEL),--model "$(m)") \
+		--methods "$(METHODS)" --budgets "$(BUDGETS)" $(foreach d,$(DATA),--data "$(d)") \
+		$(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 conformance: ## compare the library with the golden tensors in GOLDENS=
 	@$(ENV) $$PYTHON -m tests.conformance $(if $(GOLDENS),"$(GOLDENS)") $(ARGS)

@@ -8,10 +8,14 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
+import numpy as np
+
 from eval.reading.images import ImageSource, row_images
 from eval.reading.tables import Row, StoredText, read_rows
 from eval.sample import Id, Sample, Score
+from eval.scoring.headline import Headline, mean_headline
 from eval.scoring.judge import Judge
+from eval.scoring.vqa import normalise_answer
 from llava_skip_base.errors import UserError, first_few
 
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -222,6 +226,22 @@ class Benchmark(ABC):
             answers: text by sample id, complete.
             judge: a language model that grades, where the benchmark uses one.
         """
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The headline score as a function of sums over questions; the mean of `values` unless a benchmark has more.
+
+        Args:
+            samples: the questions, with texts as ids, as saved answers have them.
+            answers: text by id.
+            values: right or wrong (or a grade) of each question, see `Score.per_sample`, by its id as a text.
+        """
+        return mean_headline(list(values), np.array(list(values.values())))
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """What an answer says: two answers agree if this is equal. The choice where there is one, else the words."""
+        return normalise_answer(answer)
 
     def reports(self, score: Score, name: str) -> dict[str, str]:
         """Files that the official code writes about a score, next to the result: text by file name.

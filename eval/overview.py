@@ -13,8 +13,8 @@ from rich.console import Console
 
 from eval.benchmarks import BENCHMARKS
 from eval.showing.charts import FEWEST_AXES, bars, radar
-from eval.showing.markdown import markdown_table
 from eval.showing.pages import write_pages
+from eval.showing.plain_markdown import markdown_table
 from eval.showing.results import Result, find_results
 from llava_skip_base.console import make_app, make_table, output_console, print_text, run_app
 from llava_skip_base.files import write_json, write_text, writing

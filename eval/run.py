@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,15 @@ from tqdm import tqdm
 
 from eval import options
 from eval.answering.answers import AnswerLog
-from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
+from eval.answering.costs import CostLog
+from eval.answering.plan import ALL, Run, checked_models, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
 from eval.overview import FOLDER, print_overview, write_overview
+from eval.reading.images import image_keys
 from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
-from eval.showing.results import Result
+from eval.showing.results import IMAGES, Result
 from eval.showing.score_table import score_table
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 def answer_all(
     runs: Sequence[Run],
     logs: Sequence[AnswerLog],
+    costs: Sequence[CostLog],
     processes: int,
     numerics: "Numerics",
     finished: Callable[[int], None],
@@ -50,10 +54,12 @@ def answer_all(
     with tqdm(total=total, initial=done, unit="question", disable=(done == total) or None) as progress:
         for number in (number for number, count in enumerate(left) if not count):
             finished(number)
-        for job, texts in answer_jobs([job for own in jobs for job in own], processes, numerics):
+        for job, answered in answer_jobs([job for own in jobs for job in own], processes, numerics):
             run, log = runs[job.run], logs[job.run]
-            answers = run.new_answers(job, texts, log)
+            answers = run.new_answers(job, answered.texts, log)
             log.append(answers)
+            if answered.cost is not None:
+                costs[job.run].append(answered.cost)
             progress.set_description(plain(f"{run.benchmark.name}: {run.name}"), refresh=False)
             progress.update(len(answers))
             left[job.run] -= 1
@@ -61,7 +67,7 @@ def answer_all(
                 finished(job.run)
 
 
-def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics") -> Score:
+def score_run(run: Run, log: AnswerLog, costs: CostLog, judge: Judge | None, numerics: "Numerics") -> Score:
     """Score a run whose answers are complete, and write its files."""
     log.sort(sample.id for sample in run.samples)
     answers = {sample.id: log.answers[sample.id]["prediction"] for sample in run.samples}
@@ -69,7 +75,9 @@ def score_run(run: Run, log: AnswerLog, judge: Judge | None, numerics: "Numerics
         write_json(run.folder / "predictions.json", {str(id_): text for id_, text in answers.items()})
         score = run.benchmark.score(run.samples, answers, judge)
         write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
-        write_json(run.folder / "results.json", run.result(score, numerics))
+        write_json(run.folder / "results.json", run.result(score, numerics, costs))
+        if not (run.folder / IMAGES).is_file():  # of the same questions: the folder holds the answers of one file
+            write_json(run.folder / IMAGES, image_keys(run.samples))
         for name, text in run.benchmark.reports(score, run.name).items():
             write_text(run.folder / name, text)
     return score
@@ -80,11 +88,11 @@ def evaluate(
     judges: Sequence[Judge | None],
     processes: int | None,
     numerics: "Numerics",
-    console: Console,
+    console: Console | None,
 ) -> list[Score | UserError]:
     """Answer and score; a run that cannot be scored does not stop the others. The outcome of each run.
 
-    `processes` is None for one for each GPU, or one without a GPU.
+    `processes` is None for one for each GPU, or one without a GPU; without `console` no scores are printed.
     """
     import torch
 
@@ -93,6 +101,7 @@ def evaluate(
     start = time.monotonic()
     with ExitStack() as stack:
         logs = [stack.enter_context(AnswerLog(run.folder, run.identity(numerics))) for run in runs]
+        costs = [CostLog(run.folder, keep=bool(log.answers)) for run, log in zip(runs, logs, strict=True)]
         before = [sum(sample.id in log.answers for sample in run.samples) for run, log in zip(runs, logs, strict=True)]
         if any(before):
             print_text(f"{sum(before)} of {sum(len(run.samples) for run in runs)} answers were there already.")
@@ -101,16 +110,17 @@ def evaluate(
             run = runs[number]
             facts = {"processes": processes, "resumed": before[number], "host": platform.node()}
             try:
-                score = outcomes[number] = score_run(run, logs[number], judges[number], numerics)
+                score = outcomes[number] = score_run(run, logs[number], costs[number], judges[number], numerics)
                 seconds = round(time.monotonic() - start, 1)
                 with writing(run.folder):
                     write_json(run.folder / "run_info.json", {**facts, "seconds_since_start": seconds})
             except UserError as error:
                 outcomes[number] = error
                 return
-            console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
+            if console:
+                console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
 
-        answer_all(runs, logs, processes, numerics, finish)
+        answer_all(runs, logs, costs, processes, numerics, finish)
     return [outcomes[number] for number in range(len(runs))]
 
 
@@ -133,6 +143,17 @@ def conclude(runs: Sequence[Run], outcomes: Sequence[Score | UserError]) -> int:
     return code
 
 
+def show_all(runs: Sequence[Run], outcomes: Sequence[Score | UserError], folder: Path, console: Console) -> None:
+    """Write the overview of the runs that were scored, if there are any, and print its table."""
+    finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
+    if not finished:
+        return
+    with writing(folder):
+        overview = write_overview([Result.load(place) for place in finished], folder)
+    print_overview(overview, folder, console)
+    print_next(f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise")
+
+
 def run(
     model: Annotated[
         list[Path] | None, typer.Option(help="Saved model, may be repeated; the newest one by default.")
@@ -147,6 +168,9 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
+    reduction: Annotated[
+        list[str] | None, typer.Option(help="Rival METHOD:TOKENS[,NAME=VALUE...]; results go to MODEL@METHOD-TOKENS.")
+    ] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Ask without images; results go to MODEL-blind.")] = False,
     protocol: Annotated[list[str] | None, typer.Option(help="How to ask: NAME, or BENCHMARK=NAME for each.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="How to score: NAME, or BENCHMARK=NAME for each.")] = None,
@@ -168,30 +192,22 @@ def run(
     limits |= {"budget": judge_budget, "dry_run": judge_dry_run}
     names = chosen_benchmarks(benchmarks, data or [])
     sizes = (output := output or Path(shown(results()))), batch_size, max_new_tokens, limit
-    runs = plan_runs(names, model or [], data or [], images or [], *sizes, blind, rule or [], protocol or [], dry_run)
+    models = partial(checked_models, model or [], reduction or [], needed=not dry_run)
+    runs = plan_runs(names, models, data or [], images or [], *sizes, blind, rule or [], protocol or [])
     if dry_run:
         print_text(f"{', '.join(names)}: nothing is wrong with the benchmarks{' and models' if model else ''}")
         return
     texts = options.read_judge_prompt(judge_prompt, [run.benchmark for run in runs if run.model is runs[0].model])
+    common = judge_url, judge_model, judge_runs
     judges = [
-        options.make_judge(
-            *(judge_url, judge_model, judge_runs, run.folder, run.name), prompt=texts.get(run.benchmark.name), **limits
-        )
+        options.make_judge(*common, run.folder, run.name, prompt=texts.get(run.benchmark.name), **limits)
         for run in runs
     ]
     from eval.answering.generate import numerics  # slow to import, so only after all checks
 
     outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
-    finished = [run.folder for run, outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Score)]
-    folder = output / FOLDER
     code = conclude(runs, outcomes)
-    if finished:
-        with writing(folder):
-            overview = write_overview([Result.load(place) for place in finished], folder)
-        print_overview(overview, folder, console)
-        print_next(
-            f"open {folder / 'index.html'}; llava-skip compare says whether two models differ by more than noise"
-        )
+    show_all(runs, outcomes, output / FOLDER, console)
     raise typer.Exit(code)
 
 

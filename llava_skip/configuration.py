@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from llava_skip.reduction.config import ReductionConfig
 from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
 from llava_skip_base.errors import UserError
@@ -203,6 +204,12 @@ def _parse_skip(entry: str) -> SkipConfig:
     return SkipConfig.from_dict(json.loads(entry))
 
 
+@lru_cache(maxsize=64)
+def _parse_reduction(entry: str) -> ReductionConfig:
+    """The validated `reduction` entry of a config.json, parsed once for each text."""
+    return ReductionConfig.from_dict(json.loads(entry))
+
+
 @strict
 class LlavaSkipConfig(LlavaConfig):
     """transformers' `LlavaConfig` with a front end and `skip`, the fields of a `SkipConfig`; None is the dense model.
@@ -210,7 +217,8 @@ class LlavaSkipConfig(LlavaConfig):
     `front_end` is the name of a registered front end. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid,
     and whether images are padded to a square, which gives every image the same length), `resampler` to `cos` (the
     fields of a `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`
-    always follows from the rest.
+    always follows from the rest. `reduction` has the fields of a `ReductionConfig`: a rival method in the place of
+    `skip`.
     """
 
     model_type = "llava_skip"
@@ -219,6 +227,7 @@ class LlavaSkipConfig(LlavaConfig):
     pad_pictures: bool = True
     resampler: dict | None = None
     skip: dict | None = None
+    reduction: dict | None = None
     preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -232,6 +241,8 @@ class LlavaSkipConfig(LlavaConfig):
         get_front_end(self.front_end).check(self)
         if (skip := self.skip_config) is not None:
             self._check_skip(skip)
+        if (reduction := self.reduction_config) is not None:
+            self._check_reduction(reduction)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -250,8 +261,11 @@ class LlavaSkipConfig(LlavaConfig):
         """Takes the number of a saved configuration, which follows from the rest."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; with the image tokens of an image, for those who read them."""
-        return super().to_dict() | {"image_seq_length": self.image_seq_length}
+        """As in transformers; with the image tokens of an image, for those who read them, and without no reduction."""
+        fields = super().to_dict() | {"image_seq_length": self.image_seq_length}
+        if self.reduction is None:
+            fields.pop("reduction", None)
+        return fields
 
     def _check_skip(self, skip: SkipConfig) -> None:
         if self.vision_feature_select_strategy != "default":
@@ -262,15 +276,57 @@ class LlavaSkipConfig(LlavaConfig):
         get_front_end(self.front_end).check_skip(self, skip)
         skip.check_layers(self.text_config.num_hidden_layers)
 
+    def _check_reduction(self, reduction: ReductionConfig) -> None:
+        if self.skip is not None:
+            raise UserError(
+                f"skip and reduction {reduction} are both set, and a model has one of them: set the other to null "
+                "(a dense preset, such as llava, leaves skip out)."
+            )
+        if self.vision_feature_select_strategy != "default":
+            raise UserError(
+                f"reduction {reduction} reads the class token apart from the patches: set "
+                f"vision_feature_select_strategy to 'default' (it is {self.vision_feature_select_strategy!r})."
+            )
+        rule, front_end = reduction.rule, get_front_end(self.front_end)
+        layer, depth = self.vision_feature_layer, self.vision_config.num_hidden_layers
+        if front_end.reads_one_layer and (not -depth <= layer <= depth or layer == 0):
+            raise UserError(f"vision_feature_layer is {layer}, but the tower has {depth} layers.")
+        if rule.reads_patches and not front_end.gives_patches:
+            raise UserError(
+                f"reduction {reduction} reads the patches of one layer of the tower, and the tokens of the front end "
+                f"{self.front_end!r} are none: choose another method or front end."
+            )
+        rule.check(reduction, self)
+
+    def with_reduction(self, reduction: ReductionConfig | None) -> LlavaSkipConfig:
+        """The same model's configuration with this reduction, or without any.
+
+        Raises:
+            UserError: it does not fit the model.
+        """
+        fields = {"reduction": None if reduction is None else reduction.to_dict()}
+        return type(self).from_dict(self.to_dict() | fields)
+
     @property
     def used_tower_layers(self) -> int:
         """Layers of the tower before the features that are used; later layers need no weights and are not trained."""
         return get_front_end(self.front_end).used_tower_layers(self)
 
     @property
+    def read_tower_layers(self) -> int:
+        """Layers of the tower that need weights: those before the features, and what a reduction reads beyond them."""
+        reduction = self.reduction_config
+        return self.used_tower_layers if reduction is None else reduction.rule.tower_layers(reduction, self)
+
+    @property
     def skip_config(self) -> SkipConfig | None:
         """The validated `skip` entry, None for a dense model."""
         return None if self.skip is None else _parse_skip(json.dumps(self.skip, sort_keys=True))
+
+    @property
+    def reduction_config(self) -> ReductionConfig | None:
+        """The validated `reduction` entry, None without one."""
+        return None if self.reduction is None else _parse_reduction(json.dumps(self.reduction, sort_keys=True))
 
     @property
     def forgets(self) -> bool:
@@ -299,5 +355,8 @@ class LlavaSkipConfig(LlavaConfig):
 
     def image_length(self, crops: int = 1) -> int:
         """Image tokens of an image with `crops` crops: the length of its block."""
-        skip = self.skip_config
-        return self.visual_tokens(crops) if skip is None else skip.length
+        if (skip := self.skip_config) is not None:
+            return skip.length
+        if (reduction := self.reduction_config) is not None:
+            return crops * reduction.rule.rows(reduction, self.visual_tokens(1))
+        return self.visual_tokens(crops)

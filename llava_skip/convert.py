@@ -12,6 +12,7 @@ import typer
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
 from llava_skip.ends import learn_ends
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.reduction import ReductionConfig
 from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import UserError
 
@@ -57,6 +58,9 @@ def convert(
     lora: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter to merge.")] = None,
     projector: Annotated[str | None, typer.Option(help="A mm_projector.bin, or its folder.")] = None,
     to: Annotated[Target, typer.Option(help="Layout to write.")] = Target.native,
+    reduction: Annotated[
+        str | None, typer.Option(help="Rival method in the place of skipping: METHOD:TOKENS[,NAME=VALUE...].")
+    ] = None,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
     template: Annotated[str | None, typer.Option(help="Conversation template of the processor.")] = None,
     language_model_type: Annotated[
@@ -65,6 +69,7 @@ def convert(
 ) -> None:
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
     output = new_folder(output)
+    rival = None if reduction is None else ReductionConfig.parse(reduction)
     hide_bars_in_files()
     model = load_checkpoint(
         source,
@@ -74,6 +79,7 @@ def convert(
         projector=projector,
         lora=lora,
         language_model_type=language_model_type,
+        reduction=rival,
         log=False,
     )
     print_text(model.load_report)

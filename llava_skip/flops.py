@@ -7,12 +7,14 @@ activations and the rotary embedding are left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.reduction.method import LayerRows
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ def decoder_flops(
         keys: keys that each token is multiplied with; default T, a prefill.
     """
     width, layers = text.hidden_size, text.num_hidden_layers
-    head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, key_values = text.num_attention_heads * head_width, text.num_key_value_heads * head_width
+    queries, key_values = _head_widths(text)
     return DecoderFlops(
         projections=layers * 2 * samples * tokens * width * (2 * queries + 2 * key_values),
         attention=layers * 2 * 2 * samples * tokens * (tokens if keys is None else keys) * queries,
@@ -54,37 +55,88 @@ def decoder_flops(
     )
 
 
+def _head_widths(text: PreTrainedConfig) -> tuple[int, int]:
+    """Widths of all queries and of all keys of a token."""
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head_width, text.num_key_value_heads * head_width
+
+
+def prefill_flops(text: PreTrainedConfig, layers: Sequence[LayerRows], text_tokens: int, head_tokens: int = 1) -> int:
+    """FLOPs of a prefill of a sample whose image has other tokens in each layer, and of its text.
+
+    Tokens that ask have a query and an output projection, tokens that are asked a key and a value.
+
+    Args:
+        text: the language model's configuration.
+        layers: the image's tokens in each layer.
+        text_tokens: tokens beside the image's, in every layer.
+        head_tokens: tokens that reach the head.
+    """
+    width, (query_width, key_width), total = text.hidden_size, _head_widths(text), 0
+    for rows in layers:
+        queries, keys, ffn = (number + text_tokens for number in (rows.queries, rows.keys, rows.ffn))
+        total += 2 * 2 * width * (queries * query_width + keys * key_width)  # projections
+        total += 2 * 2 * queries * keys * query_width
+        total += 2 * 3 * ffn * width * text.intermediate_size
+    return total + 2 * head_tokens * width * text.vocab_size
+
+
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image costs in the language model.
+    """What one image costs in the language model; what is a mean is one over its layers.
 
     Attributes:
-        tokens: tokens that attend in the prefill.
-        ffn_tokens: tokens of them that take the FFN, averaged over the layers.
-        cache_tokens: tokens that stay in the cache of each layer.
+        tokens: tokens that enter it.
+        attention_tokens: mean number of tokens that attend in the prefill.
+        ffn_tokens: mean number of tokens that take the FFN.
+        cache_tokens: mean number of tokens that stay in the cache.
         cache_bytes: bytes of these in all layers, in bfloat16.
         prefill_flops: FLOPs of a prefill of the image and `text_tokens` tokens of text, head on the last token.
     """
 
     tokens: int
+    attention_tokens: float
     ffn_tokens: float
-    cache_tokens: int
+    cache_tokens: float
     cache_bytes: int
     prefill_flops: int
 
 
 def image_cost(config: LlavaSkipConfig, text_tokens: int = 100) -> ImageCost:
-    """The cost of an image under a configuration, with `text_tokens` tokens of text."""
+    """The cost of an image, with the most crops that it can have, and of `text_tokens` tokens of text."""
+    if config.reduction is not None:
+        return _reduced_cost(config, text_tokens)
     skip, text = config.skip_config, config.text_config
     tokens = config.image_seq_length
     ffn_tokens = tokens if skip is None else tokens - skip.mean_num_skipping(text.num_hidden_layers)
     cache_tokens = skip.num_kept if skip is not None and skip.forget_cache else tokens
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_key_value_heads * head_width * torch.bfloat16.itemsize
+    token_bytes = 2 * _head_widths(text)[1] * torch.bfloat16.itemsize
     return ImageCost(
         tokens=tokens,
+        attention_tokens=tokens,
         ffn_tokens=ffn_tokens,
         cache_tokens=cache_tokens,
         cache_bytes=text.num_hidden_layers * cache_tokens * token_bytes,
         prefill_flops=decoder_flops(text, tokens + text_tokens, ffn_tokens + text_tokens, head_tokens=1).total,
     )
+
+
+def _reduced_cost(config: LlavaSkipConfig, text_tokens: int) -> ImageCost:
+    """That of a rival method, which may have other tokens in each layer."""
+    reduction, text = config.reduction_config, config.text_config
+    assert reduction is not None  # the caller has looked
+    layers = reduction.rule.layer_rows(reduction, config, config.most_crops)
+    queries, cached = (sum(getattr(rows, name) for rows in layers) for name in ("queries", "cache"))
+    return ImageCost(
+        tokens=config.image_seq_length,
+        attention_tokens=_mean(queries, len(layers)),
+        ffn_tokens=_mean(sum(rows.ffn for rows in layers), len(layers)),
+        cache_tokens=_mean(cached, len(layers)),
+        cache_bytes=cached * 2 * _head_widths(text)[1] * torch.bfloat16.itemsize,
+        prefill_flops=prefill_flops(text, layers, text_tokens),
+    )
+
+
+def _mean(total: int, count: int) -> float:
+    """A mean; a whole number stays one."""
+    return total / count if total % count else total // count

@@ -30,6 +30,7 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
+from llava_skip.reduction.config import ReductionConfig
 from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
@@ -312,6 +313,17 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         self.model = LlavaSkipModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def set_reduction(self, reduction: ReductionConfig | None) -> None:
+        """From now on give the language model fewer tokens of an image by this rival method; None: by none.
+
+        The processor must write as many image tokens: `processor.follow(model.config)`.
+
+        Raises:
+            UserError: the method does not fit the model.
+        """
+        changed = self.config.with_reduction(reduction)
+        self.config.reduction = changed.reduction  # of the inner model, too: it is one object
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `LlavaSkipModel.get_image_features`."""

@@ -17,10 +17,13 @@ from torch import Tensor
 from llava_skip.modeling import LlavaSkipModel
 from llava_skip.tokens import merge_choices, merge_tokens
 from llava_skip.vision.front_end import Place
+from llava_skip.vision.view import View
 
 OUTLINE = (255, 60, 60)
 SHOWN_SIDE = 448
 """A crop is drawn at least this large, in pixels."""
+SAME = 1e-3
+"""Relative distance up to which a rival's row counts as a visual token as it was: other batches round differently."""
 _HEAT = (255, 40, 0)
 _GOLDEN = 0.618034
 """Turns of the hue from one target to the next, by which neighbours in number differ most."""
@@ -32,9 +35,10 @@ class ImageParts:
 
     Attributes:
         places: [P] where each visual token looks, the retained first.
-        tokens: [P] the token, of the R + S before the summaries are put in, that it is or is merged into.
+        tokens: [P] the token, of the R + S before the summaries are put in, that it is or is merged into; -1 for one
+            that a rival method drops, or mixes with others in its own way.
         keeps: [P] whether it stays itself: it is retained, or others are merged into it.
-        retained: R; P for a dense model.
+        retained: R; P for a dense model; for a rival method, how many visual tokens enter the decoder as they are.
         summaries: of each summary, what it weighs: [R + S] shares that sum to 1, 0 outside of its span. Empty without
             summaries, or where they are learned vectors.
     """
@@ -65,10 +69,12 @@ def image_parts(model: LlavaSkipModel, crops: Tensor) -> ImageParts:
         UserError: the front end does not know where its tokens look.
     """
     places, skip = model.front_end.places(model, crops), model.config.skip_config
-    if skip is None:
+    if skip is None and model.config.reduction is None:
         return ImageParts(places, list(range(len(places))), [True] * len(places), len(places), [])
-    counts = torch.tensor([len(crops)])
-    (group,) = model.front_end.encode(model.vision_tower, model.multi_modal_projector, crops, counts, model.config)
+    modules = model.vision_tower, model.multi_modal_projector
+    (group,) = model.front_end.encode(*modules, crops, torch.tensor([len(crops)]), model.config)
+    if skip is None:
+        return _kept_parts(places, View(model.front_end, *modules, crops, model.config).tokens, group.tokens)
     kept, others = group.tokens.tensor_split([skip.retained], dim=1)
     tokens, keeps = list(range(skip.retained)), [True] * skip.retained
     if others.shape[1] == skip.skipped:  # nothing is merged, and the order stays
@@ -83,6 +89,17 @@ def image_parts(model: LlavaSkipModel, crops: Tensor) -> ImageParts:
         keeps += [part in stays for part in range(others.shape[1])]
     block = torch.cat([kept, merge_tokens(others, skip.skipped)], dim=1)
     return ImageParts(places, tokens, keeps, skip.retained, _summary_weights(model, block))
+
+
+def _kept_parts(places: list[Place], tokens: Tensor, rows: Tensor) -> ImageParts:
+    """Which visual tokens of an image [crops, P, D] are among the rows [1, T, D] that enter the language model."""
+    every, entering = tokens.flatten(0, 1).float(), rows[0].float()
+    nearest = torch.cdist(every, entering, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    is_kept = (nearest <= SAME * every.norm(dim=1)).tolist()
+    order = sorted(range(len(places)), key=lambda part: not is_kept[part])
+    count = sum(is_kept)
+    own = [*range(count), *[-1] * (len(places) - count)]
+    return ImageParts([places[part] for part in order], own, [part >= 0 for part in own], count, [])
 
 
 def _summary_weights(model: LlavaSkipModel, tokens: Tensor) -> list[list[float]]:

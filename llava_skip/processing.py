@@ -90,6 +90,11 @@ class LlavaSkipProcessor(ProcessorMixin):
             )
         return processor
 
+    def follow(self, config: LlavaSkipConfig) -> None:
+        """Give an image as many tokens as a model of this configuration, whose reduction was changed, takes."""
+        self.image_seq_length = config.image_seq_length
+        self.crop_rows = get_front_end(config.front_end).crop_length(config)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The image tokens of one image (called by transformers for each `<image>`)."""
         if self.crop_rows is not None:

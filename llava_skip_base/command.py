@@ -37,6 +37,7 @@ PROGRAMS: dict[str, Program] = {
     "compare": Program("eval.compare", "Compare two results, with confidence intervals."),
     "overview": Program("eval.overview", "Write the HTML overview of all results."),
     "analyze": Program("eval.study.analyze", "Measure on a checkpoint why skipping works and what it costs."),
+    "tradeoff": Program("eval.tradeoff", "Draw score against FLOPs and time, for rivals at several budgets."),
     "bench": Program("eval.study.bench", "Time dense against skipping in one run."),
     "costs": Program("eval.study.costs", "Write the table of FLOPs and cache sizes of all presets."),
     "conformance": Program("tests.conformance.__main__", "Compare the library with golden tensors (in a checkout)."),

@@ -24,7 +24,17 @@ def same_numbers_every_time():
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights with a tokenizer of single bytes."""
-    folder = tmp_path_factory.mktemp("models") / "random"
+    return save_random(tmp_path_factory.mktemp("models") / "random", "sv-llava-64")
+
+
+@pytest.fixture(scope="session")
+def saved_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its dense twin, also of random weights."""
+    return save_random(tmp_path_factory.mktemp("models") / "dense", "llava")
+
+
+def save_random(folder: Path, preset: str) -> Path:
+    """Save a model of a preset, with its tokenizer."""
     backend = Tokenizer(models.BPE({byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -32,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     torch.manual_seed(0)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = preset_config("sv-llava-64", vocab_size=len(tokenizer), **ids)
+    config = preset_config(preset, vocab_size=len(tokenizer), **ids)
     config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     LlavaSkipForConditionalGeneration(config).save_pretrained(folder)
     LlavaSkipProcessor.for_config(config, tokenizer, "v1").save_pretrained(folder)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from llava_skip.conversation import template_names
-from llava_skip.presets import PRESETS, SIZES
+from llava_skip.presets import DEFAULT_PRESET, PRESETS, SIZES, dense_preset
+from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
@@ -46,6 +47,11 @@ class ModelArguments:
         default=None,
         metadata={"help": f"One of {', '.join(PRESETS)}. Default: what a saved model has, sv-llava-256 for a new one."},
     )
+    reduction: str | None = field(
+        default=None,
+        metadata={"help": "A rival method in the place of skipping, METHOD:TOKENS[,NAME=VALUE...], such as "
+                          "visionzip:64 (docs/rivals.md). Default: what a saved model has."},
+    )  # fmt: skip
     size: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(SIZES)}."})
     template: str | None = field(
         default=None,
@@ -84,6 +90,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.train_parts or ()) - set(PARTS)):
             raise UserError(f"--train_parts has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
+        _ = self.rival  # a mistake in it shows now
         for name in ("vision_tower", "projector"):
             if getattr(self, name) and not self.model:
                 raise UserError(f"--{name} needs --model, the language model that it is joined to.")
@@ -91,6 +98,16 @@ class ModelArguments:
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
         _check_numbers(self, above_zero=("lora_r", "lora_alpha"), not_negative=("lora_dropout",))
+
+    @property
+    def rival(self) -> ReductionConfig | None:
+        """The rival method that was asked for."""
+        return None if self.reduction is None else ReductionConfig.parse(self.reduction)
+
+    @property
+    def new_preset(self) -> str:
+        """The preset of a model that has none yet; a rival method is for a dense one."""
+        return self.preset or (DEFAULT_PRESET if self.reduction is None else dense_preset(DEFAULT_PRESET))
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

@@ -114,6 +114,8 @@ def _report(
         "exported": exported or "the last step",
         **counts,
     }
+    if run.config.reduction is not None:
+        result["reduction"] = run.config.reduction
     write_json(run.output / RESULT, result, sort_keys=True)
     draw_loss(history, validation, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)

@@ -17,9 +17,12 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LogitsProcessorList,
 )
 
 import llava_skip  # noqa: F401  registers the library's models with the Auto classes
+from eval.answering.clock import Clock, device_name
+from eval.answering.costs import BatchCost
 from eval.answering.models import SavedModel
 from eval.answering.templates import check_template, render
 from eval.reading.images import PLACEHOLDER, ImageSource
@@ -70,7 +73,13 @@ def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
 
 
 class Generator:
-    """A model with its processor on one device; a bare language model answers questions without images."""
+    """A model with its processor on one device; a bare language model answers questions without images.
+
+    Attributes:
+        cost: what the last batch cost.
+    """
+
+    cost: BatchCost | None = None
 
     def __init__(self, model: SavedModel, numerics: Numerics, rank: int = 0) -> None:
         """Load processor and weights.
@@ -87,7 +96,7 @@ class Generator:
         if numerics.attn is not None:
             options["attn_implementation"] = numerics.attn
         if read_config(model.folder).get("model_type") == LlavaSkipConfig.model_type:
-            options["config"] = check_native(model.folder)
+            options["config"] = check_native(model.folder, model.reduction)
         self.takes_images = _takes_images(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
@@ -126,6 +135,13 @@ class Generator:
         config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
+        self.answer_as(model)
+
+    def answer_as(self, model: SavedModel) -> None:
+        """From now on answer as the same folder with another reduction, or with none."""
+        if model.configuration is not None:
+            self.model.set_reduction(model.configuration.reduction_config)
+            self.processor.follow(model.configuration)
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:
@@ -162,19 +178,23 @@ class Generator:
             **padding,
         )
         inputs = {name: self._to_device(value) for name, value in inputs.items()}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+        clock = Clock(self.model.device)
         try:
             output = self.model.generate(
-                **inputs, tokenizer=self.tokenizer, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens
+                **inputs, tokenizer=self.tokenizer, logits_processor=LogitsProcessorList([clock]), **options
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
             ) from error
+        seconds, memory = clock.stop(), clock.peak_memory()
         stops = set(self.model.generation_config.eos_token_id or ())
-        new = [
-            list(takewhile(lambda token: token not in stops, row))
-            for row in output[:, inputs["input_ids"].shape[1] :].tolist()
-        ]
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        new = [list(takewhile(lambda token: token not in stops, row)) for row in rows]
+        num_new = sum(min(len(own) + 1, len(row)) for own, row in zip(new, rows, strict=True))
+        device, is_warm = device_name(self.model.device), self.cost is not None
+        self.cost = BatchCost(len(rows), *seconds, num_new, *memory, device, is_warm)
         return [self.ends.cut(text).strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def _to_device(self, value: Any) -> Any:

@@ -1,18 +1,24 @@
 """Find and check a saved model before anything heavy is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.reading.tables import sha256
 from llava_skip_base import paths
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, refuse_pointer
 
+if TYPE_CHECKING:
+    from llava_skip.configuration import LlavaSkipConfig
+    from llava_skip.reduction import ReductionConfig
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.
 TEXTS = ("config.json", "generation_config.json", "*tokenizer*", "*processor_config.json", "*.jinja")
+OWN_TYPE = "llava_skip"
+"""The `model_type` of the library's models."""
 
 
 @dataclass
@@ -23,11 +29,13 @@ class SavedModel:
         folder: the folder.
         config: its configuration as saved.
         files: everything that its answers depend on.
+        reduction: the rival method with which it answers, beside what the folder says.
     """
 
     folder: Path
     config: dict[str, Any]
     files: tuple[Path, ...]
+    reduction: "ReductionConfig | None" = None
 
     @cached_property
     def sha256(self) -> str:
@@ -36,11 +44,26 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, also when it was given as `.`."""
-        return self.folder.resolve().name
+        """The folder's name, also when it was given as `.`; with a reduction, `FOLDER@METHOD-TOKENS`."""
+        name = self.folder.resolve().name
+        return name if self.reduction is None else f"{name}@{str(self.reduction).replace(':', '-').replace(',', '-')}"
+
+    @cached_property
+    def configuration(self) -> "LlavaSkipConfig | None":
+        """How a model of the library answers; None for a model of another library.
+
+        Raises:
+            UserError: its configuration is broken, or the reduction does not fit it.
+        """
+        if self.config.get("model_type") != OWN_TYPE:
+            return None
+        from llava_skip.checkpoints.loading import read_native  # slow to import
+
+        return read_native(self.folder, self.reduction)
 
     def describe(self) -> dict[str, Any]:
         """Which model it is, for the result file."""
+        given = {} if self.reduction is None else {"reduction": str(self.reduction)}
         return {
             "name": self.name,
             "path": str(self.folder),
@@ -48,7 +71,52 @@ class SavedModel:
             "model_type": self.config.get("model_type"),
             "preset": self.config.get("preset"),
             "skip": self.config.get("skip"),
+            **given,
         }
+
+    def image_tokens(self) -> dict[str, float] | None:
+        """What an image takes of the language model (with the most crops that it can have); None if it is unknown.
+
+        Tokens that enter it, and the means over its layers of those that attend, take the FFN and stay in the cache.
+        """
+        if self.configuration is None:
+            return None
+        from llava_skip.flops import image_cost  # slow to import
+
+        cost = image_cost(self.configuration)
+        return {
+            "entering": cost.tokens,
+            "attention": cost.attention_tokens,
+            "ffn": cost.ffn_tokens,
+            "cache": cost.cache_tokens,
+        }
+
+    def reduced(self, reduction: "ReductionConfig") -> "SavedModel":
+        """The same model, answering with a rival method.
+
+        Raises:
+            UserError: it has `skip` or a reduction already, is not the library's, or the method does not fit it.
+        """
+        has = next((name for name in ("skip", "reduction") if self.config.get(name) is not None), None)
+        if has is not None:
+            raise UserError(
+                f"{self.folder}: --reduction {reduction} is for a dense model, and its config.json has {has}; give the "
+                "dense model, or evaluate this one as it is."
+            )
+        if self.config.get("model_type") != OWN_TYPE:
+            raise UserError(
+                f"{self.folder}: --reduction {reduction} is for models of the library, and this one is a "
+                f"{self.config.get('model_type')!r}; convert it: llava-skip convert {self.folder} OUTPUT."
+            )
+        from llava_skip.checkpoints.loading import check_fit  # slow to import
+
+        changed = replace(self, reduction=reduction)
+        try:
+            assert changed.configuration is not None  # it is the library's
+            check_fit(self.folder, changed.configuration)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from error
+        return changed
 
 
 def newest_model() -> Path:

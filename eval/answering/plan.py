@@ -1,13 +1,14 @@
 """Which model answers which questions: the inputs of an evaluation, checked before anything heavy is loaded."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answering.answers import AnswerLog
+from eval.answering.costs import CostLog
 from eval.answering.models import SavedModel, check_model, newest_model
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark
@@ -98,6 +99,7 @@ class Run:
             "benchmark": self.benchmark.name,
             "model": self.name,
             "model_sha256": self.model.sha256,
+            **({} if self.model.reduction is None else {"reduction": str(self.model.reduction)}),
             "data_sha256": self.data_sha256,
             "protocol": self.benchmark.protocol(self.samples),
             "max_new_tokens": self.max_new_tokens,
@@ -133,8 +135,8 @@ class Run:
             if id_ not in log.answers
         ]
 
-    def result(self, score: Score, numerics: "Numerics") -> dict[str, Any]:
-        """Everything that a reader of the score needs; nothing in it changes from run to run."""
+    def result(self, score: Score, numerics: "Numerics", costs: CostLog) -> dict[str, Any]:
+        """Everything that a reader of the score needs; only `costs`, which was measured, changes from run to run."""
         values = {name: value for name, value in asdict(score).items() if name != "per_sample"}
         images = None if self.images is None else str(self.images)
         limits = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
@@ -147,6 +149,8 @@ class Run:
             "data": {"path": str(self.data), "images": images, "sha256": self.data_sha256},
             "generation": {**limits, "greedy": True, "blind": self.blind, **asdict(numerics)},
             "versions": versions("torch", "transformers", "llava_skip"),
+            "image_tokens": self.model.image_tokens(),
+            "costs": costs.summary(self.batch_size),
         }
 
     @cached_property
@@ -219,13 +223,25 @@ def embedded_file(benchmark: Benchmark) -> Path:
     return Path(shown(path))
 
 
-def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
-    """Check the models, by default the newest one; their names must differ, because results are filed under them.
+def checked_models(folders: Sequence[Path], reductions: Sequence[str] = (), needed: bool = True) -> list[SavedModel]:
+    """Check the models, by default the newest one, each with each reduction; none if none is given nor needed.
 
     Raises:
-        UserError: one is not whole, or two have one name.
+        UserError: one is not whole, or a reduction is unknown or does not fit.
     """
+    if not folders and not needed:
+        return []
     models = [check_model(folder) for folder in folders or [newest_model()]]
+    if not reductions:
+        return models
+    from llava_skip.reduction import ReductionConfig  # slow to import
+
+    parsed = [ReductionConfig.parse(text) for text in reductions]
+    return [model.reduced(reduction) for model in models for reduction in parsed]
+
+
+def check_names(models: Sequence[SavedModel]) -> None:
+    """Refuse models of one name, because results are filed under it."""
     names = [model.name for model in models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -233,7 +249,6 @@ def checked_models(folders: Sequence[Path]) -> list[SavedModel]:
             f"several models are called {first_few(doubled)}, so their results would share a folder; rename one, or "
             "evaluate them one after the other, each with its own --output."
         )
-    return models
 
 
 def _load(
@@ -247,7 +262,7 @@ def _load(
 
 def plan_runs(
     names: Sequence[str],
-    folders: Sequence[Path],
+    find_models: Callable[[], Sequence[SavedModel]],
     data: Sequence[str],
     images: Sequence[str],
     output: Path,
@@ -257,13 +272,12 @@ def plan_runs(
     blind: bool,
     rules: Sequence[str],
     protocols: Sequence[str],
-    dry_run: bool = False,
 ) -> list[Run]:
     """Check all inputs, the cheap ones first, before a model is loaded.
 
     Args:
         names: the benchmarks.
-        folders: the model folders; none for the newest.
+        find_models: gives the checked models, when all that is quicker to check is right; their names must differ.
         data: benchmark files, or none for the embedded ones.
         images: folders of image files.
         output: results go to `OUTPUT/BENCHMARK/MODEL`.
@@ -273,7 +287,6 @@ def plan_runs(
         blind: ask without images.
         rules: how to score, or none for the official rules.
         protocols: how to ask, or none for the default protocols.
-        dry_run: no model is needed; without one there are no runs.
 
     Returns:
         A run for each model and benchmark, the benchmarks of one model together.
@@ -293,7 +306,8 @@ def plan_runs(
             raise UserError(f"{shortened(given)}: no such image folder; check --images.")
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{output}: is a file; give a folder for the results with --output.")
-    models = [] if dry_run and not folders else checked_models(folders)
+    models = find_models()
+    check_names(models)
     loaded = [_load(benchmark, files, image_folders, limit) for benchmark in benchmarks]
     runs = [
         Run(own, model, path, folder, samples, before, output, batch_size, max_new_tokens or own.max_new_tokens, blind)

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eval.answering.costs import BatchCost
 from eval.answering.models import SavedModel
 from eval.reading.images import ImageSource
 from llava_skip_base.errors import UserError
@@ -43,27 +44,38 @@ class Job:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class Answered:
+    """The answers to a job, and what they cost, if that was measured."""
+
+    texts: list[str]
+    cost: BatchCost | None
+
+
 class Answerer:
     """Answers jobs one by one and keeps the model loaded between them."""
 
     def __init__(self, numerics: "Numerics", rank: int = 0) -> None:
         self.numerics = numerics
         self.rank = rank
-        self._folder: Any = None
+        self._model: SavedModel | None = None
         self._generator: Any = None
 
-    def __call__(self, job: Job) -> list[str]:
-        """The answers to a job; its model is loaded if another one was."""
+    def __call__(self, job: Job) -> Answered:
+        """The answers to a job; its model is loaded if another one was, and takes the job's reduction."""
         import eval.answering.generate as generate  # torch and transformers: slow to import, and only needed here
 
-        if job.model.folder != self._folder:
+        if self._model is None or job.model.folder != self._model.folder:
             self._generator = None  # frees the memory before the next one takes it
             self._generator = generate.Generator(job.model, self.numerics, self.rank)
-            self._folder = job.model.folder
-        return self._generator.answer(job.prompts, job.images, job.max_new_tokens)
+        elif job.model.reduction != self._model.reduction:
+            self._generator.answer_as(job.model)
+        self._model = job.model
+        texts = self._generator.answer(job.prompts, job.images, job.max_new_tokens)
+        return Answered(texts, self._generator.cost)
 
 
-def answer_jobs(jobs: Sequence[Job], processes: int, numerics: "Numerics") -> Iterator[tuple[Job, list[str]]]:
+def answer_jobs(jobs: Sequence[Job], processes: int, numerics: "Numerics") -> Iterator[tuple[Job, Answered]]:
     """Answer jobs, each as soon as a process is free.
 
     Args:
@@ -114,7 +126,7 @@ def _start(ranks: Any, processes: int, numerics: "Numerics") -> None:
     _answerer = Answerer(numerics, ranks.get())
 
 
-def _answer(job: Job) -> list[str]:
+def _answer(job: Job) -> Answered:
     return _answerer(job)
 
 

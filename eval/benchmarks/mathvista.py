@@ -125,6 +125,12 @@ class MathVista(Benchmark):
             score.judge = judge.describe()
         return score
 
+    def reading(self, answer: str, fields: Row) -> str:
+        """The extracted answer in the form of the gold one, else the answer's words."""
+        found = extract(answer, fields) if self.chosen_rule == "official" else prefetch(answer, fields)
+        form = None if found is None else normalise_extraction(found, fields)
+        return super().reading(answer, fields) if form is None else form
+
     def _report(
         self, samples: Sequence[Sample], extracted: Mapping[Id, str], counts: dict[str, Any], notes: list[str]
     ) -> Score:

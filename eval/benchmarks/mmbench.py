@@ -14,6 +14,7 @@ from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, write_xlsx
 from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import EXTRACTORS, NO_CHOICE, VERSIONS, is_lookalike
+from eval.scoring.headline import Headline, split_headline
 from eval.scoring.judge import Judge
 from eval.scoring.matching import CHINESE, Matches, match_choices
 from eval.scoring.pandas_cells import cell_as_text
@@ -147,6 +148,17 @@ class MMBench(Benchmark):
         }
         score = 100 * scores[headline]["Overall"]
         return Score("scored", rule, score, scores, counts, notes, judged, per_sample)
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The circular accuracy of the headline's split."""
+        return split_headline(values, {str(s.id): s.fields.get("split") or "none" for s in samples}, "dev")
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """The letter of the option that the answer chooses, else its words."""
+        letter = EXTRACTORS[self.chosen_rule](self.said(answer, fields), self.choices(fields))
+        return letter or super().reading(answer, fields)
 
     def choices(self, fields: Row) -> dict[str, str]:
         """The options as the scoring rule sees them; lmms-eval takes "nan" for a text."""

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score
+from eval.scoring.headline import Headline, grouped_headline
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
 from llava_skip_base.errors import UserError, first_few
@@ -65,9 +68,8 @@ class MME(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Sum accuracy and accuracy over both questions of an image, in percent, over the categories."""
-        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
         pairs: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-        said = {s.id: read(answers[s.id]) for s in samples}
+        said = {s.id: self._read(answers[s.id]) for s in samples}
         right = {s.id: said[s.id] == s.fields["gold"].lower() for s in samples}
         other = sum(answer is None for answer in said.values())
         for sample in samples:
@@ -96,6 +98,36 @@ class MME(Benchmark):
         if other:
             notes.append(f"{other} answers are neither yes nor no by the rule and count as wrong.")
         return Score("scored", self.rule, scores["perception"], scores, counts, notes, per_sample=dict(right))
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The sum over the perception categories of both accuracies; that of both questions is in the first's row."""
+        own = [s for s in samples if s.fields["category"] in PERCEPTION and str(s.id) in values]
+        pairs: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for number, sample in enumerate(own):
+            pairs[sample.fields["category"], sample.fields["picture"]].append(number)
+        hits = np.array([bool(values[str(s.id)]) for s in own])
+        asked = {two[0]: all(hits[two]) for two in pairs.values()}
+        # Rows of single questions, then rows of pairs, each group a category; a pair has the id of its first question.
+        ids = [str(s.id) for s in own]
+        singles = grouped_headline(ids, hits, [s.fields["category"] for s in own], 100.0)
+        firsts = [ids[first] for first in asked]
+        both = grouped_headline(firsts, np.array([*asked.values()]), [own[n].fields["category"] for n in asked], 100.0)
+        width = singles.parts.shape[1]
+        return Headline(
+            tuple(ids),
+            np.hstack([singles.parts, both.of(ids)]),
+            lambda sums: singles.function(sums[..., :width]) + both.function(sums[..., width:]),
+        )
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """Yes or no, else the answer's words."""
+        return self._read(answer) or super().reading(answer, fields)
+
+    def _read(self, answer: str) -> str | None:
+        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
+        return read(answer)
 
 
 def official_answer(text: str) -> str | None:

@@ -16,6 +16,7 @@ from eval.reading.images import ImageSource, image_data, row_images
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list, options
 from eval.scoring.extraction import VERSIONS
+from eval.scoring.headline import Headline, split_headline
 from eval.scoring.judge import Judge
 from eval.scoring.mmmu_peers import is_right_vlmevalkit, lmms_eval_letter
 from llava_skip_base.errors import UserError, first_few
@@ -127,6 +128,17 @@ class MMMU(Benchmark):
         score = 100 * sum(right.values()) / len(right)
         scores = _by_domain(own, right, 3 if official else 5)
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The accuracy of the headline's split."""
+        return split_headline(values, {str(s.id): s.fields.get("split") or "none" for s in samples}, "validation")
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """The option that the answer names, else its words."""
+        options = fields["options"] if fields["question_type"] == MULTIPLE_CHOICE else {}
+        return (choose(answer, options) if options else None) or super().reading(answer, fields)
 
     def _score_vlmevalkit(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         right = {sample.id: is_right_vlmevalkit(answers[sample.id], sample.fields) for sample in samples}

@@ -8,10 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
+import numpy as np
+
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
 from eval.sample import Id, Sample, Score, is_missing, listed_options, options
 from eval.scoring.extraction import VERSIONS, is_lookalike, lmms_eval_extractor, vlmevalkit
+from eval.scoring.headline import Headline, grouped_headline
 from eval.scoring.judge import Judge
 from eval.scoring.pandas_cells import cell_as_text, options_that_stay
 from llava_skip_base.errors import UserError, first_few
@@ -108,6 +111,22 @@ class MMStar(Benchmark):
             )
         score = 100 * scores["final score"]
         return Score("scored", self.rule, score, scores, counts, notes, per_sample=dict(right))
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The accuracy; by lmms-eval's rule the mean of the sub-categories'."""
+        if self.chosen_rule != "lmms-eval":
+            return super().headline(samples, answers, values)
+        own = [s for s in samples if str(s.id) in values]
+        groups = [f"{s.fields['category']}/{s.fields['l2_category']}" for s in own]
+        ids = [str(s.id) for s in own]
+        return grouped_headline(ids, np.array([values[id_] for id_ in ids]), groups, None)
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """The letter that the answer names, else its words."""
+        named = sorted(letter for letter in self._named(answer, fields) if letter)
+        return "".join(named) or super().reading(answer, fields)
 
     def _named(self, prediction: str, fields: Row) -> set[str | None]:
         """The letters that an answer names; by the official rule each that would be right if it were gold."""

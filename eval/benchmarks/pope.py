@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark, refuse_doubles
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score
+from eval.scoring.headline import Headline, f1_headline
 from eval.scoring.judge import Judge
 from eval.scoring.vqa import yes_or_no
 from llava_skip_base.errors import UserError, first_few
@@ -93,13 +96,12 @@ class POPE(Benchmark):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str], judge: Judge | None = None) -> Score:
         """Score each split with "yes" as the positive class; the headline is the mean F1, or else the pooled."""
         official = self.chosen_rule == "official"
-        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
-        said = {s.id: read(answers[s.id]) for s in samples}
+        said = {s.id: self._read(answers[s.id]) for s in samples}
         measures = lmms_eval_measures if self.chosen_rule == "lmms-eval" else _measures
         splits: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
-            for split in sample.fields["category"].split(","):
-                splits[split.strip()].append(sample)
+            for split in _splits(sample):
+                splits[split].append(sample)
         scores: dict[str, Any] = {name: measures(own, said) for name, own in sorted(splits.items())}
         pooled = [sample for own in splits.values() for sample in own]
         scores["pooled"] = measures(pooled, said)
@@ -117,6 +119,31 @@ class POPE(Benchmark):
         headline = scores["mean f1"] if official else scores["pooled"]["f1"]
         right: dict[Id, bool | float] = {s.id: said[s.id] == s.fields["label"] for s in samples}
         return Score("scored", self.rule, 100 * headline, scores, counts, notes, per_sample=right)
+
+    def headline(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], values: Mapping[str, bool | float]
+    ) -> Headline:
+        """The mean F1 of the splits, or else the pooled F1."""
+        said = [self._read(answers[s.id]) for s in samples]
+        counted = np.array([bool(answer) or self.chosen_rule != "lmms-eval" for answer in said])
+        claimed, gold = (
+            np.array([word == "yes" for word in words]) for words in (said, [s.fields["label"] for s in samples])
+        )
+        splits = [_splits(s) for s in samples]
+        ids = [str(s.id) for s in samples]
+        return f1_headline(ids, claimed, gold & counted, splits, self.chosen_rule != "official")
+
+    def reading(self, answer: str, fields: Row) -> str:
+        """Yes or no, else the answer's words."""
+        return self._read(answer) or super().reading(answer, fields)
+
+    def _read(self, answer: str) -> str | None:
+        read = {"official": official_answer, "vlmevalkit": yes_or_no, "lmms-eval": lmms_eval_answer}[self.chosen_rule]
+        return read(answer)
+
+
+def _splits(sample: Sample) -> list[str]:
+    return [split.strip() for split in sample.fields["category"].split(",")]
 
 
 def official_answer(text: str) -> str:

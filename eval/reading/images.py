@@ -1,15 +1,17 @@
 """Images of benchmark rows: base64 text, raw bytes or files, of any mode, given to the model as RGB."""
 
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from eval.reading.tables import REFERENCE_LENGTH, Row, StoredText
-from eval.sample import printed_texts
+from eval.sample import Sample, printed_texts
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.files import image_path
+from llava_skip_base.files import hash_file, image_path
 from llava_skip_base.images import (
     MOST_PIXELS,
     ImageError,
@@ -23,6 +25,8 @@ from llava_skip_base.texts import shortened
 
 PLACEHOLDER = "<image>"
 """Marks where in a prompt an image goes."""
+KEY_LENGTH = 16
+"""Hexadecimal digits of an image's key."""
 SIDE = 336
 """Pixels of a tower's side, to judge what a model makes of an image before one is loaded."""
 
@@ -58,6 +62,21 @@ class ImageSource:
         except ImageError as error:
             raise self._fault(error) from error
 
+    def key(self) -> str:
+        """Which image it is: a hash of its encoded bytes, the same for a file and for base64 text of it."""
+        digest = hashlib.sha256()
+        try:
+            source = self._source()
+            if isinstance(source, Path):
+                hash_file(source, digest)
+            else:
+                digest.update(source)
+        except ImageError as error:
+            raise self._fault(error) from error
+        except OSError as error:
+            raise UserError(f"{self.sample}: its image cannot be read ({error}); check --images.") from error
+        return digest.hexdigest()[:KEY_LENGTH]
+
     def _opened(self) -> Image.Image:
         image = open_image(self._source())
         shapes = [work_pixels(*image.size, pads) for pads in (SIDE, None)]
@@ -82,6 +101,19 @@ class ImageSource:
                 raise ImageError(f"image {self.number + 1} of {len(texts)} is asked for")
             text = texts[self.number]
         return data_uri_bytes(text) if is_data_uri(text) else base64_bytes(text)
+
+
+def image_keys(samples: Sequence[Sample]) -> dict[str, str]:
+    """Which image each sample is about, by its id as a text; a sample without an image has no key.
+
+    Raises:
+        UserError: an image cannot be read any more.
+    """
+    known: dict[object, str] = {}  # the rows of one question share the data of its image
+    for source in (source for sample in samples for source in sample.images):
+        if (source.data, source.number) not in known:
+            known[source.data, source.number] = source.key()
+    return {str(s.id): "+".join(known[image.data, image.number] for image in s.images) for s in samples if s.images}
 
 
 def row_images(rows: list[Row], folder: Path) -> list[ImageSource]:

@@ -2,24 +2,23 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 from tqdm import tqdm
 
 from eval.benchmark import Benchmark
 from eval.benchmarks import get_benchmark
 from eval.reading.images import ImageSource
-from eval.reading.tables import Row, sha256
+from eval.reading.tables import Row
 from eval.showing.results import Result
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
-from llava_skip_base.texts import shortened
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which an image is kept exactly
@@ -60,15 +59,16 @@ class Question:
     answers: list[Answer] = field(default_factory=list)
 
 
-def page_environment() -> Environment:
-    """The templates of all pages: what is put into them is escaped."""
+@cache
+def template(name: str) -> Template:
+    """A page's template, which escapes every text."""
     return Environment(
         loader=PackageLoader("eval.showing"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
+    ).get_template(name)
 
 
 def write_pages(
@@ -82,14 +82,11 @@ def write_pages(
 
     `table` is the scores as text, header first, `facts` the origin of each, `charts` names of files in the folder.
     """
-    environment = page_environment()
     for name, results in benchmarks.items():
         questions, note = collect_questions(get_benchmark(name), results, folder)
-        page = environment.get_template("questions.html.jinja").render(
-            benchmark=name, results=results, questions=questions, note=note
-        )
+        page = template("questions.html.jinja").render(benchmark=name, results=results, questions=questions, note=note)
         write_bytes(folder / f"{name}.html", page.encode("utf-8", "replace"))
-    index = environment.get_template("index.html.jinja").render(table=table, facts=facts, charts=charts)
+    index = template("index.html.jinja").render(table=table, facts=facts, charts=charts)
     write_bytes(folder / "index.html", index.encode("utf-8", "replace"))
 
 
@@ -116,12 +113,8 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
 
 def _add_images(benchmark: Benchmark, result: Result, questions: Mapping[str, Question], folder: Path) -> str:
     """Show the images if the benchmark file is still the one that was answered; else say why there are none."""
-    data = result.facts["data"]
-    path, images = Path(data["path"]), data.get("images")
-    if not (os.path.isfile(path) or os.path.isdir(path)) or sha256([path]) != data["sha256"]:
-        return f"There are no images: {shortened(path)} is gone or has changed since the evaluation."
     try:
-        samples = benchmark.load(path, images and Path(images))
+        samples = result.load_samples(benchmark)
     except UserError as error:
         return f"There are no images: {error}"
     names: dict[Any, str] = {}

@@ -1,15 +1,22 @@
 """The results of finished evaluations, read from their folders."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from eval.benchmark import Benchmark
 from eval.benchmarks import get_benchmark
-from eval.reading.tables import Row, read_rows
+from eval.reading.tables import Row, read_rows, sha256
+from eval.sample import Sample
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import read_json
+from llava_skip_base.texts import shortened
+
+IMAGES = "images.json"
+"""File of a result that says which image each question is about, so that questions about one are known."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,18 @@ class Result:
     def model(self) -> str:
         """Name of the model."""
         return self.facts["model"]["name"]
+
+    def load_samples(self, benchmark: Benchmark) -> list[Sample]:
+        """The questions with their images, from the benchmark file that was answered.
+
+        Raises:
+            UserError: it is gone, has changed since the evaluation, or its images are not to be found.
+        """
+        data = self.facts["data"]
+        path, images = Path(data["path"]), data.get("images")
+        if not (os.path.isfile(path) or os.path.isdir(path)) or sha256([path]) != data["sha256"]:
+            raise UserError(f"{shortened(path)} is gone or has changed since the evaluation.")
+        return benchmark.load(path, images and Path(images))
 
     def answers(self) -> list[Row]:
         """Read the answers, each with its question, in the order of the benchmark file.

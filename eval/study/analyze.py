@@ -143,6 +143,7 @@ def facts_of(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{model['path']} ({model['layout']}, {model['language_model']}, {model['layers']} layers)"),
         ("weights and files", f"sha256 {model['sha256'][:16]}"),
         ("front end", f"{model['front_end']}{'' if model['preset'] is None else ', preset ' + str(model['preset'])}"),
+        ("reduction", model["reduction"] or "none"),
         ("skip", "dense" if model["skip"] is None else ", ".join(f"{k} {v}" for k, v in model["skip"].items())),
         ("data", "; ".join(f"{entry['name']} (sha256 {entry['sha256'][:12]})" for entry in result["data"])),
         ("samples", str(result["samples"])),

@@ -6,7 +6,6 @@ counted in FLOPs.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from eval.answering.clock import device_name
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.flops import decoder_flops
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -158,13 +158,6 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xticks(list(centres), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
         axes.set(ylabel="time, dense = 1", title=chart_label(title))
         axes.legend()
-
-
-def device_name(device: str) -> str:
-    """The processor's name, for people."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def run(

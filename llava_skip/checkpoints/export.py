@@ -43,6 +43,11 @@ def export_llava_hf(
             "token, so its logits would differ. Save it with save_pretrained, or load it "
             "with preset='llava' (--preset llava)."
         )
+    if config.reduction is not None:
+        raise UserError(
+            f"The model has the reduction {config.reduction_config}, which transformers' LLaVA does not know: its "
+            "language model would get every token of an image. Write the native layout, or set reduction to null."
+        )
     if not get_front_end(config.front_end).is_llava_hf:
         raise UserError(
             f"The front end is {config.front_end!r}; transformers' LLaVA has only one crop of CLIP patches and an MLP."
@@ -68,7 +73,17 @@ def export_llava_hf(
 
 
 def _their_config(config: LlavaSkipConfig) -> LlavaConfig:
-    ours = {"skip", "preset", "front_end", "max_tiles", "pad_pictures", "resampler", "model_type", "architectures"}
+    ours = {
+        "skip",
+        "reduction",
+        "preset",
+        "front_end",
+        "max_tiles",
+        "pad_pictures",
+        "resampler",
+        "model_type",
+        "architectures",
+    }
     return LlavaConfig(**{key: value for key, value in config.to_dict().items() if key not in ours})
 
 

@@ -31,6 +31,7 @@ from llava_skip.checkpoints.report import LoadReport
 from llava_skip.checkpoints.sources import Source, configure, open_source
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.reduction.config import ReductionConfig
 from llava_skip.vision.clip import resize_positions
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
@@ -53,6 +54,7 @@ def load_checkpoint(
     lora: str | Path | None = None,
     language_model_type: str | None = None,
     attn_implementation: str | None = None,
+    reduction: ReductionConfig | None = None,
     log: bool = True,
 ) -> LlavaSkipForConditionalGeneration:
     """A checkpoint of any known layout (docs/checkpoints.md) as this library's model, in evaluation mode.
@@ -68,8 +70,9 @@ def load_checkpoint(
         vision_tower: folder or hub name of the CLIP tower, if it is not in the checkpoint and not where that says.
         projector: a `mm_projector.bin`, or its folder.
         lora: folder of a LoRA adapter, which is merged.
-        language_model_type: what the language model is, such as `llama`, if its family gives the type another name.
+        language_model_type: of the language model, such as `llama`, if its family gives the type another name.
         attn_implementation: as in `from_pretrained`.
+        reduction: a rival method, without `config`; None keeps what the checkpoint has.
         log: log the report unless the checkpoint fits exactly.
 
     Raises:
@@ -79,14 +82,13 @@ def load_checkpoint(
     """
     if [preset, skip, config].count(None) < 2:
         raise UserError("Give preset or skip or config, only one of them.")
-    parts: dict[str, Any] = {"vision_tower": vision_tower, "projector": projector, "lora": lora}
-    source = open_source(path, language_model_type=language_model_type, **parts)
+    parts: dict[str, Any] = {"projector": projector, "lora": lora, "language_model_type": language_model_type}
+    source = open_source(path, vision_tower=vision_tower, **parts)
     report = source.report
     weights, own_tower = source.combine(read_model_weights(source.folder))
     if EMBEDDING not in weights:
         raise UserError(f"{path} has no embedding of the language model: is it a whole model?")
-    if config is None:
-        config = configure(source, weights, own_tower, preset=preset, skip=skip)
+    config = config or configure(source, weights, own_tower, preset=preset, skip=skip, reduction=reduction)
     if source.joins:
         weights |= _tower_weights(source, weights)
         _express_linear(weights, source.settings, report)
@@ -97,15 +99,14 @@ def load_checkpoint(
     model = _build(config, kept, dtype or weights[EMBEDDING].dtype, attn_implementation)
     _add_adapter(model, source)
     _set_stop_tokens(model, source.folder)
+    _tell(report, log)
     model.load_report = report
-    if log and not report.is_exact:
-        logger.warning("%s", plain(report))
     return model.eval()
 
 
-def _tell(report: LoadReport) -> None:
-    if not report.is_exact:
-        logger.warning("%s", report)
+def _tell(report: LoadReport, log: bool) -> None:
+    if log and not report.is_exact:
+        logger.warning("%s", plain(report))
 
 
 def check_fit(folder: Path, config: LlavaSkipConfig) -> None:
@@ -119,9 +120,18 @@ def check_fit(folder: Path, config: LlavaSkipConfig) -> None:
     _check(native_weights(read_model_shapes(folder)), config, report, new_projector=False)
 
 
-def check_native(folder: Path) -> LlavaSkipConfig:
-    """The configuration of a native model that fits its weights; see `check_fit`."""
-    config = configure(open_source(folder, weights=False), {}, own_tower=False)
+def read_native(folder: Path, reduction: ReductionConfig | None = None) -> LlavaSkipConfig:
+    """The configuration of a native model; with a rival method, if one is given.
+
+    Raises:
+        UserError: it is broken, or the method does not fit it.
+    """
+    return configure(open_source(folder, weights=False), {}, own_tower=False, reduction=reduction)
+
+
+def check_native(folder: Path, reduction: ReductionConfig | None = None) -> LlavaSkipConfig:
+    """The configuration of a native model that fits its weights; see `check_fit` and `read_native`."""
+    config = read_native(folder, reduction)
     check_fit(folder, config)
     return config
 
@@ -226,7 +236,7 @@ def _check(weights: dict[str, Tensor], config: LlavaSkipConfig, report: LoadRepo
 
 def _unused_tower(config: LlavaSkipConfig) -> list[str]:
     """Prefixes of the tower's weights after the features that are used: files may leave them out."""
-    unused = range(config.used_tower_layers, config.vision_config.num_hidden_layers)
+    unused = range(config.read_tower_layers, config.vision_config.num_hidden_layers)
     return [f"{TOWER}post_layernorm.", *(f"{TOWER}encoder.layers.{index}." for index in unused)]
 
 

@@ -87,7 +87,7 @@ def _fault(name: str, value: Any) -> str | None:
     if name in ("dtype", "torch_dtype"):
         known = value is None or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype))
         return None if known else "the name of a number format of torch, such as float32"
-    if name in ("skip", "resampler"):
+    if name in ("skip", "resampler", "reduction"):
         return None if value is None or isinstance(value, dict) else "an object of numbers, or null"
     if name == "front_end":
         return None if isinstance(value, str) else "the name of a front end"

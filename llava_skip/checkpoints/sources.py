@@ -21,6 +21,7 @@ from llava_skip.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig, SkipConfig
 from llava_skip.presets import PRESETS, fields_for_tower, front_end_of
 from llava_skip.processing import find_image_token
+from llava_skip.reduction.config import ReductionConfig
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import local_path
 
@@ -128,6 +129,7 @@ def configure(
     tokenizer: PreTrainedTokenizerBase | None = None,
     preset: str | None = None,
     skip: SkipConfig | None = None,
+    reduction: ReductionConfig | None = None,
 ) -> LlavaSkipConfig:
     """The configuration of the model that a source describes.
 
@@ -139,6 +141,7 @@ def configure(
         tokenizer: the language model's, with the image token; None takes the checkpoint's own, if it has one.
         preset: a key of `PRESETS`; None keeps what the checkpoint has.
         skip: the numbers themselves, instead of a preset.
+        reduction: a rival method; None keeps what the checkpoint has.
 
     Raises:
         UserError: settings, sizes or a preset that do not fit each other.
@@ -152,7 +155,8 @@ def configure(
         vision = _tower_config(source, weights, own_tower)
         if report.layout == layouts.LANGUAGE and preset in PRESETS and not front_end_of(preset).llava_projector:
             fields = fields_for_tower(preset, vision)  # the projector is new: the preset makes it
-            return LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
+            joined = LlavaSkipConfig(text_config=text, image_token_index=image_token, **fields)
+            return joined if reduction is None else joined.with_reduction(reduction)
         config = layouts.flat_config(raw, text, vision, weights, image_token, own_tower, report)
     elif report.layout == layouts.NATIVE:
         config = layouts.native_config(raw)
@@ -162,7 +166,8 @@ def configure(
             report.notes.append("LlavaNext cuts images into tiles with image_newline; here an image is one crop.")
     layouts.check_ids(config)
     summary = any(name.startswith("model.summary.") for name in weights)
-    return layouts.with_skip(config, preset, skip, raw, summary, report)
+    config = layouts.with_skip(config, preset, skip, raw, summary, report)
+    return config if reduction is None else config.with_reduction(reduction)
 
 
 def load_config(
@@ -172,11 +177,13 @@ def load_config(
     vision_tower: str | None = None,
     projector: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    reduction: ReductionConfig | None = None,
 ) -> tuple[LlavaSkipConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer of a native model, or of a language model joined with a tower; no weights are read.
 
     `load_checkpoint(..., config=)` makes the model of this configuration; it has the same arguments. `tokenizer` is the
-    folder or hub name of another tokenizer than the model's.
+    folder or hub name of another tokenizer than the model's, `reduction` a rival method; None keeps what a saved model
+    has.
 
     Raises:
         MissingFileError: a file is missing.
@@ -195,7 +202,7 @@ def load_config(
         layouts.native_config(source.raw)
     words = load_tokenizer(tokenizer or source.folder, add_image_token=source.joins)
     weights, own_tower = source.combine({})
-    return configure(source, weights, own_tower, words, preset), words
+    return configure(source, weights, own_tower, words, preset, reduction=reduction), words
 
 
 def _make_room(

@@ -41,25 +41,44 @@ class ClipTower(CLIPVisionModel):
             entering, hidden_states = hidden_states, layer(hidden_states, None)
         return hidden_states, class_attention(layers[-1], entering).sum(dim=1) if rank else None
 
-    def hidden_states(self, pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Several entries of transformers' list of hidden states, each [N, 1 + P, C]; later layers are not run."""
-        states = [self._embed(pixel_values)]
-        for layer in self.encoder.layers[: max(indices)]:
-            states.append(layer(states[-1], None))
+    def hidden_states(self, pixel_values: Tensor, indices: Sequence[int], side: int | None = None) -> list[Tensor]:
+        """Several entries of transformers' list of hidden states, each [N, 1 + P, C]; later layers are not run.
+
+        With `side` the images are made smaller first, to side x side patches.
+        """
+        state = self._embed(pixel_values, side)
+        states = {0: state}
+        for index, layer in enumerate(self.encoder.layers[: max(indices)]):
+            state = layer(state, None)
+            if index + 1 in indices:
+                states[index + 1] = state
         return [states[index] for index in indices]
 
     def outputs(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """What transformers' CLIPVisionModel gives: the states of the last layer, and more if asked for."""
         return super().forward(pixel_values.to(self.dtype), **kwargs)
 
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        side = self.config.image_size
-        if pixel_values.shape[-2:] != (side, side):
+    def _embed(self, pixel_values: Tensor, side: int | None = None) -> Tensor:
+        """What enters the first layer; of images of side x side patches, if `side` is given."""
+        pixels = self.config.image_size
+        if pixel_values.shape[-2:] != (pixels, pixels):
             raise UserError(
-                f"Images are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(side, side)}: "
+                f"Images are {tuple(pixel_values.shape[-2:])} pixels, the vision tower takes {(pixels, pixels)}: "
                 "set the image processor's crop_size to the tower's image_size."
             )
-        return self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
+        embedded = self.embeddings(pixel_values.to(self.dtype))
+        if side is not None and side != pixels // self.config.patch_size:
+            # The class token's row comes from the whole module, which ZeRO-3 gathers the class embedding for.
+            embedded = torch.cat([embedded[:, :1], self._embed_smaller(pixel_values, side)], dim=1)
+        return self.pre_layrnorm(embedded)
+
+    def _embed_smaller(self, pixel_values: Tensor, side: int) -> Tensor:
+        """Embeddings of the patches [N, side * side, C] of images that are made smaller, with positions to match."""
+        pixels = side * self.config.patch_size
+        smaller = nn.functional.interpolate(pixel_values.float(), size=(pixels, pixels), mode="bicubic", antialias=True)
+        patches = self.embeddings.patch_embedding(smaller.to(self.dtype)).flatten(2).transpose(1, 2)
+        table = self.embeddings.position_embedding(self.embeddings.position_ids)[0]
+        return patches + resize_positions(table, side * side)[1:]
 
     def _used_layers(self, feature_layer: int, rank: bool) -> int:
         depth = len(self.encoder.layers)
@@ -82,12 +101,47 @@ def class_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
     """
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden_states)
-    query, key = (
-        projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-        for projected in (attention.q_proj(normed[:, :1]), attention.k_proj(normed))
-    )
+    query, key = (_heads(layer, part) for part in (attention.q_proj(normed[:, :1]), attention.k_proj(normed)))
     scores = (query * attention.scale) @ key.transpose(-1, -2)
     return scores.float().softmax(dim=-1)[:, :, 0, 1:]
+
+
+@torch.no_grad()
+def mean_attention(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
+    """Attention that each patch gets in one layer, the mean over heads and all queries; one head's map at a time.
+
+    Args:
+        layer: the layer.
+        hidden_states: [N, 1 + P, C], as they enter it.
+
+    Returns:
+        [N, P].
+    """
+    attention = layer.self_attn
+    normed = layer.layer_norm1(hidden_states)
+    queries, keys = (_heads(layer, part) for part in (attention.q_proj(normed), attention.k_proj(normed)))
+    total = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.float32)
+    for query, key in zip(queries.unbind(1), keys.unbind(1), strict=True):
+        total += ((query * attention.scale) @ key.transpose(-1, -2)).float().softmax(dim=-1).mean(dim=1)
+    return total[:, 1:] / attention.num_heads
+
+
+@torch.no_grad()
+def mean_keys(layer: CLIPEncoderLayer, hidden_states: Tensor) -> Tensor:
+    """Keys of one layer, the mean over heads [N, 1 + P, E]; `hidden_states` [N, 1 + P, C] as they enter it."""
+    return _heads(layer, layer.self_attn.k_proj(layer.layer_norm1(hidden_states))).mean(dim=1)
+
+
+@torch.no_grad()
+def class_query_and_keys(layer: CLIPEncoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The class token's query [N, 1, C] and all keys [N, 1 + P, C] of one layer, all heads as one vector."""
+    normed = layer.layer_norm1(hidden_states)
+    return layer.self_attn.q_proj(normed[:, :1]), layer.self_attn.k_proj(normed)
+
+
+def _heads(layer: CLIPEncoderLayer, projected: Tensor) -> Tensor:
+    """[N, rows, C] -> [N, H, rows, E]."""
+    return projected.unflatten(-1, (layer.self_attn.num_heads, layer.self_attn.head_dim)).transpose(1, 2)
 
 
 def resize_positions(table: Tensor, patches: int) -> Tensor:

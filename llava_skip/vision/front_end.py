@@ -14,7 +14,9 @@ from transformers import CLIPVisionConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from llava_skip.reduction.method import Selection
 from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.view import View
 from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class FrontEnd:
         is_llava_hf: whether a dense model is transformers' LLaVA and can be saved as one.
         cuts_tiles: whether the image processor cuts an image into crops.
         reads_one_layer: whether `vision_feature_layer` says which layer of the tower the features are.
+        gives_patches: whether a crop's visual tokens, in a dense model, are the projected patches of that layer.
     """
 
     name: str
@@ -60,6 +63,7 @@ class FrontEnd:
     is_llava_hf = False
     cuts_tiles = False
     reads_one_layer = True
+    gives_patches = False
 
     # --- configuration
 
@@ -107,8 +111,18 @@ class FrontEnd:
             crop_counts: [N], only if images have several crops.
             config: of the model.
         """
-        tokens = self.tokens(tower, projector, pixel_values, config)
+        tokens = self.crop_tokens(tower, projector, pixel_values, config)
         return [Group(list(range(tokens.shape[0])), tokens)]
+
+    def crop_tokens(
+        self, tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig
+    ) -> Tensor:
+        """Visual tokens of crops: those of `tokens`, or the T rows that a selecting reduction makes of each crop."""
+        reduction = config.reduction_config
+        if reduction is None or not isinstance(rule := reduction.rule, Selection):
+            return self.tokens(tower, projector, pixel_values, config)
+        view = View(self, tower, projector, pixel_values, config, rule.states(reduction, config))
+        return rule.select(view, reduction)
 
     def tokens(self, tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
         """Visual tokens [N, P, D] of images with one crop each, the retained first."""

@@ -24,6 +24,7 @@ class HdFrontEnd(FrontEnd):
 
     name = "hd"
     cuts_tiles = True
+    gives_patches = True
 
     def check(self, config: LlavaSkipConfig) -> None:
         """`max_tiles` is at least 1."""
@@ -67,7 +68,7 @@ class HdFrontEnd(FrontEnd):
                 f"front_end 'hd' has {pixel_values.shape[0]} crops, and crop_counts says {counts or 'nothing'}: give "
                 "the crop_counts of the processor along with its pixel_values."
             )
-        images = self.tokens(tower, projector, pixel_values, config).split(counts)
+        images = self.crop_tokens(tower, projector, pixel_values, config).split(counts)
         groups = []
         for count in sorted(set(counts)):
             indices = [index for index, crops in enumerate(counts) if crops == count]
@@ -89,8 +90,8 @@ class HdFrontEnd(FrontEnd):
         return TilingImageProcessorPil(config.max_tiles, **sizes, do_pad=config.pad_pictures)
 
     def crop_length(self, config: LlavaSkipConfig) -> int | None:
-        """A dense model takes the patches of each crop; a skipping one the same number for every image."""
-        return config.patches if config.skip is None else None
+        """A dense model takes the tokens of each crop; a skipping one the same number for every image."""
+        return config.image_length(1) if config.skip is None else None
 
     def scale_skip(self, skip: SkipConfig, scale: float, patches: int) -> SkipConfig:
         """In proportion; the skipped tokens are those of the tiles."""

@@ -20,6 +20,7 @@ class LlavaFrontEnd(FrontEnd):
 
     name = "llava"
     is_llava_hf = True
+    gives_patches = True
 
     def tokens(self, tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
         """[N, 3, side, side] -> [N, P, D], the retained first."""

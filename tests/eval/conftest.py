@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava_skip import SkipConfig
+from tests.support.small_models import small_config
+
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def model_folder(tmp_path: Path) -> Path:
     """A folder that looks like a saved model, for runs whose model is replaced by a fake."""
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llava_skip", "skip": {"retained": 7}}))
+    small_config(SkipConfig(7, 9)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from eval.compare import app, compare
+from eval.compare import app
+from eval.study.statistics.pairs import compare
 from llava_skip_base.files import write_json
 
 FACTS: dict[str, Any] = {

@@ -31,6 +31,8 @@ DEEP = "[" * 200_000 + "]" * 200_000
 class Echo:
     """A fake model that opens its images and answers A."""
 
+    cost = None
+
     def __init__(self, *_: Any) -> None:
         pass
 

@@ -22,6 +22,8 @@ Rows = list[dict[str, Any]]
 class Parrot:
     """A fake model that answers with the hostile texts."""
 
+    cost = None
+
     def __init__(self, *_: Any) -> None:
         pass
 

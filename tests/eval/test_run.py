@@ -27,6 +27,7 @@ class Echo:
     batches: list[list[str]] = []
 
     loaded: list[str] = []
+    cost = None
 
     def __init__(self, model: Any, numerics: Any, rank: int) -> None:
         Echo.loaded.append(model.name)
@@ -71,7 +72,8 @@ def test_mmbench_from_end_to_end(
     assert result["score"] == 0.0
     assert result["scores"]["dev"]["vanilla"]["all_rows"] == 0.4
     assert result["protocol"] == "llava-en"
-    assert result["model"]["skip"] == {"retained": 7}
+    assert result["model"]["skip"] == {"retained": 7, "skipped": 9, "forget_cache": True}
+    assert result["image_tokens"] == {"entering": 18, "attention": 18, "ffn": 9, "cache": 9}
     assert len(result["data"]["sha256"]) == 64
     assert result["generation"]["max_new_tokens"] == 1024
     assert {"torch", "transformers", "llava_skip", "python"} == set(result["versions"])
@@ -314,6 +316,8 @@ SLOW_RUN = textwrap.dedent("""
     from eval.run import app
 
     class Slow:
+        cost = None
+
         def __init__(self, model, numerics, rank):
             pass
 

@@ -17,7 +17,7 @@ from llava_skip.checkpoints.loading import check_fit
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import ends_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import DEFAULT_PRESET, preset_config
+from llava_skip.presets import preset_config
 from llava_skip.processing import LlavaSkipProcessor, find_image_token
 from llava_skip.vision import get_front_end
 from llava_skip_base.errors import MissingFileError, UserError
@@ -40,9 +40,9 @@ def prepare(arguments: ModelArguments) -> tuple[LlavaSkipConfig, LlavaSkipProces
     if arguments.model is None:
         config, tokenizer = _new_config(arguments)
     else:
-        preset = arguments.preset or (DEFAULT_PRESET if arguments.vision_tower else None)
+        preset = arguments.new_preset if arguments.vision_tower else arguments.preset
         others = {name: getattr(arguments, name) for name in ("vision_tower", "projector", "tokenizer")}
-        config, tokenizer = load_config(arguments.model, preset, **others)
+        config, tokenizer = load_config(arguments.model, preset, reduction=arguments.rival, **others)
     if not (arguments.template or tokenizer.chat_template):
         source = arguments.tokenizer or arguments.model or tokenizer.name_or_path
         raise UserError(f"The tokenizer of {source} has no chat template: name one with --template.")
@@ -89,9 +89,9 @@ def _new_config(arguments: ModelArguments) -> tuple[LlavaSkipConfig, PreTrainedT
     tokenizer = load_tokenizer(source)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocabulary = padded_vocabulary(len(tokenizer))
-    config = preset_config(arguments.preset or DEFAULT_PRESET, arguments.size, vocab_size=vocabulary, **ids)
+    config = preset_config(arguments.new_preset, arguments.size, vocab_size=vocabulary, **ids)
     config.image_token_index = find_image_token(tokenizer)
-    return config, tokenizer
+    return config if arguments.rival is None else config.with_reduction(arguments.rival), tokenizer
 
 
 def _check_attention(implementation: str | None, config: LlavaSkipConfig) -> None:

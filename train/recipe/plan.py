@@ -58,9 +58,10 @@ def show_plan(
     steps = run.max_steps
     if samples is not None and steps <= 0:
         steps = round(run.num_train_epochs * -(-samples // batch))
+    rival = "" if config.reduction is None else f", {config.reduction_config}"
     rows = [
         ("model", arguments.model or f"new, {arguments.size}"),
-        ("preset", f"{config.preset or 'own'}: {config.image_seq_length} tokens of an image"),
+        ("preset", f"{config.preset or 'own'}{rival}: {config.image_seq_length} tokens of an image"),
         ("samples", "a stream" if samples is None else f"{samples:,}"),
         ("batch", f"{batch} = {run.per_device_train_batch_size} x {run.world_size} processes "
                   f"x {run.gradient_accumulation_steps} accumulated"),

@@ -13,6 +13,7 @@ from llava_skip.checkpoints import find_folder, load_checkpoint, load_tokenizer
 from llava_skip.checkpoints.processor import load_processor
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.reduction import get_reduction
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
@@ -47,6 +48,7 @@ class Analysed:
             "preset": config.preset,
             "front_end": config.front_end,
             "skip": None if skip is None else skip.to_dict(),
+            "reduction": None if config.reduction_config is None else str(config.reduction_config),
             "language_model": config.text_config.model_type,
             "layers": config.text_config.num_hidden_layers,
             "width": config.text_config.hidden_size,
@@ -78,6 +80,7 @@ def load_analysed(
     model = load_checkpoint(
         source, preset, getattr(torch, numerics.dtype), vision_tower=vision_tower, attn_implementation=numerics.attn
     )
+    _check_layers(source, model)
     layout = model.load_report.layout
     if layout == NATIVE and template is None and preset is None:
         processor = load_processor(folder)
@@ -88,3 +91,13 @@ def load_analysed(
         raise UserError(f"{source} has no chat template: name the one that it was trained with, --template NAME.")
     check_template(folder, processor, takes_images=True)
     return Analysed(saved, layout, model.to(numerics.device).eval(), processor)
+
+
+def _check_layers(source: str, model: LlavaSkipForConditionalGeneration) -> None:
+    """Refuse a rival method that changes between the layers which tokens there are."""
+    reduction = model.config.reduction_config
+    if reduction is not None and get_reduction(reduction.method).in_decoder:
+        raise UserError(
+            f"{source} has the reduction {reduction}, which acts between the decoder's layers: the analysis follows "
+            "the same tokens through all of them. Analyse the model without it."
+        )

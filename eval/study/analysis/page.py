@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.showing.markdown import markdown_table
-from eval.showing.pages import page_environment
+from eval.showing.pages import template
+from eval.showing.plain_markdown import markdown_table, markdown_text
 from llava_skip_base.files import write_bytes, write_text
 
 Table = tuple[list[str], list[list[str]]]
@@ -54,22 +54,19 @@ def write_page(
         samples: questions with answers and pictures.
         agreement: how often two models gave one answer; "" for one model.
     """
-    page = page_environment().get_template("analysis.html.jinja")
-    text = page.render(title=title, facts=facts, parts=sections, samples=samples, agreement=agreement)
+    text = template("analysis.html.jinja").render(
+        title=title, facts=facts, parts=sections, samples=samples, agreement=agreement
+    )
     write_bytes(folder / "index.html", text.encode("utf-8", "replace"))
 
 
 def write_tables(folder: Path, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> None:
     """Write ``tables.md``: the tables with their definitions and charts, as Markdown to be put into a document."""
-    lines = [f"# {_plain_text(title)}", "", *markdown_table([["", ""], *map(list, facts)]), ""]
+    lines = [f"# {markdown_text(title)}", "", *markdown_table([["", ""], *map(list, facts)]), ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         lines += markdown_table([["", "definition"], *([name, text] for name, text in section.definitions.items())])
         lines += ["", *(f"![{name.removesuffix('.png')}]({name})" for name in section.charts), ""]
         lines += [*markdown_table([section.table[0], *section.table[1]]), ""]
-        lines += [*(f"- {_plain_text(note)}" for note in section.notes), ""]
+        lines += [*(f"- {markdown_text(note)}" for note in section.notes), ""]
     write_text(folder / "tables.md", "\n".join(lines))
-
-
-def _plain_text(text: str) -> str:
-    return markdown_table([[text]])[0].removeprefix("| ").removesuffix(" |")

@@ -110,6 +110,8 @@ def _panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[tupl
     total, tokens = len(parts.places), max(parts.tokens) + 1
     if parts.retained == total:
         return [("image", f"all {total} visual tokens take the whole decoder", image)]
+    if -1 in parts.tokens:
+        return [("kept", f"{parts.retained} of {total} visual tokens stay as they are", draw_retained(*place))]
     panels = [("retained", f"retained: {parts.retained} of {total} visual tokens", draw_retained(*place))]
     if tokens < total:
         caption = f"the others are merged to {tokens - parts.retained}: one colour a token, white where it is kept"

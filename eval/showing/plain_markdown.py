@@ -1,4 +1,4 @@
-"""Tables as Markdown."""
+"""Texts and tables of others in Markdown: nothing in them is markup."""
 
 import re
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from llava_skip_base.texts import plain
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its header first; nothing in a cell is markup."""
-    lines = ["| " + " | ".join(map(_markdown_text, row)) + " |" for row in rows]
+    """The lines of a table, its header the first of `rows`."""
+    lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """A text in which nothing is markup, in one line."""
     return re.sub(r"([\\`*_\[\]<>&|~$#!])", r"\\\1", " ".join(plain(text).split()))

@@ -1,0 +1,1 @@
+"""Statistics of results: intervals, paired tests, agreement, what a comparison can detect, and spread over seeds."""
