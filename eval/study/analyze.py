@@ -47,6 +47,22 @@ class Models(NamedTuple):
         return load_analysed(source, self.numerics, preset, self.vision_tower, self.template)
 
 
+class Choices(NamedTuple):
+    """What is done with the questions.
+
+    Attributes:
+        parts: names of `PARTS` and `SAMPLES`.
+        batch_size: samples at once.
+        pictures: questions that are shown.
+        would_be: see `updates.measure`.
+    """
+
+    parts: Sequence[str]
+    batch_size: int
+    pictures: int
+    would_be: bool
+
+
 class View(NamedTuple):
     """What one model answers and sees, question by question."""
 
@@ -86,15 +102,14 @@ def view_of(analysed: Analysed, questions: Sequence[Question], samples: Sequence
     return View(analysed.saved.name, answers, seen_by(analysed, samples), analysed.processor.image_processor)
 
 
-def measure_parts(
-    analysed: Analysed, names: Sequence[str], samples: Sequence[Encoded], batch_size: int
-) -> dict[str, dict[str, Any]]:
+def measure_parts(analysed: Analysed, samples: Sequence[Encoded], choices: Choices) -> dict[str, dict[str, Any]]:
     """The results of the parts by name, each with the seconds that it took."""
-    batches = make_batches(samples, analysed.model.config, batch_size)
+    batches = make_batches(samples, analysed.model.config, choices.batch_size)
+    options: dict[str, dict[str, Any]] = {"updates": {"would_be": choices.would_be}}
     found = {}
-    for name in names:
+    for name in (name for name in choices.parts if name in PARTS):
         start = time.perf_counter()
-        found[name] = PARTS[name].measure(analysed.model, batches)
+        found[name] = PARTS[name].measure(analysed.model, batches, **options.get(name, {}))
         found[name]["seconds"] = round(time.perf_counter() - start, 1)
     return found
 
@@ -168,13 +183,7 @@ def write_outputs(result: dict[str, Any], samples: Sequence[dict[str, Any]], fol
 
 
 def analyse(
-    sources: Sequence[str],
-    models: Models,
-    data: Data,
-    parts: Sequence[str],
-    batch_size: int,
-    pictures: int,
-    folder: Path,
+    sources: Sequence[str], models: Models, data: Data, choices: Choices, folder: Path
 ) -> tuple[dict[str, Any], list[Section]]:
     """Measure the first model, compare it with the second if there are two, and write everything.
 
@@ -183,27 +192,27 @@ def analyse(
     views = []
     for source in sources[1:]:
         other = models.load(source, other=True)
-        views.append(view_of(other, data.questions, list(encode(data.questions, other.processor)), batch_size))
+        encoded = list(encode(data.questions, other.processor))
+        views.append(view_of(other, data.questions, encoded, choices.batch_size))
         del other
     analysed = models.load(sources[0])
     samples = list(encode(data.questions, analysed.processor))
-    measured = [name for name in parts if name in PARTS]
     result = {
         "model": analysed.describe(),
         "data": data.facts,
         "samples": len(data.questions),
         "ids": [question.id for question in data.questions],
         "numerics": models.numerics.__dict__,
-        "batch_size": batch_size,
+        "batch_size": choices.batch_size,
         "versions": versions("torch", "transformers", "llava_skip"),
-        "parts": measure_parts(analysed, measured, samples, batch_size),
+        "parts": measure_parts(analysed, samples, choices),
     }
     shown_samples: list[dict[str, Any]] = []
     agreement: dict[str, Any] = {}
-    if SAMPLES in parts:
-        own = view_of(analysed, data.questions, samples, batch_size)
+    if SAMPLES in choices.parts:
+        own = view_of(analysed, data.questions, samples, choices.batch_size)
         with writing(folder):
-            shown_samples, agreement = show_samples([own, *views], data.questions, pictures, folder)
+            shown_samples, agreement = show_samples([own, *views], data.questions, choices.pictures, folder)
     with writing(folder):
         result["agreement"] = agreement
         return result, write_outputs(result, shown_samples, folder)
@@ -221,6 +230,9 @@ def run(
     compare: Annotated[str | None, typer.Option(help="Another model, whose answers are shown beside.")] = None,
     parts: Annotated[str, typer.Option(help=f"What to do: {', '.join([*PARTS, SAMPLES])}, or all.")] = "all",
     pictures: Annotated[int, typer.Option(help="Questions that are shown with pictures.")] = 12,
+    would_be: Annotated[
+        bool, typer.Option("--would-be/--no-would-be", help="What the FFN would add to tokens that skip it.")
+    ] = True,
     output: Annotated[Path | None, typer.Option(help="Folder of the page; results/analysis/NAME by default.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="Preset of CHECKPOINT; what it says by default. A dense one can be made to skip.")
@@ -243,7 +255,8 @@ def run(
     if not any(question.images for question in found.questions):
         raise UserError("None of the questions has an image: give other data, or more --samples.")
     models = Models(numerics(dtype), preset, vision_tower, template)
-    result, sections = analyse(sources, models, found, names, batch_size, pictures, folder)
+    choices = Choices(names, batch_size, pictures, would_be)
+    result, sections = analyse(sources, models, found, choices, folder)
     console = output_console()
     for section in sections:
         headings, rows = section.table
