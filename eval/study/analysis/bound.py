@@ -313,8 +313,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
             for name in ("global", "local", "measured") if bounded else ("measured",):
                 _line(axes, numbers, [row[kind][name] for row in layers], name)
             title = "skipped tokens" if kind == "skipped" else "text behind them"
-            axes.set(title=title, xlabel="layer", yscale="log")
-            axes.grid(alpha=0.3)
+            _layer_axes(axes, title, len(layers))
         both[0].set_ylabel("|y - x| / |x|")
         both[0].legend()
     if bounded:
@@ -323,11 +322,16 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
             rows = [row for row in layers if "one_layer" in row]
             for name in ONE_LAYER:
                 _line(axes, [row["layer"] for row in rows], [row["one_layer"][name] for row in rows], name)
-            axes.set(title="what one FFN adds to a skipped token", xlabel="layer", yscale="log")
+            _layer_axes(axes, "what one FFN adds to a skipped token", len(layers))
             axes.set_ylabel("|FFN(n)| / |x|, and its bounds")
-            axes.grid(alpha=0.3)
             axes.legend()
     return files
+
+
+def _layer_axes(axes: Any, title: str, layers: int) -> None:
+    axes.set(title=title, xlabel="layer", yscale="log", xlim=(-0.5, layers - 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
 
 
 def _line(axes: Any, numbers: list[int], values: list[dict[str, float]], name: str) -> None:
