@@ -115,6 +115,7 @@ class Generator:
             loaded: Any = auto.from_pretrained(model.folder, **options)
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
         self._take(model.folder, loaded.to(device), ends)
+        self.answer_as(model)
 
     @classmethod
     def of_loaded(cls, folder: Path, model: Any, processor: Any) -> "Generator":
@@ -135,7 +136,6 @@ class Generator:
         config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
-        self.answer_as(model)
 
     def answer_as(self, model: SavedModel) -> None:
         """From now on answer as the same folder with another reduction, or with none."""

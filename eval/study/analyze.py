@@ -96,9 +96,8 @@ def check_numbers(numbers: dict[str, int]) -> None:
             raise UserError(f"{name} is {value}; expected 1 or more.")
 
 
-def view_of(analysed: Analysed, questions: Sequence[Question], samples: Sequence[Encoded], batch_size: int) -> View:
+def view_of(analysed: Analysed, answers: list[str], samples: Sequence[Encoded]) -> View:
     """Answers and pictures of one model."""
-    answers = answers_of(analysed, questions, batch_size)
     return View(analysed.saved.name, answers, seen_by(analysed, samples), analysed.processor.image_processor)
 
 
@@ -192,11 +191,12 @@ def analyse(
     views = []
     for source in sources[1:]:
         other = models.load(source, other=True)
-        encoded = list(encode(data.questions, other.processor))
-        views.append(view_of(other, data.questions, encoded, choices.batch_size))
+        answers = answers_of(other, data.questions, choices.batch_size)
+        views.append(view_of(other, answers, list(encode(data.questions, other.processor))))
         del other
     analysed = models.load(sources[0])
-    samples = list(encode(data.questions, analysed.processor))
+    answers = answers_of(analysed, data.questions, choices.batch_size)
+    samples = list(encode(data.questions, analysed.processor, answers))
     result = {
         "model": analysed.describe(),
         "data": data.facts,
@@ -210,7 +210,7 @@ def analyse(
     shown_samples: list[dict[str, Any]] = []
     agreement: dict[str, Any] = {}
     if SAMPLES in choices.parts:
-        own = view_of(analysed, data.questions, samples, choices.batch_size)
+        own = view_of(analysed, answers, samples)
         with writing(folder):
             shown_samples, agreement = show_samples([own, *views], data.questions, choices.pictures, folder)
     with writing(folder):

@@ -111,6 +111,9 @@ def check_page(folder: Path, pictures: int, parts: tuple[str, ...] = tuple(PARTS
     result = json.loads((folder / "results.json").read_text())
     assert len(result["model"]["sha256"]) == 64 and result["versions"]["torch"] and result["samples"] == 3
     assert set(result["parts"]) == set(parts)
+    for name in parts:
+        headings, rows = PARTS[name].table(result["parts"][name])
+        assert rows and all(len(row) == len(headings) for row in rows)
     tables = (folder / "tables.md").read_text()
     assert all(PARTS[name].TITLE in tables and PARTS[name].TITLE in page for name in parts)
     return result
@@ -147,13 +150,15 @@ def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path, r
 
 def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path):
     data, model = write_tsv(mmbench_rows), native(saved, "sv-llava", tmp_path / "model")
-    options = ("--samples", 2, "--parts", "updates", "--output", tmp_path / "out")
+    options = ("--samples", 2, "--parts", "layers", "--output", tmp_path / "out")
     code, output = analyze(model, "--benchmark", "mmbench", "--data", data, *options)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert code == 0 and result["ids"] == ["mmbench/7", "mmbench/1000007"] and list(result["parts"]) == ["updates"]
+    assert code == 0 and result["ids"] == ["mmbench/7", "mmbench/1000007"] and list(result["parts"]) == ["layers"]
     charts = list((tmp_path / "out").glob("*.png"))
     assert len(charts) == 2 and all(chart.stat().st_size > 10_000 for chart in charts)
-    assert "what it would" in output and not result["shown"]
+    assert "ShortV" in output and not result["shown"]
+    # What the model itself answers follows the question.
+    assert result["parts"]["layers"]["kl_answers"]["ffn"][0]["n"] == 2
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Batch:
         kinds: [B, T] the kind of each token, an index into `KINDS`; `PADDING` on padding.
         images: [B, T] the number of the image among the batch's N that a token belongs to; -1 for text.
         last: [B] the last token of the prompt, whose output is the distribution of the answer's first token.
-        answers: [B, T] True where a token's next one belongs to an answer of the data; nowhere without answers.
+        answers: [B, T] True where a token's next one belongs to an answer; nowhere without answers.
         ids: of the samples.
     """
 

@@ -52,7 +52,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     ]
     if (answers := result["kl_answers"])["n"]:
         found.append(
-            f"Over the {answers['n']} tokens of the data's answers: {as_text(answers['mean'])} nats (mean), median "
+            f"Over the {answers['n']} tokens of the answers: {as_text(answers['mean'])} nats (mean), median "
             f"{as_text(answers['q50'])}."
         )
     if result["left_out"] is not None:

@@ -30,8 +30,8 @@ CHANGES = {
 MEASURES = {
     "kl": "KL(full || changed) of the next token's distribution after the prompt, in nats; one value for each sample "
     "with images",
-    "kl_answers": "the same, as the mean over the tokens of the data's answers, given the answers before (teacher "
-    "forced); only where the data has answers",
+    "kl_answers": "the same, as the mean over the tokens of the answer, each given the ones before (teacher forced): "
+    "the data's answers of a training file, the model's own greedy answer to a benchmark's question",
     "shortv": "KL(changed || full) after the prompt: for `frozen` this is the layer contribution of ShortV's code",
     "flips": "share of the samples whose likeliest next token after the prompt changes",
     "linear": "R^2 of the best linear map in the place of the FFN: least squares with bias from norm(x) to "
@@ -230,7 +230,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
                 right.plot(result["flips"][change], ".-", color=f"C{number}", label=change)
         left.set(xlabel="layer", ylabel="KL(full || changed), nats", yscale="log", title="first token of the answer")
         if answered:
-            right.set(xlabel="layer", yscale="log", title="mean over the data's answers")
+            right.set(xlabel="layer", yscale="log", title="mean over the tokens of the answer")
         else:
             right.set(xlabel="layer", ylabel="share", title="samples whose likeliest first token changes")
         for axes in (left, right):
@@ -258,6 +258,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     headings = [
         "layer",
         *(f"KL, {change}" for change in CHANGES),
+        *(f"KL of answers, {change}" for change in CHANGES),
         "ShortV's contribution",
         "answers that change, frozen",
     ]
@@ -266,6 +267,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for n in range(len(result["rank"])):
         cells = [as_text(result["kl"][change][n]["mean"]) for change in CHANGES]
+        cells += [as_text(result["kl_answers"][change][n]["mean"]) for change in CHANGES]
         flips = result["flips"]["frozen"][n]
         cells += [as_text(result["shortv"]["frozen"][n]["mean"]), "-" if flips is None else f"{flips:.0%}"]
         cells += [as_text(own[n]["r2"]) for own in linear.values()] + [as_text(result["rank"][n]["mean"])]

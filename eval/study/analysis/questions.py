@@ -55,7 +55,7 @@ class Encoded:
     Attributes:
         id: of the question.
         input_ids: [T].
-        supervised: [T] bool, the tokens of the data's answers.
+        supervised: [T] bool, the tokens of the answers.
         prompt_length: tokens up to the (first) answer.
         pixel_values: [crops, 3, side, side] of its images; None without.
         crop_counts: crops of each image, where images have several.
@@ -181,10 +181,24 @@ def _record(row: Any, number: int, folder: Path) -> Question | None:
     return Question(str(row.get("id", number)), asked[0], first, answered[0], tuple(said)) if first == sources else None
 
 
-def encode(questions: Sequence[Question], processor: Any) -> Iterator[Encoded]:
-    """Each question as the model takes it: a benchmark's up to the answer, a record with its answers."""
-    for question in questions:
-        yield _encode_record(question, processor) if question.turns else _encode_question(question, processor)
+def encode(questions: Sequence[Question], processor: Any, answers: Sequence[str] | None = None) -> Iterator[Encoded]:
+    """Each question as the model takes it: a benchmark's up to the answer, a record with its answers.
+
+    Args:
+        questions: the questions.
+        processor: of the model.
+        answers: a model's answer to each, which then follows a benchmark's question as if it were the data's.
+    """
+    for question, answer in zip(questions, answers or [""] * len(questions), strict=True):
+        if question.turns:
+            sources, turns = question.images, [dict(turn) for turn in question.turns]
+        elif answer:
+            sources = question.images
+            turns = [*conversation(question.prompt, sources), {"role": "assistant", "content": answer}]
+        else:
+            yield _encode_question(question, processor)
+            continue
+        yield _encode_turns(question.id, turns, sources, processor)
 
 
 def _encode_question(question: Question, processor: Any) -> Encoded:
@@ -206,17 +220,16 @@ def _encode_question(question: Question, processor: Any) -> Encoded:
     )
 
 
-def _encode_record(question: Question, processor: Any) -> Encoded:
-    turns = [dict(turn) for turn in question.turns or ()]
-    sample = processor.encode_conversation(turns, [source.open() for source in question.images])
+def _encode_turns(id_: str, turns: list[dict[str, Any]], sources: Sequence[ImageSource], processor: Any) -> Encoded:
+    sample = processor.encode_conversation(turns, [source.open() for source in sources])
     ids, labels = torch.as_tensor(sample["input_ids"]), torch.as_tensor(sample["labels"])
     supervised = labels != IGNORE_INDEX
     if not supervised[1:].any():
-        raise UserError(f"record {question.id}: the chat template marks no answer in it; name one with --template.")
+        raise UserError(f"{id_}: the chat template marks no answer in it; name one with --template.")
     pixels = sample.get("pixel_values")
     counts = sample.get("crop_counts")
     return Encoded(
-        question.id,
+        id_,
         ids,
         supervised,
         int(supervised[1:].nonzero()[0]) + 1,

@@ -36,7 +36,7 @@ class Walk:
         calls: what each layer is called with, besides the states.
         state: [B, T, D] as it enters the layer that the walk has reached.
         read: [R] flat indices into [B * T] of the tokens whose output is read: the last token of each prompt, and
-            the tokens before those of the data's answers.
+            the tokens before those of the answers.
         final: [R, D] their states before the head.
     """
 
