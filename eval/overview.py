@@ -5,6 +5,7 @@ A table in the terminal, and in ``results/overview``: Markdown, JSON, charts, an
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,13 @@ import typer
 from rich.console import Console
 
 from eval.benchmarks import BENCHMARKS
+from eval.scoring.intervals import CONFIDENCE
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
 from eval.showing.plain_markdown import markdown_table
 from eval.showing.results import Result, find_results
+from eval.study.statistics.scored import load_group
+from eval.study.statistics.seeds import Spread, grouped, spread
 from llava_skip_base.console import make_app, make_table, output_console, print_text, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
@@ -29,6 +33,7 @@ class Overview:
 
     Attributes:
         models: the models' names, sorted.
+        spreads: of two or more seeds of a model, by benchmark and their common name.
         benchmarks: the benchmarks' names, in the order of the command line's list.
     """
 
@@ -38,6 +43,7 @@ class Overview:
         known = {name: number for number, name in enumerate(BENCHMARKS)}
         names = {result.benchmark for result in results}
         self.benchmarks = sorted(names, key=lambda name: (known.get(name, len(known)), name))
+        self.spreads = {key: spread(load_group(own)) for key, own in grouped(results).items()}
         self._by = {(result.benchmark, result.model): result for result in results}
 
     def of(self, benchmark: str) -> list[Result]:
@@ -47,8 +53,15 @@ class Overview:
     def cells(self) -> list[list[str]]:
         """The table as text, its header first."""
         scores = self.values(lambda result: result.facts["score"])
-        rows = [[name, *("-" if v is None else f"{v:.1f}" for v in values)] for name, values in scores.items()]
-        return [["benchmark", *self.models], *rows]
+        groups = sorted({name for _, name in self.spreads})
+        rows = [
+            [
+                *(name, *("-" if v is None else f"{v:.1f}" for v in values)),
+                *(_mean_of(self.spreads.get((name, group))) for group in groups),
+            ]
+            for name, values in scores.items()
+        ]
+        return [["benchmark", *self.models, *(f"{group}: mean of seeds" for group in groups)], *rows]
 
     def values(self, of: Callable[[Result], float | None]) -> dict[str, list[float | None]]:
         """Benchmark -> a value of each model's result, None where there is no result."""
@@ -70,6 +83,10 @@ class Overview:
             }
             for result in self.results
         ]
+
+
+def _mean_of(found: Spread | None) -> str:
+    return "-" if found is None else f"{found.mean.value:.1f} ± {found.deviation:.1f}"
 
 
 def percent(result: Result) -> float | None:
@@ -135,6 +152,11 @@ def write_overview(results: Sequence[Result], folder: Path) -> Overview:
     charts = write_charts(folder, overview)
     write_text(folder / "overview.md", markdown(overview, charts))
     write_json(folder / "overview.json", overview.facts())
+    if overview.spreads:
+        spreads = [
+            {"benchmark": name, "model": group, **asdict(own)} for (name, group), own in overview.spreads.items()
+        ]
+        write_json(folder / "seeds.json", spreads)
     benchmarks = {name: overview.of(name) for name in overview.benchmarks}
     write_pages(folder, benchmarks, overview.cells(), overview.facts(), charts)
     return overview
@@ -144,6 +166,13 @@ def print_overview(overview: Overview, folder: Path, console: Console) -> None:
     """Show the table of scores, and the page with the rest."""
     header, *rows = overview.cells()
     console.print(make_table("scores", header, rows, right=len(header) - 1))
+    if overview.spreads:
+        headings = ("benchmark", "model", "seeds", f"mean, {CONFIDENCE:.0%} interval", "standard deviation")
+        rows = [
+            [*(name, group, ", ".join(map(str, own.seeds))), str(own.mean), f"{own.deviation:.2f}"]
+            for (name, group), own in overview.spreads.items()
+        ]
+        console.print(make_table("over seeds and questions", headings, rows))
     print_text(f"questions, answers and charts in {folder / 'index.html'}")
 
 

@@ -24,10 +24,11 @@ from eval.sample import Score
 from eval.scoring.judge import DEFAULT_JUDGE, Judge
 from eval.showing.results import IMAGES, Result
 from eval.showing.score_table import score_table
+from eval.study.statistics.scored import score_interval
 from llava_skip_base.console import make_app, output_console, print_error, print_next, print_text, run_app
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SCORED, USER_ERROR
-from llava_skip_base.files import write_json, write_text, writing
+from llava_skip_base.files import read_json, write_json, write_text, writing
 from llava_skip_base.paths import results, shown
 from llava_skip_base.texts import plain
 
@@ -76,8 +77,10 @@ def score_run(run: Run, log: AnswerLog, costs: CostLog, judge: Judge | None, num
         score = run.benchmark.score(run.samples, answers, judge)
         write_json(run.folder / "per_sample.json", {str(id_): value for id_, value in score.per_sample.items()})
         write_json(run.folder / "results.json", run.result(score, numerics, costs))
-        if not (run.folder / IMAGES).is_file():  # of the same questions: the folder holds the answers of one file
-            write_json(run.folder / IMAGES, image_keys(run.samples))
+        images = run.folder / IMAGES
+        known = read_json(images) if images.is_file() else {}  # the folder holds the answers to one file
+        if any(str(sample.id) not in known for sample in run.samples if sample.images):
+            write_json(images, image_keys(run.samples))
         for name, text in run.benchmark.reports(score, run.name).items():
             write_text(run.folder / name, text)
     return score
@@ -118,7 +121,9 @@ def evaluate(
                 outcomes[number] = error
                 return
             if console:
-                console.print(score_table(f"{run.benchmark.name}: {run.name}", score))
+                has_values = score.status == "scored" and score.per_sample
+                found = score_interval(Result.load(run.folder)) if has_values else None
+                console.print(score_table(f"{run.benchmark.name}: {run.name}", score, found))
 
         answer_all(runs, logs, costs, processes, numerics, finish)
     return [outcomes[number] for number in range(len(runs))]

@@ -133,7 +133,7 @@ class ForgettingCache(Cache):
     def _keep(self, kept: Tensor) -> None:
         """Keep these of the stored tokens [B, K], packed to the right."""
         index, valid = align_right(kept)
-        self.mask = _unless_all(valid if self.mask is None else valid & self.mask.gather(1, index))
+        self.mask = unless_all(valid if self.mask is None else valid & self.mask.gather(1, index))
         for layer in self.layers:
             selection = _for_heads(index, layer.keys)
             layer.keys, layer.values = layer.keys.gather(2, selection), layer.values.gather(2, selection)
@@ -151,7 +151,7 @@ class ForgettingCache(Cache):
         before, stored, new, kept = self.mask, self.get_query_offset(), hidden_states.shape[1], route.kept
         if self.in_chunks:
             staying = route.real if kept is None else kept
-            self._kept = _join(self._kept, self.chunk_tokens, staying, new, hidden_states)
+            self._kept = join_masks(self._kept, self.chunk_tokens, staying, new, hidden_states)
             self.chunk_tokens, kept = self.chunk_tokens + new, None
         if kept is None:
             self.selection, valid, width = None, route.real, new
@@ -160,8 +160,8 @@ class ForgettingCache(Cache):
             width = self.selection.shape[1]
         if (staying := route.real if kept is None else kept) is not None:
             self._note_dropped(staying, self.seen)
-        self.mask = _join(before, stored, _unless_all(valid), width, hidden_states)
-        return _join(before, stored, route.real, new, hidden_states)
+        self.mask = join_masks(before, stored, unless_all(valid), width, hidden_states)
+        return join_masks(before, stored, route.real, new, hidden_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -242,12 +242,12 @@ def _for_heads(index: Tensor, like: Tensor) -> Tensor:
     return index.to(like.device)[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
-def _unless_all(mask: Tensor | None) -> Tensor | None:
+def unless_all(mask: Tensor | None) -> Tensor | None:
     """A mask, or None if it says that all are real."""
     return None if mask is None or bool(mask.all()) else mask
 
 
-def _join(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:
+def join_masks(old: Tensor | None, stored: int, new: Tensor | None, width: int, like: Tensor) -> Tensor | None:
     """Masks [B, stored] and [B, width] side by side; None means that all are real."""
     if old is None and new is None:
         return None

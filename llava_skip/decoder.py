@@ -37,8 +37,16 @@ class SkippingLayer(nn.Module):
     mlp: Any
 
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; without a route, or where it names all tokens, the stock layer."""
-        tokens = None if route is None else route.ffn_tokens_in(self.self_attn.layer_idx)
+        """[B, T, D] -> [B, T, D]; without a route, or where it names all tokens, the stock layer.
+
+        A route with a runner leaves to it how many tokens come and go.
+        """
+        if route is not None and route.runner is not None:
+            return route.runner.run(self, hidden_states, kwargs)
+        return self.run(hidden_states, None if route is None else route.ffn_tokens_in(self.self_attn.layer_idx), kwargs)
+
+    def run(self, hidden_states: Tensor, tokens: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """The layer with the FFN on `tokens` [M], flat indices into [B * T]; None: on all, which is the stock layer."""
         if tokens is None:
             return super().forward(hidden_states, **kwargs)
         tokens = tokens.to(hidden_states.device)  # a device map may have put this layer on another one

@@ -33,7 +33,12 @@ class DecoderFlops:
 
 
 def decoder_flops(
-    text: PreTrainedConfig, tokens: int, ffn_tokens: float, head_tokens: int, samples: int = 1, keys: int | None = None
+    text: PreTrainedConfig,
+    tokens: float,
+    ffn_tokens: float,
+    head_tokens: int,
+    samples: int = 1,
+    keys: float | None = None,
 ) -> DecoderFlops:
     """FLOPs of a forward through all layers and the head.
 
@@ -46,7 +51,7 @@ def decoder_flops(
         keys: keys that each token is multiplied with; default T, a prefill.
     """
     width, layers = text.hidden_size, text.num_hidden_layers
-    queries, key_values = _head_widths(text)
+    queries, key_values = head_widths(text)
     return DecoderFlops(
         projections=layers * 2 * samples * tokens * width * (2 * queries + 2 * key_values),
         attention=layers * 2 * 2 * samples * tokens * (tokens if keys is None else keys) * queries,
@@ -55,7 +60,7 @@ def decoder_flops(
     )
 
 
-def _head_widths(text: PreTrainedConfig) -> tuple[int, int]:
+def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
     """Widths of all queries and of all keys of a token."""
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.num_attention_heads * head_width, text.num_key_value_heads * head_width
@@ -72,7 +77,7 @@ def prefill_flops(text: PreTrainedConfig, layers: Sequence[LayerRows], text_toke
         text_tokens: tokens beside the image's, in every layer.
         head_tokens: tokens that reach the head.
     """
-    width, (query_width, key_width), total = text.hidden_size, _head_widths(text), 0
+    width, (query_width, key_width), total = text.hidden_size, head_widths(text), 0
     for rows in layers:
         queries, keys, ffn = (number + text_tokens for number in (rows.queries, rows.keys, rows.ffn))
         total += 2 * 2 * width * (queries * query_width + keys * key_width)  # projections
@@ -110,7 +115,7 @@ def image_cost(config: LlavaSkipConfig, text_tokens: int = 100) -> ImageCost:
     tokens = config.image_seq_length
     ffn_tokens = tokens if skip is None else tokens - skip.mean_num_skipping(text.num_hidden_layers)
     cache_tokens = skip.num_kept if skip is not None and skip.forget_cache else tokens
-    token_bytes = 2 * _head_widths(text)[1] * torch.bfloat16.itemsize
+    token_bytes = 2 * head_widths(text)[1] * torch.bfloat16.itemsize
     return ImageCost(
         tokens=tokens,
         attention_tokens=tokens,
@@ -132,8 +137,9 @@ def _reduced_cost(config: LlavaSkipConfig, text_tokens: int) -> ImageCost:
         attention_tokens=_mean(queries, len(layers)),
         ffn_tokens=_mean(sum(rows.ffn for rows in layers), len(layers)),
         cache_tokens=_mean(cached, len(layers)),
-        cache_bytes=cached * 2 * _head_widths(text)[1] * torch.bfloat16.itemsize,
-        prefill_flops=prefill_flops(text, layers, text_tokens),
+        cache_bytes=cached * 2 * head_widths(text)[1] * torch.bfloat16.itemsize,
+        prefill_flops=prefill_flops(text, layers, text_tokens)
+        + reduction.rule.extra_flops(reduction, config, config.most_crops, text_tokens),
     )
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava_skip.arguments import features_config
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
+from llava_skip.reduction.running import check_chunks, own_cache
 from llava_skip.routing import skipped_tokens
 from llava_skip_base.errors import UserError
 
@@ -107,6 +108,7 @@ class SkippingGenerationMixin(GenerationMixin):
             # In chunks, transformers gives an assistant no images, and PEFT, which replaces that method to put vectors
             # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
             kwargs["prefill_chunk_size"] = None
+        check_chunks(self.config, self._chosen("prefill_chunk_size", generation_config, kwargs))
         self._choose_cache(generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
@@ -141,14 +143,14 @@ class SkippingGenerationMixin(GenerationMixin):
         kwargs["tokenizer"] = self._tokenizer
 
     def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        """Add a `ForgettingCache` to the arguments of `generate`, unless they ask for another cache or none."""
-        if not self.config.forgets:
+        """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none."""
+        if (own := own_cache(self.config)) is None:
             return
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
-            kwargs["past_key_values"] = ForgettingCache()
+            kwargs["past_key_values"] = own
             if kind is not None:  # transformers takes a cache or a name, not both
                 kwargs["cache_implementation"] = None
 

@@ -9,12 +9,13 @@ V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
@@ -24,13 +25,14 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from llava_skip.arguments import check_whole_mask, read_arguments
+from llava_skip.arguments import read_arguments
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
+from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored, supervised_tokens
 from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
@@ -133,15 +135,15 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         prompt_images: Tensor | None = None,
         generated: int = 0,
         use_cache: bool | None = None,
+        supervised: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA and in `ImageTokens.of_forward`."""
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`."""
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
-        found = self.find_images(input_ids, inputs_embeds)
-        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        check_whole_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
+        found, inputs_embeds = self._embed(input_ids, inputs_embeds)
+        check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
             seen = _num_seen(past_key_values)
@@ -149,23 +151,23 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new))
+        runner = make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, images, position_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            route=route,
-            return_dict=True,
-            **kwargs,
+            route=route if runner is None else replace(route, runner=runner),
+            **kwargs | {"return_dict": True},
         )
-        return LlavaModelOutputWithPast(image_hidden_states=features, **outputs)
+        return LlavaModelOutputWithPast(image_hidden_states=features, **restored(outputs, runner))
 
     def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         if use_cache and cache is None:
-            cache = ForgettingCache() if self.config.forgets else DynamicCache(config=self.config.text_config)
+            cache = new_cache(self.config)
         return use_cache, cache
 
     def _images(
@@ -182,6 +184,11 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         if encoded and encoded.get("image") is not None:
             return torch.cat(list(encoded["image"].pooler_output), dim=0), None
         return None, self._no_picture() if self.training and torch.is_grad_enabled() else None
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where the image tokens are [B, T], and embeddings [B, T, D]."""
+        found = self.find_images(input_ids, inputs_embeds)
+        return found, self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
     def find_images(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the image tokens are [B, T], in ids [B, T] or in their embeddings [B, T, D]."""
@@ -361,8 +368,8 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
-            **kwargs,
+            supervised=supervised_tokens(self.config, labels, shift_labels),
+            **kwargs | {"return_dict": True},
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None or shift_labels is not None:

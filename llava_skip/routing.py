@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,16 @@ class ImageTokens:
         return torch.where(self.is_image, (self.is_image.cumsum(dim=1) - 1) // self.skip.length + 1, 0)
 
 
+class LayerRunner(Protocol):
+    """Runs the decoder layers of one forward."""
+
+    def run(self, layer: Any, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """A `SkippingLayer` on what the one before gave, [B, T, D] or fewer tokens; `arguments` are the layer's own."""
+
+    def restore(self, hidden_states: Tensor) -> Tensor:
+        """What the last layer gave, as [B, T, D]."""
+
+
 @dataclass(frozen=True)
 class Route:
     """What happens to each token of one forward, computed once and used by every layer.
@@ -96,12 +107,14 @@ class Route:
         kept: [B, T] True where the cache keeps the token's keys and values; None if it keeps all.
         real: [B, T] False on padding; None if nothing is padded.
         layers: the layers that the route is for; None: all. The others run all tokens.
+        runner: runs each layer in the place of all this, for a reduction inside the decoder; None without one.
     """
 
     ffn_tokens: Tensor | None = None
     kept: Tensor | None = None
     real: Tensor | None = None
     layers: tuple[int, ...] | None = None
+    runner: LayerRunner | None = None
 
     def ffn_tokens_in(self, layer: int) -> Tensor | None:
         """`ffn_tokens` in this layer; None if all tokens take its FFN."""

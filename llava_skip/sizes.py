@@ -94,3 +94,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "cos": _COS_TOWER,
     },
 }
+
+PUBLISHED: dict[str, str] = {
+    "lmsys/vicuna-7b-v1.5": "vicuna-7b",
+    "liuhaotian/llava-v1.5-7b": "vicuna-7b",
+    "llava-hf/llava-1.5-7b-hf": "vicuna-7b",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3-8b",
+    "unsloth/llama-3-8b-Instruct": "llama3-8b",
+}
+"""Published models, by their names on the hub -> their size: what they cost is known without a file of theirs."""

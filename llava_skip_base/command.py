@@ -26,6 +26,8 @@ class Program:
 
 PROGRAMS: dict[str, Program] = {
     "train": Program("train.launch", "Train a model, one process for each GPU (--recipe NAME)."),
+    "plan": Program("train.plan", "Hours, memory and FLOPs of a run before it, and which models fit a budget."),
+    "reproduce": Program("train.reproduce", "Write the page of the paper's tables as commands (docs/reproduce.md)."),
     "validate-data": Program("train.validate_data", "Check a training data set, and list the faulty records."),
     "show-sample": Program("train.show_sample", "Show one record as the model is trained on it."),
     "bench-data": Program("train.bench_data", "Measure how fast a training data set is read."),
@@ -34,7 +36,8 @@ PROGRAMS: dict[str, Program] = {
     "extend": Program("llava_skip.extend", "Extend a chain-of-sight resampler to more scales."),
     "eval": Program("eval.run", "Evaluate saved models on benchmarks."),
     "score": Program("eval.score", "Score saved predictions of any program."),
-    "compare": Program("eval.compare", "Compare two results, with confidence intervals."),
+    "compare": Program("eval.compare", "Compare two results, or two models on all benchmarks, with intervals."),
+    "power": Program("eval.study.power", "How large a difference a comparison can detect, before it is run."),
     "overview": Program("eval.overview", "Write the HTML overview of all results."),
     "analyze": Program("eval.study.analyze", "Measure on a checkpoint why skipping works and what it costs."),
     "tradeoff": Program("eval.tradeoff", "Draw score against FLOPs and time, for rivals at several budgets."),

@@ -22,7 +22,7 @@ LAYERS = {
 }
 """Package -> the packages that it may import."""
 ROOMS = {
-    "train": ("train.data", "train.resilience", "train.recipe", "train.reporting"),
+    "train": ("train.data", "train.resilience", "train.recipe", "train.reporting", "train.planning"),
     "eval": ("eval.reading", "eval.scoring", "eval.benchmarks", "eval.answering", "eval.showing", "eval.study"),
 }
 """Package -> its folders; none of them may import a program at the package's door."""

@@ -18,9 +18,12 @@ from llava_skip_base.errors import UserError
 from train.arguments import KINDS
 from train.llava_flags import EPILOG, FLAGS, plain_name, translate
 from train.recipe.recipes import RECIPE, recipe_names, recipe_words, take_option, with_underscores
+from train.seeds import SEEDS
 from train.training_flags import refuse_unsupported
 
 _RECIPE_HELP = "A recipe, whose arguments all others override: a YAML file, or one of {}."
+
+_SEEDS_HELP = "The run once for each seed, in OUTPUT/seed-N: a number of runs, such as 3, or seeds, such as 42,43,44."
 
 
 class _Parser(HfArgumentParser):
@@ -113,6 +116,8 @@ def show_help(kinds: Sequence[type], words: Sequence[str]) -> None:
     everything = "--help_all" in words
     lines = [f"usage: {sys.argv[0]} [{RECIPE} NAME] [arguments]", ""]
     lines += _argument(RECIPE, _RECIPE_HELP.format(", ".join(recipe_names())))
+    if any(issubclass(kind, TrainingArguments) for kind in kinds):
+        lines += _argument(SEEDS, _SEEDS_HELP)
     for kind in kinds:
         groups: dict[str, list[Field[Any]]] = {}
         for entry in fields(kind):

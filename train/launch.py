@@ -31,6 +31,7 @@ from llava_skip_base.machine import usable_cores
 from llava_skip_base.paths import checkout, embedded_tokenizer
 from train.recipe.recipes import RECIPE, recipe_words, take_option, with_underscores
 from train.resilience.exits import STOP_SIGNALS
+from train.seeds import take_seeds, train_seeds
 
 TAIL = 25
 """Lines of a failed process's log that are shown."""
@@ -146,6 +147,12 @@ def main() -> None:
     words = sys.argv[1:]
     if not _TORCHRUN & set(words):
         with one_message():
+            seeds, words = take_seeds(words)
+            if seeds:
+                set_environment(processes_here())
+                signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run, whose end is waited for
+                Forwarding()
+                raise SystemExit(train_seeds(words, seeds))
             words = torchrun_words(words)
     if os.environ.get("DRY_RUN"):
         print(*(re.sub(r"([^\w@%+=:,./-])", r"\\\1", word) for word in [sys.executable, "-m", "train.launch", *words]))

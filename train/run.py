@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
+from llava_skip.reduction.running import check_samples_apart
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
-from llava_skip_base.paths import checkpoints, shown
 from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
 from train.benchmarks import check_benchmarks
 from train.command_line import read_command_line
@@ -38,6 +38,7 @@ from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.layout import RECORD, begun_with, continued, described, read_record
 from train.resilience.run_folder import DROPPED, LOCK, on_first_rank
+from train.seeds import default_output
 from train.training_flags import check_optimizer, check_schedule
 from train.validation import check_validation, eval_sources, split
 
@@ -73,7 +74,7 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
         UserError: unknown flags or values out of range.
     """
     model, data, run = read_command_line(KINDS, command_line)
-    output = run.output_dir or shown(checkpoints() / (model.preset or "finetuned"))
+    output = run.output_dir or default_output(model.preset)
     begun = None
     if not run.overwrite:
         begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))
@@ -113,6 +114,8 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
+    if data.padding_free:
+        check_samples_apart(config)
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)

@@ -65,6 +65,8 @@ def retained_boxes(model: LlavaSkipForConditionalGeneration, crops: Tensor) -> t
         crops: [crops, 3, side, side] of one image; the first is the image, or its thumbnail.
     """
     config: LlavaSkipConfig = model.config
+    if config.reduction is not None:
+        return [], f"{config.reduction_config}: {config.image_length(len(crops))} tokens enter the language model"
     if config.skip is None:
         return [], f"dense: all {config.visual_tokens(len(crops))} tokens take the whole decoder"
     return model.model.front_end.retained_boxes(model.model, crops)

@@ -1,5 +1,6 @@
 """Find and check a saved model before anything heavy is loaded."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from llava_skip.reduction import ReductionConfig
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SEED = re.compile(r"seed-\d+")
+"""Name of a seed's folder in that of `llava-skip train --seeds`."""
 # Whatever changes an answer: configuration, tokenizer, processor and templates, but no training logs.
 TEXTS = ("config.json", "generation_config.json", "*tokenizer*", "*processor_config.json", "*.jinja")
 OWN_TYPE = "llava_skip"
@@ -44,8 +47,12 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, also when it was given as `.`; with a reduction, `FOLDER@METHOD-TOKENS`."""
-        name = self.folder.resolve().name
+        """The folder's name, also when it was given as `.`; with a reduction, `FOLDER@METHOD-TOKENS`.
+
+        One seed of several has that of its run before it, `RUN-seed-N`.
+        """
+        folder = self.folder.resolve()
+        name = f"{folder.parent.name}-{folder.name}" if _SEED.fullmatch(folder.name) else folder.name
         return name if self.reduction is None else f"{name}@{str(self.reduction).replace(':', '-').replace(',', '-')}"
 
     @cached_property
@@ -137,6 +144,14 @@ def newest_model() -> Path:
             "'bash scripts/finetune_skip.sh', or give a saved model with --model."
         )
     return Path(paths.shown(max(found, key=lambda path: path.stat().st_mtime).parent))
+
+
+def with_seeds(folder: Path) -> list[Path]:
+    """The model folders that a folder stands for: those of all seeds, or itself."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return [folder]
+    seeds = [path for path in folder.iterdir() if _SEED.fullmatch(path.name) and path.is_dir()]
+    return sorted(seeds, key=lambda path: int(path.name.removeprefix("seed-"))) or [folder]
 
 
 def check_model(folder: Path) -> SavedModel:

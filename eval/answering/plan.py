@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.answering.answers import AnswerLog
 from eval.answering.costs import CostLog
-from eval.answering.models import SavedModel, check_model, newest_model
+from eval.answering.models import SavedModel, check_model, newest_model, with_seeds
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
@@ -226,12 +226,14 @@ def embedded_file(benchmark: Benchmark) -> Path:
 def checked_models(folders: Sequence[Path], reductions: Sequence[str] = (), needed: bool = True) -> list[SavedModel]:
     """Check the models, by default the newest one, each with each reduction; none if none is given nor needed.
 
+    A folder of seeds stands for the model of each.
+
     Raises:
         UserError: one is not whole, or a reduction is unknown or does not fit.
     """
     if not folders and not needed:
         return []
-    models = [check_model(folder) for folder in folders or [newest_model()]]
+    models = [check_model(own) for folder in folders or [newest_model()] for own in with_seeds(folder)]
     if not reductions:
         return models
     from llava_skip.reduction import ReductionConfig  # slow to import

@@ -13,6 +13,7 @@ from eval.benchmark import Benchmark
 from eval.errors import JudgeUnavailable
 from eval.reading.tables import Row, read_rows
 from eval.sample import Id, Sample, Score, as_list
+from eval.scoring.edits import edit_distance
 from eval.scoring.extraction import VERSIONS, vlmevalkit
 from eval.scoring.judge import Judge, digest, read_replies, save_replies
 from eval.scoring.pandas_cells import cell_as_text
@@ -274,17 +275,6 @@ def normalise_extraction(extraction: str, fields: Row) -> str | None:
     except (ValueError, OverflowError):
         return None
     return extraction
-
-
-def edit_distance(first: str, second: str) -> int:
-    """The number of insertions, deletions and replacements that turn one text into another (Levenshtein)."""
-    above = list(range(len(second) + 1))
-    for row, letter in enumerate(first, start=1):
-        left = [row]
-        for column, other in enumerate(second):
-            left.append(min(left[-1] + 1, above[column + 1] + 1, above[column] + (letter != other)))
-        above = left
-    return above[-1]
 
 
 def _normal(row: Row) -> Row:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import SHORT_INSTRUCTION, Benchmark
@@ -10,7 +10,7 @@ from eval.reading.tables import Row, as_row, read_rows
 from eval.sample import Id, Sample, Score, as_list
 from eval.scoring.judge import Judge
 from eval.scoring.pandas_cells import cell_as_text
-from eval.scoring.vqa import normalise_answer, vlmevalkit_form
+from eval.scoring.vqa import normalise_answer, soft_accuracy, vlmevalkit_form
 from llava_skip_base.errors import UserError, first_few
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
@@ -97,22 +97,6 @@ class TextVQA(Benchmark):
         counts = {"questions": len(samples), "empty": sum(not answers[s.id].strip() for s in samples)}
         counts["with_ocr_line"] = sum(bool(s.fields["ocr"]) for s in samples)
         return Score("scored", self.rule, accuracy, {"accuracy": accuracy}, counts, per_sample=parts)
-
-
-def soft_accuracy(
-    prediction: str, references: Sequence[object], form: Callable[[str], str] = normalise_answer
-) -> float:
-    """The score of an answer by the number of annotators who gave it, compared in the form that `form` makes.
-
-    It is 1 from three other annotators on, averaged over leaving each one out.
-    """
-    said = [form(str(reference)) for reference in references]
-    own = form(prediction)
-    same = said.count(own)
-    if not same:
-        return 0.0
-    # Summed annotator by annotator, like the official script, so that the last bit is the same.
-    return sum(min(1.0, (same - (answer == own)) / 3) for answer in said) / len(said)
 
 
 def _read_annotations(path: Path) -> list[Row]:

@@ -22,7 +22,7 @@ DRAWN_AT_ONCE = 1_000_000
 MANY_KINDS = 20
 """A binomial number takes about as long as this many whole ones, which decides how a resample is drawn."""
 FEW_CLUSTERS = 30
-"""Below this number of images the intervals are too narrow, by a tenth and more."""
+"""Below this number of images intervals are called too narrow: of a mean by 6% at 30 images, and by 18% at 10."""
 ROUNDING = 1e-9
 """Sums that differ by less are equal: a draw that equals the observed value counts as at least as large."""
 
@@ -135,11 +135,12 @@ def sign_flip_test(difference: np.ndarray, clusters: np.ndarray | None = None) -
     Returns:
         The two-sided probability of a sum this far from 0, and whether it is exact (else from seeded draws).
     """
-    sums = clustered(difference.astype(float)[:, None], clusters)[:, 0]
-    sums = sums[np.abs(sums) > ROUNDING]
+    difference = difference.astype(float)
+    sums = clustered(difference[:, None], clusters)[:, 0]
+    sums, whole = sums[np.abs(sums) > ROUNDING], np.array_equal(difference, np.round(difference))
     if not len(sums):
-        return 1.0, True
-    if np.array_equal(sums, np.round(sums)):
+        return 1.0, whole
+    if whole:
         return _exact(np.abs(sums).astype(int), int(abs(sums.sum()))), True
     return tail(float(sums.sum()), _flipped(sums)), False
 

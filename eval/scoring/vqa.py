@@ -1,16 +1,19 @@
 """How answers of one or few words are compared: the VQA normalisation, and yes/no questions.
 
-Sources: facebookresearch/mmf ``EvalAIAnswerProcessor``, which LLaVA uses for TextVQA (``m4c_evaluator.py``), and
-open-compass/VLMEvalKit ``vqa_eval.py``, whose rule for commas and periods between digits differs since 2025-05.
+Sources: facebookresearch/mmf ``EvalAIAnswerProcessor``, which LLaVA uses for TextVQA (``m4c_evaluator.py``),
+GT-Vision-Lab/VQA ``vqaEval.py``, the evaluator of VQAv2 and with small changes of VizWiz, and open-compass/VLMEvalKit
+``vqa_eval.py``, whose rule for commas and periods between digits differs since 2025-05.
 """
 
 import re
+from collections.abc import Callable, Sequence
 
 Pattern = re.Pattern[str]
 
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
-# A comma between digits, and a period that is removed: the official script's, and VLMEvalKit's since 2025-05.
+# A comma between digits, and a period that is removed: by mmf, by the evaluator of VQAv2, by VLMEvalKit since 2025-05.
 _OFFICIAL = (re.compile(r"(?<=\d),+(?=\d)"), re.compile(r"\.(?!\d)"))
+_EVALUATOR = (re.compile(r"\d,\d"), _OFFICIAL[1])
 _VLMEVALKIT = (re.compile(r"\d,\d"), re.compile(r"(?<!\d)\.(?!\d)"))
 # The original passes a flag where the number of replacements belongs, so it stops after that many periods.
 _PERIODS = int(re.UNICODE)
@@ -52,6 +55,42 @@ def normalise_answer(text: str) -> str:
 def vlmevalkit_form(text: str) -> str:
     """Bring an answer to the form in which VLMEvalKit compares VQA answers: without the official first steps."""
     return _plain_words(text, *_VLMEVALKIT)
+
+
+def plain_form(text: str) -> str:
+    """Bring an answer to the form of `normalise_answer` without its first steps, as lmms-eval does for VQAv2."""
+    return _plain_words(text, *_OFFICIAL)
+
+
+def evaluator_form(text: str) -> str:
+    """Bring a model's answer to the form in which the evaluator of VQAv2 compares it."""
+    return _plain_words(text, *_EVALUATOR)
+
+
+def evaluator_golds(references: Sequence[str]) -> list[str]:
+    """The annotators' answers as the evaluator of VQAv2 compares them: without punctuation where they differ."""
+    if len(set(references)) < 2:
+        return list(references)
+    return [_strip_punctuation(text, *_EVALUATOR) for text in references]
+
+
+def soft_accuracy(
+    prediction: str, references: Sequence[object], form: Callable[[str], str] = normalise_answer
+) -> float:
+    """The score of an answer by the number of annotators who gave it, compared in the form that `form` makes.
+
+    It is 1 from three other annotators on, averaged over leaving each one out.
+    """
+    return share_of_annotators(form(prediction), [form(str(reference)) for reference in references])
+
+
+def share_of_annotators(own: str, said: Sequence[str]) -> float:
+    """The soft accuracy of an answer among the annotators' answers, all in their final form."""
+    same = said.count(own)
+    if not same:
+        return 0.0
+    # Summed annotator by annotator, like the official script, so that the last bit is the same.
+    return sum(min(1.0, (same - (answer == own)) / 3) for answer in said) / len(said)
 
 
 def _plain_words(text: str, comma: Pattern, period: Pattern) -> str:

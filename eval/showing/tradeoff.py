@@ -84,7 +84,8 @@ def notes(tradeoff: Mapping[str, Any]) -> list[str]:
     if measured:
         lines.append(
             f"Times are the median of the batches of {tradeoff['batch_size']}, a question, on {measured[0]['device']}; "
-            f"the prefill has the vision tower in it. Peak memory is {measured[0]['peak_memory']}."
+            "the prefill has the vision tower in it, and other work on the machine makes all of them longer. Peak "
+            f"memory is {measured[0]['peak_memory']}."
         )
     return [*lines, *(f"Left out: {text}" for text in tradeoff["left_out"])]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.answering.models import SavedModel, check_model
+from eval.answering.models import SavedModel, check_model, with_seeds
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.reduction import ReductionConfig, get_reduction, reduction_names
 from llava_skip_base.errors import UserError, first_few
@@ -94,7 +94,7 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
     """Check the models, and each dense one with each method at each budget.
 
     Args:
-        folders: of the models.
+        folders: of the models; a folder of seeds stands for the model of each.
         methods: see `read_methods`.
         budgets: see `read_budgets`.
         reductions: further methods with their numbers, as `METHOD:TOKENS[,NAME=VALUE...]`.
@@ -107,7 +107,7 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
     if named and not numbers:
         raise UserError("--methods is given without --budgets: give numbers of tokens, such as --budgets 18,12,6.")
     explicit = [ReductionConfig.parse(text) for text in reductions]
-    models = [check_model(folder) for folder in folders]
+    models = [check_model(own) for folder in folders for own in with_seeds(folder)]
     configurations = [_configuration(model) for model in models]
     is_dense = [own.skip is None and own.reduction is None for own in configurations]
     dense = [model for model, own in zip(models, is_dense, strict=True) if own]
@@ -117,7 +117,8 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
             "give the dense model as well: --model DENSE."
         )
     candidates: list[Candidate] = []
-    left_out, fitting = [], set()
+    left_out: list[str] = []
+    fitting, reasons = set(), dict[str, str]()
     for model in dense:
         candidates.append(Candidate(model, model, model.name))
         asked = [_at_budget(model, name, options, budget) for name, options in named for budget in numbers]
@@ -126,15 +127,14 @@ def plan_candidates(folders: Sequence[Path], methods: str, budgets: str, reducti
             try:
                 reduced = model.reduced(ReductionConfig.parse(own.text))
             except UserError as error:
-                left_out.append(str(error))
+                left_out.append(f"{model.name}: {str(error).removeprefix(f'{model.folder}: ')}")
+                reasons |= dict.fromkeys(own.options, str(error))
                 continue
             fitting |= {*own.options}
             if reduced.name not in {other.name for other in candidates}:
                 candidates.append(Candidate(reduced, model, own.series))
-    # An option that fits none of the dense models is a mistake.
-    options = [option for own in asked for option in reversed(own.options)]
-    if wrong := [option for option in options if option not in fitting]:
-        raise UserError(f"{wrong[0]} fits no dense model. {left_out[0]}")
+    if wrong := sorted(reasons.keys() - fitting):  # a mistake, not a method that cannot have so few tokens
+        raise UserError(f"{wrong[0]} fits no dense model. {reasons[wrong[0]]}")
     others = [model for model, own in zip(models, is_dense, strict=True) if not own]
     candidates += [Candidate(model, _dense_of(model, dense), model.name) for model in others]
     return Plan(candidates, left_out)

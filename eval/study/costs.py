@@ -14,6 +14,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.presets import PRESETS, SIZES, dense_preset, preset_config
 from llava_skip.routing import Route
+from llava_skip.step_flops import Load, StepFlops, step_flops
 from llava_skip_base.console import print_text, program
 from llava_skip_base.files import write_text
 from llava_skip_base.paths import home, shown
@@ -26,14 +27,20 @@ Made by `llava-skip costs`, from the configurations alone. Tokens are the image 
 the most crops). The cache is that of all layers in bfloat16, after the prefill. FLOPs are those of a prefill of the
 image and {TEXT_TOKENS} tokens of text with the head on the last token, and their share of the dense model with the same
 front end (`llava`, `llava-hd` or `cos`). torch's FlopCounterMode counts the same number on the meta device, at the true
-widths, for every line.
+widths, for every line. Tower and projector come before: their FLOPs are those up to the language model, merging
+included. The step is one of training, forward and backward, tower frozen, half of the text supervised, without
+activation checkpointing; `llava-skip plan` has hours and memory ([plan.md](plan.md)).
 """
 
-COLUMNS = """
-## {size}
+HEADINGS = (
+    "preset", "retained", "skipped", "tokens", "through the FFN", "in the cache", "cache (MiB)", "prefill TFLOPs",
+    "of dense", "tower, projector TFLOPs", "step of dense",
+)  # fmt: skip
+COLUMNS = f"""
+## {{size}}
 
-| preset | retained | skipped | tokens | through the FFN | in the cache | cache (MiB) | prefill TFLOPs | of dense |
-|---|---|---|---|---|---|---|---|---|
+| {" | ".join(HEADINGS)} |
+|{"---|" * len(HEADINGS)}
 """
 
 
@@ -53,6 +60,14 @@ def counted_flops(config: LlavaSkipConfig, text_tokens: int) -> int:
     return counter.get_total_flops()
 
 
+def training_step(config: LlavaSkipConfig) -> StepFlops:
+    """FLOPs of a training step on one image and `TEXT_TOKENS` tokens of text, with the tower frozen."""
+    cost = image_cost(config, TEXT_TOKENS)
+    tokens, crops = cost.tokens + TEXT_TOKENS, config.most_crops
+    load = Load(1, 1, crops, tokens, tokens**2, cost.ffn_tokens + TEXT_TOKENS, head_tokens=TEXT_TOKENS // 2)
+    return step_flops(config, load, ("multi_modal_projector", "summary", "language_model"))
+
+
 def line(preset: str, size: str) -> str:
     """One row of the table.
 
@@ -69,7 +84,9 @@ def line(preset: str, size: str) -> str:
     share = cost.prefill_flops / image_cost(dense, TEXT_TOKENS).prefill_flops
     sizes = (skip.retained, skip.skipped) if skip else (cost.tokens, "-")
     numbers = [*sizes, cost.tokens, round(cost.ffn_tokens), cost.cache_tokens]
+    step, dense_step = training_step(config), training_step(dense)
     cells = [f"{cost.cache_bytes / 2**20:.2f}", f"{cost.prefill_flops / 1e12:.3g}", f"{share:.1%}"]
+    cells += [f"{(step.tower + step.projector) / 1e12:.3g}", f"{step.model / dense_step.model:.1%}"]
     return "| " + " | ".join([f"`{preset}`", *(str(number) for number in numbers), *cells]) + " |\n"
 
 

@@ -4,6 +4,7 @@ from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.divprune import DivPrune
 from llava_skip.reduction.downsample import Downsample
 from llava_skip.reduction.fastervlm import FasterVlm
+from llava_skip.reduction.fastv import FastV
 from llava_skip.reduction.grid import Grid
 from llava_skip.reduction.hiprune import HiPrune
 from llava_skip.reduction.method import (
@@ -16,7 +17,10 @@ from llava_skip.reduction.method import (
     register_reduction,
 )
 from llava_skip.reduction.prumerge import PruMergePlus
+from llava_skip.reduction.pyramiddrop import PyramidDrop
 from llava_skip.reduction.random_rows import RandomRows
+from llava_skip.reduction.shortv import ShortV
+from llava_skip.reduction.sparsevlm import SparseVLM
 from llava_skip.reduction.visionzip import VisionZip
 from llava_skip.reduction.vispruner import VisPruner
 
@@ -40,3 +44,7 @@ register_reduction(VisPruner())
 register_reduction(HiPrune())
 register_reduction(DivPrune())
 register_reduction(PruMergePlus())
+register_reduction(FastV())
+register_reduction(PyramidDrop())
+register_reduction(SparseVLM())
+register_reduction(ShortV())

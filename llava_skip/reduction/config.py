@@ -49,7 +49,9 @@ class ReductionConfig:
         if tokens is None and self.rule.needs_tokens:
             raise UserError(f"reduction: {self.method} needs the number of tokens: give {_FORM}.")
         if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= _MOST):
-            raise UserError(f"reduction: tokens is {shortened(repr(tokens))}; it must be a whole number from 1.")
+            raise UserError(
+                f"reduction: tokens is {shortened(repr(tokens))}; it must be a whole number from 1 to {_MOST}."
+            )
 
     @classmethod
     def parse(cls, text: str) -> ReductionConfig:

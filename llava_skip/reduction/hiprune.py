@@ -35,8 +35,8 @@ def anchors_and_registers(middle: Tensor, last: Tensor, count: int, anchors: int
     """
     patches = last.shape[1]
     side = round(patches**0.5)
-    steps = torch.tensor([0, -1, 1, -side, side], device=last.device)
-    forced = (best(middle, anchors).unsqueeze(-1) + steps).clamp(0, patches - 1).flatten(1)
+    chosen = best(middle, anchors)
+    forced = torch.cat([chosen + step for step in (0, -1, 1, -side, side)], dim=1).clamp(0, patches - 1)
     return ascending(best(last.scatter(1, forced, torch.inf), count))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import shortened
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig
@@ -57,7 +58,7 @@ class Option:
             for entry in entries
         )
         if not fits or (len(entries) > 1 and not self.many):
-            raise UserError(f"reduction: {name} is {value!r}; it must be {self._words()}.")
+            raise UserError(f"reduction: {name} is {shortened(repr(value))}; it must be {self._words()}.")
         numbers = [entry if self.whole else float(entry) for entry in entries]
         return tuple(numbers) if self.many else numbers[0]
 
@@ -128,6 +129,27 @@ class Reduction:
         """For each decoder layer the tokens of an image with `crops` crops; costs follow from it."""
         rows = config.image_length(crops)
         return [LayerRows(rows, rows, rows, rows)] * config.text_config.num_hidden_layers
+
+    def extra_flops(
+        self,
+        reduction: ReductionConfig,
+        config: LlavaSkipConfig,
+        crops: int,
+        text_tokens: int,
+        behind: int | None = None,
+        asking: int | None = None,
+    ) -> int:
+        """FLOPs of the method itself in a prefill, beside those of the layers.
+
+        Args:
+            reduction: the numbers.
+            config: of the model.
+            crops: of the image.
+            text_tokens: tokens beside the image's.
+            behind: how many of them are behind the image; None: all.
+            asking: how many tokens decide what is kept; None: what the method expects.
+        """
+        return 0
 
 
 class Selection(Reduction):

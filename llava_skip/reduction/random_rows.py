@@ -45,8 +45,8 @@ def lots(pixel_values: Tensor, tokens: int, seed: int) -> Tensor:
     """
     content = pixel_values.float().view(torch.int32).flatten(1).long().sum(dim=1, keepdim=True)
     places = torch.arange(1, tokens + 1, device=pixel_values.device)
-    start = content + torch.tensor(seed, device=content.device) * _STEP  # wraps around, as the other products do
-    return mixed(mixed(start) + places * _STEP)
+    start = (seed * _STEP + 2**63) % 2**64 - 2**63  # wraps around as the tensors' products do
+    return mixed(mixed(content + start) + places * _STEP)
 
 
 class RandomRows(Selection):

@@ -70,7 +70,11 @@ class ClipTower(CLIPVisionModel):
         if side is not None and side != pixels // self.config.patch_size:
             # The class token's row comes from the whole module, which ZeRO-3 gathers the class embedding for.
             embedded = torch.cat([embedded[:, :1], self._embed_smaller(pixel_values, side)], dim=1)
-        return self.pre_layrnorm(embedded)
+        states = self.pre_layrnorm(embedded)
+        # Activation checkpointing makes transformers ask for gradients of a model's embeddings, these too: a frozen
+        # tower would then be run a second time and backwards, for nothing.
+        trained = pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return states if trained else states.detach()
 
     def _embed_smaller(self, pixel_values: Tensor, side: int) -> Tensor:
         """Embeddings of the patches [N, side * side, C] of images that are made smaller, with positions to match."""

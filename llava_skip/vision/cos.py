@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
+from llava_skip.products import Products, linear
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.front_end import Box, FrontEnd, Place, grid_boxes, split_box
-from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
+from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig, resampler_products
 from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,21 @@ class ChainOfSightFrontEnd(FrontEnd):
     def visual_tokens(self, config: LlavaSkipConfig, crops: int) -> int:
         """The queries of all scales."""
         return sum(_resampler(config).queries)
+
+    def projector_products(self, config: LlavaSkipConfig, crops: float) -> Products:
+        """Those of the resampler."""
+        vision, resampler = config.vision_config, _resampler(config)
+        features = (vision.image_size // vision.patch_size) ** 2
+        readers = resampler_products(resampler, features, vision.hidden_size)
+        last = linear(sum(resampler.queries), resampler.width, config.text_config.hidden_size)
+        return (readers + Products(weights=last)) * crops
+
+    def projector_bytes(self, config: LlavaSkipConfig, crops: float, element: int) -> int:
+        """Of the resampler: of each scale and level the features with their keys and values, and the queries."""
+        vision, resampler = config.vision_config, _resampler(config)
+        features = (vision.image_size // vision.patch_size) ** 2 * (2 * vision.hidden_size + 2 * resampler.width)
+        numbers = sum(features + 16 * queries * resampler.width for queries in resampler.queries)
+        return round(crops * element * (len(resampler.levels) * numbers + 2 * sum(resampler.queries) * resampler.width))
 
     def build_projector(self, config: LlavaSkipConfig) -> nn.Module:
         """The resampler."""

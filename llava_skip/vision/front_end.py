@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from llava_skip.products import Products, linear
 from llava_skip.reduction.method import Selection
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.view import View
@@ -87,6 +88,23 @@ class FrontEnd:
     def visual_tokens(self, config: LlavaSkipConfig, crops: int) -> int:
         """P of an image with `crops` crops."""
         return config.patches
+
+    # --- costs
+
+    def ranks(self, config: LlavaSkipConfig) -> bool:
+        """Whether the class token's attention ranks the patches."""
+        return False
+
+    def projector_products(self, config: LlavaSkipConfig, crops: float) -> Products:
+        """Matrix products of the projector on `crops` crops."""
+        tokens, width = crops * config.patches, config.text_config.hidden_size
+        first = linear(tokens, config.vision_config.hidden_size, width)
+        return Products(weights=first + linear(tokens, width, width), first=first)
+
+    def projector_bytes(self, config: LlavaSkipConfig, crops: float, element: int) -> int:
+        """Bytes that autograd saves of a trainable projector, with numbers of `element` bytes."""
+        widths = config.vision_config.hidden_size + 2 * config.text_config.hidden_size
+        return round(crops * config.patches * widths * element)
 
     # --- modules and tokens
 

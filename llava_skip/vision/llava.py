@@ -22,6 +22,10 @@ class LlavaFrontEnd(FrontEnd):
     is_llava_hf = True
     gives_patches = True
 
+    def ranks(self, config: LlavaSkipConfig) -> bool:
+        """A skipping model ranks them."""
+        return config.skip is not None
+
     def tokens(self, tower: ClipTower, projector: nn.Module, pixel_values: Tensor, config: LlavaSkipConfig) -> Tensor:
         """[N, 3, side, side] -> [N, P, D], the retained first."""
         skip = config.skip_config

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_skip.products import Products, linear
 from llava_skip.tokens import free_parameter
 from llava_skip_base.errors import UserError
 
@@ -77,6 +78,23 @@ class ResamplerConfig:
                 f"resampler.levels {list(self.levels)} with level_offset {self.level_offset} name layers that a tower "
                 f"of {layers} does not have."
             )
+
+
+def resampler_products(config: ResamplerConfig, features: int, context: int) -> Products:
+    """Matrix products of the readers on one image, without the last projection.
+
+    The norms of the features have weights, so that even with a frozen tower the features' products need gradients.
+
+    Args:
+        config: of the resampler.
+        features: G * G.
+        context: C.
+    """
+    width, weights, states = config.width, 0, 0
+    for window, queries in zip(config.windows, config.queries, strict=True):
+        weights += linear(queries, width, 10 * width) + linear(features, context, 2 * width)
+        states += 2 * linear(queries, width, window**2)
+    return Products(weights=weights, states=states) * len(config.levels)
 
 
 def cut_windows(features: Tensor, window: int) -> Tensor:

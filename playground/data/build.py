@@ -21,6 +21,16 @@ from llava_skip_base.files import read_json
 from llava_skip_base.paths import embedded_data, shown
 
 from .formats import caption_record, training_records, write_indented, write_mmbench, write_mmstar, write_mmvet
+from .more_answers import (
+    write_ai2d,
+    write_chartqa,
+    write_docvqa,
+    write_hallusionbench,
+    write_scienceqa,
+    write_seed,
+    write_vizwiz,
+    write_vqav2,
+)
 from .scenes import digit_pools
 from .short_answers import (
     write_gqa,
@@ -35,6 +45,8 @@ from .tokenizer import load_chat_template, train_tokenizer
 
 # Raise it whenever the builder would write other bytes for the same arguments.
 BUILDER_VERSION = 6
+# Raise it instead where only files of benchmarks are added: the others, the training images among them, then stay.
+EVALUATION_VERSION = 2
 DEFAULT_TRAIN_IMAGES = 30_000
 MANIFEST = "manifest.json"
 
@@ -60,9 +72,14 @@ def ensure_built(
     }
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
-        if force or read_manifest(output).get("request") != request:
+        manifest = read_manifest(output)
+        if force or manifest.get("request") != request:
             sys.stderr.write(f"building the embedded data set of {train_images} images in {shown(output)}, once\n")
             _build(output, request)
+        elif manifest.get("evaluation_version") != EVALUATION_VERSION:
+            sys.stderr.write(f"adding benchmarks to the embedded data set in {shown(output)}, once\n")
+            counts = {**manifest.get("counts", {}), **_write_evaluation(output / "eval", seed)}
+            _write_manifest(output, request, counts)
     return output
 
 
@@ -80,9 +97,15 @@ def _build(output: Path, request: dict[str, Any]) -> None:
         shutil.rmtree(output / part, ignore_errors=True)
     counts = _write_training(output, request["train_images"], request["seed"])
     counts |= _write_evaluation(output / "eval", request["seed"])
+    _write_manifest(output, request, counts)
+
+
+def _write_manifest(output: Path, request: dict[str, Any], counts: dict[str, int]) -> None:
     text_files = [p for p in output.rglob("*") if p.suffix in {".json", ".tsv", ".jinja"}]
     checksums = {p.relative_to(output).as_posix(): _sha256(p.read_bytes()) for p in sorted(text_files)}
-    write_indented(output / MANIFEST, {"request": request, "counts": counts, "sha256": checksums})
+    checksums.pop(MANIFEST, None)
+    manifest = {"request": request, "evaluation_version": EVALUATION_VERSION, "counts": counts, "sha256": checksums}
+    write_indented(output / MANIFEST, manifest)
 
 
 def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
@@ -103,7 +126,7 @@ def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
 
 def _write_evaluation(folder: Path, seed: int) -> dict[str, int]:
     """Write the benchmarks; each has a random generator of its own, so none depends on another."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     pool = digit_pools()[1]
     return {
         "MMBench rows": write_mmbench(folder / "mmbench.tsv", pool, Random(f"{seed}/mmbench")),
@@ -116,6 +139,16 @@ def _write_evaluation(folder: Path, seed: int) -> dict[str, int]:
         "OCRBench questions": write_ocrbench(folder / "ocrbench.json", pool, Random(f"{seed}/ocrbench")),
         "MathVista questions": write_mathvista(folder / "mathvista", pool, Random(f"{seed}/mathvista")),
         "MMMU questions": write_mmmu(folder / "mmmu.tsv", pool, Random(f"{seed}/mmmu")),
+        "ScienceQA questions": write_scienceqa(folder / "scienceqa", pool, Random(f"{seed}/scienceqa")),
+        "SEED-Bench questions": write_seed(folder / "seed_bench/SEED-Bench.json", pool, Random(f"{seed}/seed")),
+        "VizWiz questions": write_vizwiz(folder / "vizwiz", pool, Random(f"{seed}/vizwiz")),
+        "VQAv2 questions": write_vqav2(folder / "vqav2", pool, Random(f"{seed}/vqav2")),
+        "AI2D questions": write_ai2d(folder / "ai2d.tsv", pool, Random(f"{seed}/ai2d")),
+        "ChartQA questions": write_chartqa(folder / "chartqa", pool, Random(f"{seed}/chartqa")),
+        "DocVQA questions": write_docvqa(folder / "docvqa", pool, Random(f"{seed}/docvqa")),
+        "HallusionBench questions": write_hallusionbench(
+            folder / "hallusionbench", pool, Random(f"{seed}/hallusionbench")
+        ),
     }
 
 

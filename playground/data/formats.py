@@ -92,7 +92,7 @@ def caption_record(record: dict[str, Any], scene: Scene) -> dict[str, Any]:
 
 def write_mmbench(path: Path, pool: Pool, rng: Random) -> int:
     """Write an MMBench TSV in the legacy column order, every circular pass as a row; return the number of rows."""
-    groups = _draw_choices(MMBENCH_COUNTS, pool, rng)
+    groups = draw_choices(MMBENCH_COUNTS, pool, rng)
     rows = []
     for circular_pass in range(4):
         for index, (scene, choice) in enumerate(groups):
@@ -105,7 +105,7 @@ def write_mmbench(path: Path, pool: Pool, rng: Random) -> int:
 def write_mmstar(path: Path, pool: Pool, rng: Random) -> int:
     """Write an MMStar TSV, whose options are part of the question; return the number of rows."""
     rows = []
-    for index, (scene, choice) in enumerate(_draw_choices(MMSTAR_COUNTS, pool, rng)):
+    for index, (scene, choice) in enumerate(draw_choices(MMSTAR_COUNTS, pool, rng)):
         category, l2_category = MMSTAR_CATEGORIES[choice.question.kind]
         row = {
             "index": index,
@@ -182,7 +182,7 @@ def draw_questions(counts: dict[str, int], pool: Pool, rng: Random) -> Iterator[
         yield scene, pick(candidates, rng)
 
 
-def _draw_choices(counts: dict[str, int], pool: Pool, rng: Random) -> list[tuple[Scene, Choice]]:
+def draw_choices(counts: dict[str, int], pool: Pool, rng: Random) -> list[tuple[Scene, Choice]]:
     """Multiple choices whose right letters come in turn within each kind, so that no letter is more frequent."""
     drawn: Counter[str] = Counter()
     choices = []

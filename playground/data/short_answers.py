@@ -71,7 +71,7 @@ def write_gqa(path: Path, pool: Pool, rng: Random) -> int:
     questions = {}
     for number, (scene, question) in enumerate(draw_questions(GQA_COUNTS, pool, rng)):
         image = f"n{number:06d}"
-        _write_jpeg(path.parent / "images" / f"{image}.jpg", scene)
+        write_jpeg(path.parent / "images" / f"{image}.jpg", scene)
         questions[f"{number:09d}"] = {
             "imageId": image,
             "question": question.text,
@@ -89,7 +89,7 @@ def write_textvqa(path: Path, pool: Pool, rng: Random) -> int:
     data: list[dict[str, Any]] = []
     for number, (scene, question) in enumerate(draw_questions(TEXTVQA_COUNTS, pool, rng)):
         image = f"{rng.getrandbits(64):016x}"
-        _write_jpeg(path.parent / "images" / f"{image}.jpg", scene)
+        write_jpeg(path.parent / "images" / f"{image}.jpg", scene)
         side = scene.draw().width
         data.append(
             {
@@ -182,7 +182,7 @@ def _scenes(pool: Pool, rng: Random) -> Iterator[Scene]:
         yield random_scene(pool, rng)
 
 
-def _write_jpeg(path: Path, scene: Scene) -> None:
+def write_jpeg(path: Path, scene: Scene) -> None:
     """Write a JPEG, as the images of the format are, with almost no loss."""
     buffer = io.BytesIO()
     scene.draw().save(buffer, "JPEG", quality=98)

@@ -10,6 +10,8 @@ from eval.score import score_file
 
 YES_NO = {"question": "Is it?", "answer": "Yes", "prediction": "Yes"}
 CHOICE = {"question": "Which?", "A": "cat", "B": "dog", "answer": "B", "prediction": "B"}
+ANSWERS = ("prediction", "predict", "model_prediction")
+LISTED = {"question": "Which?", "choices": ["cat", "dog"], "prediction": "B"}
 # For each benchmark rows of one public form, with an answer each, of which the first alone is right.
 FORMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "mmbench": (
@@ -93,6 +95,92 @@ FORMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             for n in (0, 1)
         ],
     ),
+    "scienceqa of Hugging Face": ("scienceqa", [{**LISTED, "hint": "", "answer": 1 - n} for n in (0, 1)]),
+    "scienceqa of VLMEvalKit": ("scienceqa", [{"index": n, **CHOICE, "answer": "BA"[n], "hint": ""} for n in (0, 1)]),
+    "seedimage of Hugging Face": (
+        "seedimage",
+        [
+            {
+                **{"question_id": f"10{n}", "question": "Which?", "answer": "AB"[n], "prediction": "A. cat"},
+                **{"choice_a": "cat", "choice_b": "dog", "choice_c": "3", "choice_d": "4"},
+                **{"question_type_id": 2, "data_type": "image"},
+            }
+            for n in (0, 1)
+        ],
+    ),
+    "seedimage of VLMEvalKit": ("seedimage", [{"index": n, **CHOICE, "answer": "BA"[n]} for n in (0, 1)]),
+    "ai2d of Hugging Face": (
+        "ai2d",
+        [{"question": "?", "options": ["x", "y"], "answer": f"{1 - n}", "prediction": "B."} for n in (0, 1)],
+    ),
+    "ai2d of VLMEvalKit": ("ai2d", [{"index": n, **CHOICE, "answer": "BA"[n]} for n in (0, 1)]),
+    "vqav2": (
+        "vqav2",
+        [
+            {
+                **{"question_id": n, "image_id": 1, "question": "?", "answer_type": "other", "prediction": "a C."},
+                "answers": [{"answer": "cd"[n], "answer_id": number} for number in range(10)],
+            }
+            for n in (0, 1)
+        ],
+    ),
+    "vizwiz": (
+        "vizwiz",
+        [
+            {
+                **{"image": f"VizWiz_val_0000000{n}.jpg", "question": "?", "answer_type": "other", "prediction": "C"},
+                **{"answers": [{"answer": "cd"[n], "answer_confidence": "yes"}] * 10, "answerable": 1},
+            }
+            for n in (0, 1)
+        ],
+    ),
+    "vizwiz of Hugging Face": (
+        "vizwiz",
+        [
+            {"question_id": f"VizWiz_val_{n}", "question": "?", "answers": ["cd"[n]] * 10, "prediction": "c"}
+            for n in (0, 1)
+        ],
+    ),
+    "vizwiz of VLMEvalKit": (
+        "vizwiz",
+        [{"index": n, "question": "?", "answers": str(["cd"[n]] * 10), "prediction": "c"} for n in (0, 1)],
+    ),
+    "chartqa": ("chartqa", [{"imgname": "1.png", "query": "?", "label": "12"[n], "prediction": "1"} for n in (0, 1)]),
+    "chartqa of Hugging Face": (
+        "chartqa",
+        [{"type": "human_test", "question": "?", "answer": "ab"[n], "prediction": "A"} for n in (0, 1)],
+    ),
+    "docvqa": (
+        "docvqa",
+        [
+            {"questionId": n, "question": "?", "answers": ["ab"[n]], "question_types": ["form"], "prediction": "A"}
+            for n in (0, 1)
+        ],
+    ),
+    "docvqa of VLMEvalKit": (
+        "docvqa",
+        [{"index": n, "question": "?", "answer": str(["ab"[n]] * 2), "prediction": "a"} for n in (0, 1)],
+    ),
+    "hallusionbench": (
+        "hallusionbench",
+        [
+            {
+                **{"category": "VD", "subcategory": "figure", "visual_input": "1", "set_id": "0", "figure_id": "0"},
+                **{"question_id": str(n), "question": "Is it?", "gt_answer": "10"[n], "model_prediction": "Yes."},
+            }
+            for n in (0, 1)
+        ],
+    ),
+    "hallusionbench of VLMEvalKit": (
+        "hallusionbench",
+        [
+            {
+                **{"index": f"hallusionbench_VS_map_1_2_{n}", "category": "VS", "l2-category": "map", **YES_NO},
+                "answer": ["Yes", "No"][n],
+            }
+            for n in (0, 1)
+        ],
+    ),
 }
 
 
@@ -138,7 +226,7 @@ def test_written_lists_hold_texts(cell: object, items: list[str]) -> None:
 def test_a_benchmark_file_is_no_prediction_file(tmp_path: Path, form: str) -> None:
     name, rows = FORMS[form]
     path = tmp_path / "published.json"
-    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in ("prediction", "predict")} for row in rows]))
+    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in ANSWERS} for row in rows]))
     with pytest.raises(ValueError, match="expected the answers in a column|either gold answers or the model's"):
         score_file(BENCHMARKS[name](), path, None, False, None)
 

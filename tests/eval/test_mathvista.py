@@ -6,7 +6,6 @@ import pytest
 
 from eval.benchmarks.mathvista import (
     MathVista,
-    edit_distance,
     extract,
     extraction_prompt,
     is_right,
@@ -14,6 +13,7 @@ from eval.benchmarks.mathvista import (
     prefetch,
 )
 from eval.score import score_file
+from eval.scoring.edits import edit_distance
 from eval.scoring.judge import Judge
 from llava_skip_base.errors import UserError
 

@@ -154,6 +154,7 @@ def test_run_that_cannot_be_scored_does_not_stop_the_others(
 def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[..., Path], mmstar_rows: Rows) -> None:
     data = write_tsv(mmstar_rows)
     assert evaluate("mmstar", "--data", data, "--limit", 2).exit_code == 0
+    assert set(load("results/mmstar/tiny/images.json")) == {"0", "1"}
     assert load("results/mmstar/tiny/results.json")["counts"]["questions"] == 2
     done = evaluate("mmstar", "--data", data)
     assert "2 of 5 answers were there already" in done.output
@@ -161,6 +162,8 @@ def test_limit_then_all(evaluate: Callable[..., Result], write_tsv: Callable[...
     assert result["score"] == pytest.approx(40.0)
     assert load("results/mmstar/tiny/run_info.json")["resumed"] == 2
     assert len(Path("results/mmstar/tiny/answers.jsonl").read_text().splitlines()) == 5
+    keys = load("results/mmstar/tiny/images.json")
+    assert set(keys) == set(load("results/mmstar/tiny/per_sample.json")) and len(set(keys.values())) == 5
 
 
 def test_finished_run_loads_no_model(

@@ -7,9 +7,9 @@ import pytest
 
 from eval.benchmarks.gqa import GQA
 from eval.benchmarks.ocrbench import OTHERS, RECOGNITION, OCRBench, is_hit
-from eval.benchmarks.textvqa import TextVQA, asked_question, soft_accuracy
+from eval.benchmarks.textvqa import TextVQA, asked_question
 from eval.score import score_file
-from eval.scoring.vqa import normalise_answer, vlmevalkit_form, yes_or_no
+from eval.scoring.vqa import normalise_answer, soft_accuracy, vlmevalkit_form, yes_or_no
 from llava_skip_base.errors import UserError
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."

@@ -77,6 +77,30 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "pope": [
         {"question_id": n, "image": "a.jpg", "text": f"Is {n}?", "label": "yes", "category": "random"} for n in range(2)
     ],
+    "scienceqa": [{"id": str(n), "question": "?", "hint": "x", "choices": ["a", "b"], "answer": n} for n in range(2)],
+    "seedimage": [
+        {"question_id": f"1{n}", "question": "?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d",
+         "answer": "A", "question_type_id": 1, "data_type": "image", "data_id": "1.png"} for n in range(2)
+    ],
+    "vizwiz": [
+        {"image": f"{n}.jpg", "question": "?", "answers": [{"answer": "a"}] * 10, "answerable": 1, "answer_type": "x"}
+        for n in range(2)
+    ],
+    "vqav2": [
+        {"question_id": n, "image_id": 1, "question": "?", "answers": [{"answer": "a", "answer_id": 1}] * 10,
+         "answer_type": "other"} for n in range(2)
+    ],
+    "ai2d": [{"question": "?", "options": ["a", "b"], "answer": str(n)} for n in range(2)],
+    "chartqa": [{"imgname": "1.png", "query": "?", "label": str(n)} for n in range(2)],
+    "docvqa": [
+        {"questionId": n, "question": "?", "image": "documents/1.png", "answers": ["a"], "question_types": ["form"]}
+        for n in range(2)
+    ],
+    "hallusionbench": [
+        {"category": "VD", "subcategory": "map", "visual_input": "1", "set_id": "0", "figure_id": "0",
+         "question_id": str(n), "question": "?", "gt_answer": "1", "gt_answer_details": "x", "filename": "./1.png"}
+        for n in range(2)
+    ],
 }  # fmt: skip
 HOSTILE: tuple[Any, ...] = (
     None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), 10**18, 10**4000, "", " ", "nan", "None", [], {}, [[]],

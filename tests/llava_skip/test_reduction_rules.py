@@ -51,7 +51,7 @@ def each(rule):
     return [rule(index) for index in range(IMAGES)]
 
 
-@pytest.mark.parametrize("count", [64, 192])
+@pytest.mark.parametrize("count", [192])
 def test_choices_at_the_papers_grid(tower, count):
     scores, patches = tower["last"][:, :, 0, 1:], tower["features"][:, 1:]
     one = [arrays(tower, index) for index in range(IMAGES)]
@@ -63,7 +63,7 @@ def test_choices_at_the_papers_grid(tower, count):
     assert most_diverse(patches, count).tolist() == each(lambda i: plain.divprune(one[i]["features"][1:], count))
 
 
-@pytest.mark.parametrize("count, ratio", [(64, 0.75), (128, 0.5), (16, 1.0), (16, 0.0)])
+@pytest.mark.parametrize("count, ratio", [(64, 0.75), (128, 0.5), (16, 1.0)])
 def test_vispruner_at_the_papers_grid(tower, count, ratio):
     found = important_and_diverse(tower["last"][:, :, 0, 1:], tower["features"][:, 1:], count, ratio)
     one = [arrays(tower, index) for index in range(IMAGES)]
@@ -125,7 +125,8 @@ def test_lots_follow_from_the_crop_and_the_seed():
     pixels = torch.randn(3, 3, 16, 16)
     numbers = lots(pixels, 400, 0)
     assert torch.equal(lots(pixels[1:2], 400, 0)[0], numbers[1])
-    assert not torch.equal(lots(pixels, 400, 1), numbers)
+    others = [lots(pixels, 400, seed) for seed in (1, 3, 2**31)]
+    assert all(not torch.equal(lots_of_seed, numbers) for lots_of_seed in others)
     assert len(numbers.unique()) == 1200
     # Every bit is set in half of the numbers: 4 standard deviations of a binomial.
     bits = torch.stack([(numbers >> bit) & 1 for bit in range(64)]).double().mean(dim=(1, 2))

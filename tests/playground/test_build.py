@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -288,9 +289,44 @@ def short_answers(digits):
     yield "mmmu", [(row["question"], decode_image(row["image"]), row["answer"]) for row in mmmu]
 
 
+def more_answers(digits):
+    """Every question of the benchmarks that token reduction is measured on, with its image and answer."""
+    folder = digits / "eval"
+    problems = read_json(folder / "scienceqa/problems.json")
+    assert list(problems) == read_json(folder / "scienceqa/pid_splits.json")["test"]
+    images = {id_: Image.open(folder / "scienceqa/images/test" / id_ / "image.png") for id_ in problems}
+    asked = [(row["question"], images[id_], row["choices"][row["answer"]]) for id_, row in problems.items()]
+    yield "scienceqa", asked
+    seed, place = read_json(folder / "seed_bench/SEED-Bench.json")["questions"], folder / "seed_bench/SEED-Bench-image"
+    right = [row[f"choice_{row['answer'].lower()}"] for row in seed]
+    yield "seed", [(r["question"], Image.open(place / r["data_id"]), gold) for r, gold in zip(seed, right, strict=True)]
+    ai2d = read_tsv(folder / "ai2d.tsv")[1]
+    yield "ai2d", [(row["question"], decode_image(row["image"]), row[row["answer"]]) for row in ai2d]
+    questions = read_json(folder / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
+    annotations = read_json(folder / "vqav2/v2_mscoco_val2014_annotations.json")["annotations"]
+    golds = {row["question_id"]: {answer["answer"] for answer in row["answers"]} for row in annotations}
+    place = folder / "vqav2/val2014"
+    images = {n: Image.open(place / f"COCO_val2014_{n:012d}.jpg") for n in {row["image_id"] for row in questions}}
+    yield "vqav2", [(row["question"], images[row["image_id"]], *golds[row["question_id"]]) for row in questions]
+    vizwiz, place = read_json(folder / "vizwiz/val.json"), folder / "vizwiz/val"
+    yield "vizwiz", [(r["question"], Image.open(place / r["image"]), r["answers"][0]["answer"]) for r in vizwiz]
+    charts = [row for split in ("human", "augmented") for row in read_json(folder / f"chartqa/test_{split}.json")]
+    yield "chartqa", [(r["query"], Image.open(folder / "chartqa/png" / r["imgname"]), r["label"]) for r in charts]
+    pages = read_json(folder / "docvqa/val_v1.0_withQT.json")["data"]
+    yield "docvqa", [(row["question"], Image.open(folder / "docvqa" / row["image"]), *row["answers"]) for row in pages]
+    figures = read_json(folder / "hallusionbench/HallusionBench.json")
+    images = {row["filename"]: Image.open(folder / "hallusionbench" / row["filename"]) for row in figures}
+    yield (
+        "hallusionbench",
+        [(r["question"], images[r["filename"]], "no yes".split()[int(r["gt_answer"])]) for r in figures],
+    )
+
+
 def test_short_answers_are_right(digits, samples_by_pixels):
     counts = {"pope": 120, "mme": 60, "gqa": 100, "textvqa": 60, "ocrbench": 60, "mathvista": 60, "mmmu": 60}
-    for name, asked in short_answers(digits):
+    counts |= dict.fromkeys(("scienceqa", "seed", "ai2d", "vqav2", "chartqa", "docvqa"), 100)
+    counts |= {"vizwiz": 70, "hallusionbench": 120}
+    for name, asked in chain(short_answers(digits), more_answers(digits)):
         assert len(asked) == counts.pop(name)
         for question, image, answer in asked:
             assert answer == solve(question, labels_of(read_samples(image, samples_by_pixels))), (name, question)
@@ -304,6 +340,48 @@ def test_yes_and_no_are_as_frequent(digits):
     }
     pairs = Counter((row["image_path"], row["answer"]) for row in mme)
     assert len(pairs) == 60 and set(pairs.values()) == {1}
+
+
+def test_figures_of_a_set_differ_in_the_first_answer(digits):
+    rows = read_json(digits / "eval/hallusionbench/HallusionBench.json")
+    answers = {(r["set_id"], r["figure_id"], r["question_id"]): r["gt_answer"] for r in rows}
+    for number in range(30):
+        first, second = ([answers[str(number), figure, question] for figure in "01"] for question in "01")
+        assert first == ["1", "0"] and len(set(second)) == 1
+
+
+# Of a build of 120 training images, before benchmarks were added; images are left out, whose bytes depend on Pillow.
+UNCHANGED = {
+    "train.json": "e9889d10092551f5ffcafc1c63c8f2b7f5150811396e6b58010ba3108adb67ae",
+    "captions.json": "5aa77e026be0bb8e107cfeeac6b0224816386eb3817604fa4a1184e316920569",
+    "eval/gqa.json": "a60024184e484021912490e2f6ece76f1a3488a3f5acc737361d99bf999bc634",
+    "eval/textvqa.json": "99054f4e18e38f5ef7d7e6d9f04845f8d68be6680f8ecf3a9e1d252b2c67f143",
+    "eval/ocrbench.json": "46e09fde79167f3d5e9e3c902b1cd4d8eedadf91bffe5425a023c6c37bf989e3",
+    "eval/mathvista/testmini.json": "5417a44c0ee6d77bd5f1d1d37e9f2cc25cbb2e6de8c85a1e06a615f014021f31",
+    "eval/mm-vet/mm-vet.json": "0e48e9544f6f034fdfa2df7935609e413955d0be6aee4bb22c239c226fe1169d",
+}
+
+
+def test_added_benchmarks_leave_the_other_files_as_they_were(digits):
+    assert {name: build._sha256((digits / name).read_bytes()) for name in UNCHANGED} == UNCHANGED
+
+
+def test_benchmarks_are_added_to_a_built_data_set(digits, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(digits, older)
+    for name in ("ai2d.tsv", "chartqa", "docvqa", "hallusionbench", "scienceqa", "seed_bench", "vizwiz", "vqav2"):
+        path = older / "eval" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    manifest = read_json(older / "manifest.json")
+    added = {name for name in manifest["sha256"] if not (older / name).exists()}
+    del manifest["evaluation_version"]
+    manifest["sha256"] = {name: value for name, value in manifest["sha256"].items() if name not in added}
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    times = {path: path.stat().st_mtime_ns for path in [*(older / "images").rglob("*.png"), older / "train.json"]}
+    build.ensure_built(older, train_images=IMAGES)
+    assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == IMAGES + 1
+    files = {p.relative_to(digits): p.read_bytes() for p in digits.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(older): p.read_bytes() for p in older.rglob("*") if p.is_file()}
 
 
 def test_choice_offers_the_digits_of_the_image():

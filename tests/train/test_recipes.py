@@ -28,7 +28,7 @@ def stand_ins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand_ins")
     digits = ensure_built(folder / "digits", train_images=8)
     tokenizer = load_tokenizer(digits / "tokenizer")
-    for preset in ("sv-llava-256", "sv-cos"):
+    for preset in ("sv-llava-256", "sv-cos", "llava", "cos"):
         config = preset_config(preset, vocab_size=padded_vocabulary(len(tokenizer)))
         config.image_token_index = find_image_token(tokenizer)
         LlavaSkipForConditionalGeneration(config).save_pretrained(folder / preset)
@@ -43,7 +43,13 @@ def stand_ins(tmp_path_factory):
         "checkpoints/smollm2": folder / "llm",
         "checkpoints/embedded-smollm2-align": folder / "sv-llava-256",
         "lmsys/vicuna-7b-v1.5": language_model(folder / "llm", digits / "tokenizer"),
-        "openai/clip-vit-large-patch14-336": vision_tower(folder / "clip"),
+        "openai/clip-vit-large-patch14-336": vision_tower(folder / "clip", layers=24),
+        "checkpoints/table1-pretrain": folder / "llava",
+        "checkpoints/table2-pretrain": folder / "llava",
+        "checkpoints/table1-pretrain-cos": folder / "cos",
+        "unsloth/llama-3-8b-Instruct": folder / "llm",
+        "sv-1m.yaml": digits / "train.json",
+        "sv-9m.yaml": digits / "train.json",
         "mm_projector.bin": folder / "mm_projector.bin",
         "blip_laion_cc_sbu_558k.json": digits / "captions.json",
         "llava_v1_5_mix665k.json": digits / "train.json",
@@ -68,7 +74,18 @@ def elsewhere(stand_ins, tmp_path, monkeypatch):
     return home
 
 
-@pytest.mark.parametrize("name", recipe_names())
+PAPER = [name for name in recipe_names() if name.startswith("table")]
+FAST = ("table1-sv-llava-hd", "table1-sv-cos", "table2-visionzip")
+"""Recipes of the paper's tables that are resolved in each test run; all of them are in the slow ones."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in PAPER and name not in FAST else ())
+        for name in recipe_names()
+    ],
+)
 def test_every_recipe_resolves(name, elsewhere, stand_ins, monkeypatch, capsys):
     recipe = ["--recipe", name, *CPU]
     if name in ("finetune", "pretrain"):  # what these share has no model and no data
@@ -81,6 +98,8 @@ def test_every_recipe_resolves(name, elsewhere, stand_ins, monkeypatch, capsys):
             value = str(getattr(group, key, None) or "").replace(f"{elsewhere}/", "")
             if value in stand_ins:
                 recipe += [f"--{key}", str(stand_ins[value])]
+    if model.reduction:  # the stand-in has 36 patches
+        recipe += ["--reduction", re.sub(r":.*", ":16", model.reduction)]
     found = SimpleNamespace(util=SimpleNamespace(find_spec=bool))  # bitsandbytes, of which a dry run needs no more
     monkeypatch.setattr("train.recipe.lora.importlib", found)
     monkeypatch.setattr("sys.argv", ["train", *recipe, "--dry_run", "true"])
@@ -88,6 +107,7 @@ def test_every_recipe_resolves(name, elsewhere, stand_ins, monkeypatch, capsys):
         main()
     shown = capsys.readouterr().out
     resolved = json.loads(shown[shown.index("\n{") :])
+    assert resolved["model"]["preset"] == model.preset
     assert resolved["training"]["output_dir"] == run.output_dir
     assert not (elsewhere / "checkpoints").exists()
 

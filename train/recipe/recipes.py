@@ -1,7 +1,8 @@
 """Recipes: the arguments of a known run as YAML, which flags override.
 
-A recipe has arguments by their names, and two keys of its own: `base` names a recipe that it starts from, and
-`samples_per_step` is the number of samples of a step on all processes. In a text `{embedded}`, `{smollm2}` and
+A recipe has arguments by their names, and three keys of its own: `base` names a recipe that it starts from,
+`samples_per_step` is the number of samples of a step on all processes, and `paper` has the row of the paper's tables
+that the recipe is for, which no run reads (`paper_row`). In a text `{embedded}`, `{smollm2}` and
 `{checkpoints}` stand for the folders of the embedded data set, of the real small language model and of the runs; the
 first two are written when they are not there.
 """
@@ -20,6 +21,7 @@ from llava_skip_base.paths import checkpoints, embedded_data, shown
 from llava_skip_base.yaml_files import read_yaml
 
 RECIPE = "--recipe"
+PAPER = "paper"
 FOLDER = Path(__file__).parents[1] / "recipes"
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -104,7 +106,13 @@ def read_recipe(source: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds no recipe: it must map arguments to values.")
     base = recipe.pop("base", None)
+    recipe.pop(PAPER, None)
     return (read_recipe(base, (*above, path.resolve())) if base else {}) | recipe
+
+
+def paper_row(name: str) -> dict[str, Any] | None:
+    """The row of the paper's tables that a recipe of the project is for: table, row, scores, hours; None: of none."""
+    return read_yaml(FOLDER / f"{name}.yaml").get(PAPER)
 
 
 def _batch(samples: int, largest: int | None, processes: int) -> dict[str, int]:
@@ -123,12 +131,15 @@ def _as_words(value: Any) -> list[str]:
 def _as_word(value: Any) -> str:
     if isinstance(value, (dict, bool)) or value is None:
         return json.dumps(value)
-    if not isinstance(value, str):
-        return str(value)
+    return with_folders(value) if isinstance(value, str) else str(value)
+
+
+def with_folders(text: str) -> str:
+    """A text of a recipe with the folders that its names stand for; they are written when they are not there."""
     for name, folder in _FOLDERS.items():
-        if name in value:
-            value = value.replace(name, shown(folder()))
-    return value
+        if name in text:
+            text = text.replace(name, shown(folder()))
+    return text
 
 
 def _embedded() -> Path:

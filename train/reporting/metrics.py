@@ -16,42 +16,20 @@ from torch import Tensor
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.flops import decoder_flops
+from llava_skip.gpus import gpu_of_device
 from train.data import COUNTED
 
 COUNTS = ("rows", "squared_rows", "ffn_rows", "supervised", "samples", *COUNTED)
 """Names of the sums, in files too: tokens without padding ("rows"), squares of a sample's number of tokens, tokens that
 went through the FFN, supervised tokens, samples, `COUNTED`."""
 
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "A800": 312,
-    "H800": 989,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "A40": 150,
-    "A30": 165,
-    "A10": 125,
-    "RTX 6000 Ada": 364,
-    "RTX A6000": 155,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
-"""Part of a device's name -> peak of dense bfloat16 products, from NVIDIA's data sheets; the first match counts."""
-
 
 def peak_tflops(device: torch.device, given: float | None = None) -> float | None:
     """The bfloat16 peak of a device in TFLOPs a second: `given`, else from the table; None if it is unknown."""
     if given is not None or device.type != "cuda":
         return given
-    name = torch.cuda.get_device_name(device)
-    return next((float(peak) for words, peak in PEAK_TFLOPS.items() if words in name), None)
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else float(gpu.tflops)
 
 
 def memory_peak(device: torch.device) -> float:

@@ -73,8 +73,14 @@ def measure(
         gives, over samples (`one_layer` and `per_token`: over tokens).
 
     Raises:
-        UserError: no batch has an image, or flash attention is used.
+        UserError: no batch has an image, flash attention is used, or a reduction acts between the decoder's layers.
     """
+    reduction = model.config.reduction_config
+    if reduction is not None and reduction.rule.in_decoder:
+        raise UserError(
+            f"The model has the reduction {reduction}, which drops or freezes tokens between the layers, so states "
+            "with and without skipping are not those of the same tokens: measure the dense model, without a reduction."
+        )
     language_model = model.model.language_model
     reason = why_unbounded(language_model.config, language_model.layers)
     bounds = None if reason else [(attention_bound(layer), FfnBound.of(layer)) for layer in language_model.layers]

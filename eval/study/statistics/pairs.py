@@ -19,7 +19,7 @@ from eval.scoring.intervals import (
     tail,
 )
 from eval.showing.results import Result
-from eval.study.statistics.scored import Scored, find_keys, load_scored, refuse_unscored
+from eval.study.statistics.scored import Scored, find_keys, load_scored, refuse_unscored, same_headlines
 from llava_skip_base.errors import UserError, first_few
 
 
@@ -84,7 +84,7 @@ def compare(a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None = None) ->
         interval(100 * float(difference.mean()), draws),
         int((a > b).sum()),
         int((b > a).sum()),
-        _test_name(exact and a.dtype == b.dtype == bool, clusters),
+        _test_name(exact, clusters),
         p,
         p > 1 - CONFIDENCE,
         None if clusters is None else int(clusters.max()) + 1,
@@ -154,18 +154,12 @@ class Pair:
         a, b, headline = self._parts
         if not headline.is_mean:
             return tail(observed, self.chance), False
-        p, exact = sign_flip_test(b[:, 0] - a[:, 0], self.clusters)
-        return p, exact and all(isinstance(value, bool) for value in self.a.result.values.values())
+        return sign_flip_test(b[:, 0] - a[:, 0], self.clusters)
 
     @cached_property
     def _headlines(self) -> tuple[Headline, Headline]:
-        first, second = self.a.headline, self.b.headline
-        if set(first.ids) == set(second.ids) and first.parts.shape[1] == second.parts.shape[1]:
-            return first, second
-        return (
-            mean_headline(self.ids, self.a.values(self.ids)),
-            mean_headline(self.ids, self.b.values(self.ids)),
-        )
+        first, second = same_headlines((self.a, self.b))
+        return first, second
 
     @property
     def _parts(self) -> tuple[np.ndarray, np.ndarray, Headline]:
@@ -184,6 +178,14 @@ def load_pair(a: Result, b: Result) -> Pair:
     """
     for result in (a, b):
         refuse_unscored(result)
+    refuse_different(a, b)
+    keys = find_keys(a) or find_keys(b)
+    first, second = (load_scored(result, keys or {}) for result in (a, b))
+    return Pair(first, second, tuple(dict.fromkeys((*first.notes, *second.notes))))
+
+
+def refuse_different(a: Result, b: Result) -> None:
+    """Raise UserError if two results are of different data, questions, protocol, rule or judge."""
     different = [f"{name}: {x} and {y}" for name, x, y in zip(_COMPARED, _key(a), _key(b), strict=True) if x != y]
     if different:
         raise UserError(
@@ -194,9 +196,6 @@ def load_pair(a: Result, b: Result) -> Pair:
         raise UserError(
             f"{first_few(unpaired)} questions are in one of the results only (a --limit?); evaluate both alike."
         )
-    keys = find_keys(a) or find_keys(b)
-    first, second = (load_scored(result, keys or {}) for result in (a, b))
-    return Pair(first, second, tuple(dict.fromkeys((*first.notes, *second.notes))))
 
 
 def _key(result: Result) -> tuple[object, ...]:

@@ -70,6 +70,13 @@ class Scored:
         return headline_interval(mean_headline(self.ids, self.values(self.ids)), self.clusters)
 
 
+def same_headlines(group: Sequence[Scored]) -> list[Headline]:
+    """The headlines of results of one benchmark; their means over questions, if not all are sums of one kind."""
+    headlines = [own.headline for own in group]
+    kinds = {(frozenset(headline.ids), headline.parts.shape[1]) for headline in headlines}
+    return headlines if len(kinds) == 1 else [mean_headline(own.ids, own.values(own.ids)) for own in group]
+
+
 def clusters_of(ids: Sequence[str], keys: dict[str, str] | None) -> np.ndarray | None:
     """The number of the image of each of `ids`; None if `keys` lacks one, or if each has an image of its own."""
     if keys is None or any(id_ not in keys for id_ in ids):
@@ -107,6 +114,12 @@ def load_scored(result: Result, keys: dict[str, str] | None = None) -> Scored:
         unit = "images" if keys else "questions"
         notes.append(f"{result.benchmark}: {count} {unit} are few, so the intervals are too narrow.")
     return Scored(result, headline, keys, tuple(notes))
+
+
+def load_group(results: Sequence[Result]) -> list[Scored]:
+    """Read several results of one benchmark file, whose images are looked for once."""
+    first = load_scored(results[0])
+    return [first, *(load_scored(result, first.keys or {}) for result in results[1:])]
 
 
 def refuse_unscored(result: Result) -> None:
@@ -180,12 +193,14 @@ def _is_score(headline: Headline, result: Result) -> bool:
 
 
 def _named_images(result: Result) -> dict[str, str] | None:
-    if not (result.folder / "answers.jsonl").is_file():
+    try:
+        rows = result.answers()
+    except UserError:  # there are none, or they are damaged: nothing else of a comparison needs them
         return None
     keys = {}
-    for row in result.answers():
+    for row in rows:
         name = next((str(row[field]) for field in IMAGE_FIELDS if row.get(field)), None)
         if name is None:
             return None
-        keys[row["index"]] = f"{row['category']}/{name}" if not row.get("image_path") and "picture" in row else name
+        keys[row["index"]] = f"{row.get('category')}/{name}" if not row.get("image_path") and "picture" in row else name
     return keys or None

@@ -10,6 +10,7 @@ from eval.study.analysis import streams
 from eval.study.analysis.bound import draw, measure
 from eval.study.analysis.layer_bounds import Affine, FfnBound
 from llava_skip import SkipConfig
+from llava_skip.reduction import ReductionConfig
 from llava_skip.routing import Route, skipped_tokens
 from llava_skip_base.errors import UserError
 from tests.support.small_models import ARCHITECTURES, Sample, batch_of, mixed_samples, small_model
@@ -210,6 +211,16 @@ def test_what_cannot_be_measured_is_said(monkeypatch):
     monkeypatch.setattr(streams, "is_flash_attention_requested", lambda config: True)
     with pytest.raises(UserError, match="attn_implementation sdpa or eager"):
         measure(model, [Sample(model, 1, (3, 5), seed=1).alone()], progress=False)
+
+
+def test_a_reduction_leaves_its_tokens_to_skip_and_one_between_layers_is_refused(monkeypatch):
+    model = small_model(skip=None)
+    model.set_reduction(ReductionConfig.parse("random:6"))
+    result = measure(model, [Sample(model, 1, (3, 5), seed=1).alone()], steps=1, progress=False)
+    assert result["layers"][0]["skipped"]["per_token"]["n"] == 6
+    monkeypatch.setattr(type(model.config.reduction_config.rule), "in_decoder", True)
+    with pytest.raises(UserError, match="random:6, which drops or freezes tokens between the layers"):
+        measure(model, [], progress=False)
 
 
 def test_the_model_is_left_as_it_was():
