@@ -16,7 +16,7 @@ from eval.answering.generate import Numerics, numerics
 from eval.answering.models import check_model
 from eval.study.analysis import error, layers, updates
 from eval.study.analysis.batches import make_batches
-from eval.study.analysis.loading import Analysed, load_analysed
+from eval.study.analysis.loading import Analysed, check_layers, load_analysed
 from eval.study.analysis.page import Section, write_page, write_tables
 from eval.study.analysis.questions import Data, Encoded, Question, encode, read_questions
 from eval.study.analysis.samples import Seen, answers_of, chosen, draw_seen, flipped, seen_by
@@ -246,6 +246,7 @@ def run(
     check_numbers({"--samples": samples, "--batch-size": batch_size, "--pictures": pictures})
     sources = [checkpoint] if compare is None else [checkpoint, compare]
     saved = [check_model(find_folder(source)) for source in sources]
+    check_layers(saved[0])
     if compare is not None and SAMPLES not in names:
         raise UserError(f"--compare shows answers side by side: add {SAMPLES} to --parts.")
     folder = output or Path(shown(results() / "analysis" / saved[0].name))

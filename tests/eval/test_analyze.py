@@ -15,6 +15,7 @@ from eval.study.analysis.page import Section, write_page, write_tables
 from eval.study.analyze import PARTS, run
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor
 from llava_skip.checkpoints import export_llava_hf
+from llava_skip.reduction import ReductionConfig
 from llava_skip_base.console import make_app
 from tests.support.small_models import small_config
 
@@ -180,6 +181,18 @@ def test_mistakes_are_one_message(model_folder, tmp_path, monkeypatch, arguments
     Path("other.json").write_text(json.dumps([good, bad]))
     code, output = analyze(model_folder, *(str(model_folder) if a == "MODEL" else a for a in arguments))
     assert code == 2 and message in output and "Traceback" not in output
+
+
+def test_a_rival_between_the_layers_is_refused_and_can_be_compared_with(saved, records, tmp_path, no_charts):
+    dense, rival = (native(saved, "llava", tmp_path / name) for name in ("dense", "rival"))
+    config = json.loads((rival / "config.json").read_text())
+    config["reduction"] = ReductionConfig.parse("fastv:8").to_dict()
+    (rival / "config.json").write_text(json.dumps(config))
+    options = ("--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out", "--parts", "samples")
+    code, output = analyze(rival, *options)
+    assert code == 2 and "fastv:8" in output and "between the decoder's layers" in output
+    code, output = analyze(dense, *options, "--compare", rival)
+    assert code == 0 and "dense and rival give the same answer to" in output
 
 
 def test_nothing_that_comes_from_files_is_markup(tmp_path):

@@ -13,7 +13,6 @@ from llava_skip.checkpoints import find_folder, load_checkpoint, load_tokenizer
 from llava_skip.checkpoints.processor import load_processor
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.reduction import get_reduction
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
@@ -80,7 +79,6 @@ def load_analysed(
     model = load_checkpoint(
         source, preset, getattr(torch, numerics.dtype), vision_tower=vision_tower, attn_implementation=numerics.attn
     )
-    _check_layers(source, model)
     layout = model.load_report.layout
     if layout == NATIVE and template is None and preset is None:
         processor = load_processor(folder)
@@ -93,11 +91,15 @@ def load_analysed(
     return Analysed(saved, layout, model.to(numerics.device).eval(), processor)
 
 
-def _check_layers(source: str, model: LlavaSkipForConditionalGeneration) -> None:
-    """Refuse a rival method that changes between the layers which tokens there are."""
-    reduction = model.config.reduction_config
-    if reduction is not None and get_reduction(reduction.method).in_decoder:
+def check_layers(saved: SavedModel) -> None:
+    """Refuse a rival method that changes between the layers which tokens there are.
+
+    Raises:
+        UserError: the model has one.
+    """
+    reduction = None if saved.configuration is None else saved.configuration.reduction_config
+    if reduction is not None and reduction.rule.in_decoder:
         raise UserError(
-            f"{source} has the reduction {reduction}, which acts between the decoder's layers: the analysis follows "
-            "the same tokens through all of them. Analyse the model without it."
+            f"{saved.folder} has the reduction {reduction}, which acts between the decoder's layers: the analysis "
+            "follows the same tokens through all of them. Analyse the model without it; as --compare it can stay."
         )
