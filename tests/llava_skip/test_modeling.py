@@ -199,7 +199,8 @@ def test_save_and_load_round_trip(tmp_path):
     assert isinstance(loaded, LlavaSkipForConditionalGeneration)
     inputs = mixed_samples(model)[1].alone()
     with torch.no_grad():
-        assert torch.allclose(model(**inputs).logits, loaded(**inputs).logits, atol=1e-6)
+        # Memory alignment decides the order of sums on a CPU: the last digits may differ.
+        assert torch.allclose(model(**inputs).logits, loaded(**inputs).logits, atol=1e-5)
 
 
 def test_inputs_embeds_stand_in_for_ids():
