@@ -252,6 +252,13 @@ def add_llamas_first_token(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_bos_token = True
 
 
+def image_first(text: str) -> str:
+    """A turn of LLaVA's data with its only image moved to its start, as LLaVA does."""
+    if text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
 def begins_text_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text gets the same tokens with a space in front of it: one without a space is begun as if with one."""
     return tokenizer.encode("x", add_special_tokens=False) == tokenizer.encode(" x", add_special_tokens=False)

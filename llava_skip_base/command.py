@@ -39,6 +39,7 @@ PROGRAMS: dict[str, Program] = {
     "compare": Program("eval.compare", "Compare two results, or two models on all benchmarks, with intervals."),
     "power": Program("eval.study.power", "How large a difference a comparison can detect, before it is run."),
     "overview": Program("eval.overview", "Write the HTML overview of all results."),
+    "analyze": Program("eval.study.analyze", "Measure on a checkpoint why skipping works and what it costs."),
     "tradeoff": Program("eval.tradeoff", "Draw score against FLOPs and time, for rivals at several budgets."),
     "bench": Program("eval.study.bench", "Time dense against skipping in one run."),
     "costs": Program("eval.study.costs", "Write the table of FLOPs and cache sizes of all presets."),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.pictures import OUTLINE, crops_image
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.vision.front_end import Box
 from llava_skip_base.console import make_table, one_message, output_console, print_text
@@ -34,9 +35,6 @@ from train.recipe.model import build_model, prepare
 
 SUPERVISED, NOT_SUPERVISED, IMAGE = "bold green", "dim", "magenta"
 """Styles of the text."""
-OUTLINE = (255, 60, 60)
-SHOWN_SIDE = 448
-"""Images are drawn at least this large, in pixels."""
 
 
 @dataclass
@@ -76,14 +74,7 @@ def retained_boxes(model: LlavaSkipForConditionalGeneration, crops: Tensor) -> t
 
 def draw(crops: Tensor, boxes: list[Box], processor: LlavaSkipProcessor) -> Image.Image:
     """The crops [crops, 3, side, side] of an image side by side as the tower sees them, boxes on the first."""
-    mean, std = (
-        torch.tensor(values)[:, None, None]
-        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-    )
-    pixels = ((crops * std + mean).clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-    scale = max(1, -(-SHOWN_SIDE // crops.shape[-1]))
-    size = (pixels.shape[1] * scale, pixels.shape[0] * scale)
-    drawn = Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.NEAREST)
+    drawn, scale = crops_image(crops, processor.image_processor)
     pen = ImageDraw.Draw(drawn)
     for box in boxes:
         x, y, right, bottom = (side * scale for side in box)

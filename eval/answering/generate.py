@@ -31,7 +31,7 @@ from llava_skip.checkpoints.processor import load_processor
 from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.ends import ends_of
+from llava_skip.ends import Ends, ends_of
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
@@ -113,13 +113,29 @@ class Generator:
         ends = ends_of(self.processor)
         with _readable(model.folder):
             loaded: Any = auto.from_pretrained(model.folder, **options)
-        self.folder = model.folder
         device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
-        self.model = loaded.to(device).eval()
+        self._take(model.folder, loaded.to(device), ends)
+        self.answer_as(model)
+
+    @classmethod
+    def of_loaded(cls, folder: Path, model: Any, processor: Any) -> "Generator":
+        """One around a model with images that is loaded, on its device, and its processor.
+
+        Args:
+            folder: where it is from, for messages.
+            model: `LlavaSkipForConditionalGeneration` or one of transformers.
+            processor: with a chat template.
+        """
+        made = cls.__new__(cls)
+        made.takes_images, made.processor, made.tokenizer = True, processor, processor.tokenizer
+        made._take(folder, model, ends_of(processor))
+        return made
+
+    def _take(self, folder: Path, model: Any, ends: Ends) -> None:
+        self.folder, self.model = folder, model.eval()
         config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
-        self.answer_as(model)
 
     def answer_as(self, model: SavedModel) -> None:
         """From now on answer as the same folder with another reduction, or with none."""

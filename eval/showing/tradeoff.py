@@ -78,7 +78,7 @@ def notes(tradeoff: Mapping[str, Any]) -> list[str]:
         "interval, from resamples of the images.",
         "The difference is paired, question by question. FLOPs are those of the language model's prefill with one "
         f"image and {tradeoff['text_tokens']} tokens of text, by the formula of docs/costs.md.",
-        "A model with a method behind its name has the dense model's weights: it was not trained with that method.",
+        "A model with a method behind its name has the weights of the dense model, not trained with that method.",
         "Tokens are those of an image that enter the language model, and the means over its layers of those that "
         "attend, take the FFN and stay in the cache.",
     ]

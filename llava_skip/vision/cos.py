@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig
 
 from llava_skip.products import Products, linear
 from llava_skip.vision.clip import ClipTower
-from llava_skip.vision.front_end import Box, FrontEnd, grid_boxes
+from llava_skip.vision.front_end import Box, FrontEnd, Place, grid_boxes, split_box
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig, resampler_products
 from llava_skip_base.errors import UserError
 
@@ -107,6 +107,15 @@ class ChainOfSightFrontEnd(FrontEnd):
                 scales.append(f"{min(left, queries)} of {queries} queries on windows of {window} x {window} features")
             left -= queries
         return boxes, "retained: " + ", ".join(scales)
+
+    def places(self, model: LlavaSkipModel, crops: Tensor) -> list[Place]:
+        """The windows, scale after scale; the queries of a window share it in equal parts, only to be drawn."""
+        vision, resampler = model.config.vision_config, _resampler(model.config)
+        places = []
+        for window, queries in zip(resampler.windows, resampler.queries, strict=True):
+            boxes = grid_boxes(vision.image_size, window * vision.patch_size)
+            places += [Place(0, part) for box in boxes for part in split_box(box, queries // len(boxes))]
+        return places
 
 
 def _resampler(config: LlavaSkipConfig) -> ResamplerConfig:

@@ -29,6 +29,13 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
 
+class Place(NamedTuple):
+    """Where a visual token looks: the number of the crop, and a box on it."""
+
+    crop: int
+    box: Box
+
+
 class Group(NamedTuple):
     """Images with equally many visual tokens: their indices among all images, and tokens [n, P, D]."""
 
@@ -194,6 +201,18 @@ class FrontEnd:
         assert model.config.skip_config is not None
         return [], f"retained: {model.config.skip_config.retained} tokens"
 
+    def places(self, model: LlavaSkipModel, crops: Tensor) -> list[Place]:
+        """Where each of an image's P visual tokens looks, in the order of `encode`: the retained first, none merged.
+
+        Args:
+            model: the model.
+            crops: [crops, 3, side, side] of one image.
+
+        Raises:
+            UserError: the front end does not know it.
+        """
+        raise UserError(f"front_end {self.name!r} does not say where its visual tokens look.")
+
 
 _FRONT_ENDS: dict[str, FrontEnd] = {}
 
@@ -218,6 +237,16 @@ def get_front_end(name: str) -> FrontEnd:
     if name not in _FRONT_ENDS:
         raise UserError(f"front_end is {name!r}; known: {', '.join(_FRONT_ENDS)}.")
     return _FRONT_ENDS[name]
+
+
+def split_box(box: Box, parts: int) -> list[Box]:
+    """A box as `parts` equal cells row by row: a square grid if the number is a square, else stripes."""
+    across = round(parts**0.5)
+    across, down = (across, across) if across * across == parts else (parts, 1)
+    left, top, right, bottom = box
+    x = [left + (right - left) * n // across for n in range(across + 1)]
+    y = [top + (bottom - top) * n // down for n in range(down + 1)]
+    return [(x[i], y[j], x[i + 1], y[j + 1]) for j in range(down) for i in range(across)]
 
 
 def grid_boxes(side: int, cell: int) -> list[Box]:

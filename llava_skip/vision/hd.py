@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_skip.vision.clip import ClipTower
-from llava_skip.vision.front_end import Box, FrontEnd, Group
-from llava_skip.vision.llava import select_patches
+from llava_skip.vision.front_end import Box, FrontEnd, Group, Place
+from llava_skip.vision.llava import patch_boxes, select_patches
 from llava_skip.vision.tiling import TilingImageProcessorPil
 from llava_skip_base.errors import UserError
 
@@ -102,3 +102,7 @@ class HdFrontEnd(FrontEnd):
         """The whole thumbnail."""
         side, retained = model.config.vision_config.image_size, model.config.skip_config.retained
         return [(0, 0, side, side)], f"retained: the {retained} tokens of the thumbnail; tiles are skipped"
+
+    def places(self, model: LlavaSkipModel, crops: Tensor) -> list[Place]:
+        """The patches of the thumbnail, then those of each tile."""
+        return [Place(crop, box) for crop in range(len(crops)) for box in patch_boxes(model.config)]

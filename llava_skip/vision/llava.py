@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llava_skip.tokens import retained_first, retained_order
 from llava_skip.vision.clip import ClipTower
-from llava_skip.vision.front_end import Box, FrontEnd, grid_boxes
+from llava_skip.vision.front_end import Box, FrontEnd, Place, grid_boxes
 
 if TYPE_CHECKING:
     from llava_skip.configuration import LlavaSkipConfig
@@ -43,7 +43,23 @@ class LlavaFrontEnd(FrontEnd):
         boxes = [box for index, box in enumerate(cells) if index in chosen]
         return boxes, f"retained: the {retained} patches that the class token attends to most"
 
+    def places(self, model: LlavaSkipModel, crops: Tensor) -> list[Place]:
+        """The cells of the patches, the retained first."""
+        config = model.config
+        cells = [Place(0, box) for box in patch_boxes(config)]
+        if config.skip_config is None:
+            return cells
+        _, scores = model.vision_tower(crops[:1], config.vision_feature_layer, rank=True)
+        return [cells[index] for index in retained_order(scores, config.skip_config.retained)[0].tolist()]
+
 
 def select_patches(features: Tensor, config: LlavaSkipConfig) -> Tensor:
     """Features [N, 1 + P, C] -> [N, P, C]; with `vision_feature_select_strategy` "full" the class token stays."""
     return features if config.vision_feature_select_strategy == "full" else features[:, 1:]
+
+
+def patch_boxes(config: LlavaSkipConfig) -> list[Box]:
+    """What each token of a crop shows; a class token that stays (see `select_patches`) the whole crop."""
+    side = config.vision_config.image_size
+    cells = grid_boxes(side, config.vision_config.patch_size)
+    return [(0, 0, side, side), *cells] if config.vision_feature_select_strategy == "full" else cells

@@ -52,7 +52,11 @@ MANIFEST = "manifest.json"
 
 
 def ensure_built(
-    output: Path | None = None, train_images: int = DEFAULT_TRAIN_IMAGES, seed: int = 0, force: bool = False
+    output: Path | None = None,
+    train_images: int = DEFAULT_TRAIN_IMAGES,
+    seed: int = 0,
+    force: bool = False,
+    poses: float = 1.0,
 ) -> Path:
     """Build the data set unless `output` already has what the arguments ask for; return the folder.
 
@@ -64,12 +68,14 @@ def ensure_built(
     output = output or embedded_data()
     if output.is_file():
         raise UserError(f"{output} is a file: give a folder.")
-    request = {
+    request: dict[str, Any] = {
         "builder_version": BUILDER_VERSION,
         "seed": seed,
         "train_images": train_images,
         "chat_template": _sha256(load_chat_template().encode()),
     }
+    if poses != 1.0:  # an entry of its own only then, so that a folder built before there was a choice stays valid
+        request["poses"] = poses
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
         manifest = read_manifest(output)
@@ -95,7 +101,7 @@ def _build(output: Path, request: dict[str, Any]) -> None:
     (output / MANIFEST).unlink(missing_ok=True)
     for part in ("images", "eval", "tokenizer"):
         shutil.rmtree(output / part, ignore_errors=True)
-    counts = _write_training(output, request["train_images"], request["seed"])
+    counts = _write_training(output, request["train_images"], request["seed"], request.get("poses", 1.0))
     counts |= _write_evaluation(output / "eval", request["seed"])
     _write_manifest(output, request, counts)
 
@@ -108,11 +114,11 @@ def _write_manifest(output: Path, request: dict[str, Any], counts: dict[str, int
     write_indented(output / MANIFEST, manifest)
 
 
-def _write_training(output: Path, images: int, seed: int) -> dict[str, int]:
+def _write_training(output: Path, images: int, seed: int, poses: float) -> dict[str, int]:
     """Write train.json, its images, captions of them and the tokenizer trained on its text."""
     (output / "images" / "train").mkdir(parents=True)
     records, captions = [], []
-    for record, scene in training_records(digit_pools()[0], images, Random(f"{seed}/train")):
+    for record, scene in training_records(digit_pools()[0], images, Random(f"{seed}/train"), poses):
         records.append(record)
         if scene:
             (output / "images" / record["image"]).write_bytes(scene.png())
@@ -161,9 +167,12 @@ def build(
     train_images: Annotated[int, typer.Option(min=1, help="Number of training images.")] = DEFAULT_TRAIN_IMAGES,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Build even if the folder is up to date.")] = False,
+    poses: Annotated[
+        float, typer.Option(min=0.0, max=5.0, help="How far training digits are turned and moved: times the default.")
+    ] = 1.0,
 ) -> None:
     """Build the embedded data set of handwritten digits."""
-    folder = ensure_built(output, train_images, seed, force)
+    folder = ensure_built(output, train_images, seed, force, poses)
     counts = read_manifest(folder)["counts"]
     output_console().print(make_table(shown(folder), ("part", "count"), counts.items(), right=1))
     print_next("llava-skip train --recipe embedded, then llava-skip eval")

@@ -65,7 +65,9 @@ MMBENCH_COLUMNS = "index question hint A B C D answer category image source l2-c
 MMSTAR_COLUMNS = "index question image answer category l2_category bench".split()
 
 
-def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dict[str, Any], Scene | None]]:
+def training_records(
+    pool: Pool, images: int, rng: Random, poses: float = 1.0
+) -> Iterator[tuple[dict[str, Any], Scene | None]]:
     """LLaVA conversation records with the scene of each; about 5% are text-only and have none."""
     text_only = round(images * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE))
     have_image = [True] * images + [False] * text_only
@@ -73,7 +75,7 @@ def training_records(pool: Pool, images: int, rng: Random) -> Iterator[tuple[dic
     image_number = 0
     for number, with_image in enumerate(have_image, start=1):
         record: dict[str, Any] = {"id": f"digits-{number:06d}"}
-        scene = varied(random_scene(pool, rng), rng) if with_image else None
+        scene = varied(random_scene(pool, rng), rng, poses) if with_image else None
         turns = _turns(scene_questions(scene) if scene else number_questions(), rng)
         if scene:
             image_number += 1

@@ -275,6 +275,8 @@ def test_seeds_are_a_group_in_overview_and_comparison(tmp_path: Path, pope: Path
     assert found.mean.value == pytest.approx(np.mean(scores)) and found.deviation == pytest.approx(
         np.std(scores, ddof=1)
     )
+    few = [save(tmp_path / f"few/m-seed-{n}", "pope", pope, lambda id_: "yes") for n in (1, 2)]
+    assert all(0 <= end <= 100 for end in (spread([load_scored(own) for own in few]).mean.low, found.mean.high))
     draws = mean_draws([load_scored(result) for result in group])
     assert found.mean.high - found.mean.low > 1.9 * 1.96 * np.sqrt(draws.var() + found.deviation**2 / 3)
     assert CliRunner().invoke(eval.overview.app, [str(results)]).exit_code == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from llava_skip.processing import IMAGE_TOKEN
+from llava_skip.processing import IMAGE_TOKEN, image_first
 from llava_skip_base.errors import shortened
 from train.data.turns import ROLES, RecordError, Turn, forms_of, read_image, read_turn, short, text_of
 
@@ -68,7 +68,7 @@ def _content(row: dict[str, Any]) -> dict[str, Any]:
     messages = [turn.message for turn in turns]
     if column == "conversations":
         for message in messages:
-            message["content"] = _image_first(message["content"])
+            message["content"] = image_first(message["content"])
     gallery = "images" if row.get("images") is not None else "image"
     images = _all_images(_images(row.get(gallery)), [image for turn in turns for image in turn.images])
     read = ("id", column, gallery, "system", *OTHER_MEDIA)
@@ -117,13 +117,6 @@ def _names(columns: list[str]) -> list[str]:
     """Names of columns that can be stored, each once."""
     unique = list(dict.fromkeys(str(name).encode("utf-8", "backslashreplace").decode() for name in columns))
     return [shortened(name, LONGEST_NAME) for name in unique[:MOST_UNREAD]]
-
-
-def _image_first(text: str) -> str:
-    """A turn's only image is moved to its start, as LLaVA does."""
-    if text.count(IMAGE_TOKEN) != 1:
-        return text
-    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 def find_fault(record: Record, image_length: int, max_length: int) -> Fault | None:

@@ -65,6 +65,8 @@ def spread(group: Sequence[Scored]) -> Spread:
     """Mean, standard deviation and interval of the seeds of one model on one benchmark, two or more."""
     scores = np.array([headline.value for headline in same_headlines(group)])
     mean, _ = estimate(float(scores.mean()), mean_draws(group), [scores], units_of(group[0]))
+    highest = group[0].result.facts.get("full_score") or 100.0
+    mean = Interval(mean.value, max(0.0, mean.low), min(highest, mean.high))  # Student's knows no bounds
     found = [seed_of(own.result.model) for own in group]
     seeds = tuple(name[1] for name in found if name)
     return Spread(seeds, tuple(scores.tolist()), mean, float(scores.std(ddof=1)))

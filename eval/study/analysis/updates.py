@@ -1,0 +1,165 @@
+"""Figure 1: by how much FFN and attention change a token, by layer and kind of token.
+
+Shapes: B batch, T tokens of a sample, D width, M tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.study.analysis.batches import KINDS, Batch
+from eval.study.analysis.numbers import Numbers, as_text, draw_bands, middle, summarise
+from eval.study.analysis.walk import Walk, layer_by_layer
+from llava_skip.decoder import SkippingLayer
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip_base.console import figure
+
+TITLE = "What FFN and attention change (figure 1)"
+FORMULAS = {
+    "update": "||u|| / ||x||",
+    "norm": "||x + u|| / ||x||",
+    "channels": "mean over the channels c of |u_c| / (|x_c| + 1e-6)",
+    "turn": "1 - cos(x, x + u)",
+}
+"""Name of a definition -> the formula, for one token with state x and update u."""
+UPDATES = {
+    "ffn": "u = FFN(norm(x)), x the state after the layer's attention",
+    "attention": "u = what the layer's attention adds, x the state that enters the layer",
+}
+"""Name of an update -> what x and u are."""
+DEFINITIONS = UPDATES | FORMULAS
+NOT_RUN = "FFN not run: what it would add"
+
+
+@torch.no_grad()
+def measure(
+    model: LlavaSkipForConditionalGeneration, batches: Sequence[Batch], would_be: bool = True
+) -> dict[str, Any]:
+    """All definitions of both updates, by layer and kind, with quantiles over all tokens.
+
+    Args:
+        model: the model.
+        batches: the samples.
+        would_be: for tokens that skip the FFN of a layer, measure what it would have added to the states that they
+            have there; without it they have no numbers for the FFN.
+
+    Returns:
+        `values` is update -> definition -> kind -> `summarise` of each layer; `ffn_run` is kind -> for each layer the
+        share of the tokens that took its FFN. Kinds without tokens are left out.
+    """
+    values: dict[str, Any] = {update: {name: defaultdict(list) for name in FORMULAS} for update in UPDATES}
+    run: dict[str, list[float]] = defaultdict(list)
+    for index, layer, walks in layer_by_layer(model, batches, "updates"):
+        parts = [_of_batch(walk, index, layer, would_be) for walk in walks]
+        kinds = torch.cat([kind for kind, _, _ in parts])
+        taken = torch.cat([own for _, own, _ in parts])
+        for number, kind in enumerate(KINDS):
+            chosen = kinds == number
+            if not chosen.any():
+                continue
+            run[kind].append(float(taken[chosen].float().mean()))
+            for update in UPDATES:
+                for place, name in enumerate(FORMULAS):
+                    column = torch.cat([own[update][place] for _, _, own in parts])[chosen]
+                    if update == "ffn" and not would_be:
+                        column = column[taken[chosen]]
+                    values[update][name][kind].append(summarise(column.numpy()))
+    return {
+        "definitions": DEFINITIONS,
+        "would_be": would_be,
+        "ffn_run": dict(run),
+        "values": {update: {name: dict(own) for name, own in by.items()} for update, by in values.items()},
+    }
+
+
+def _of_batch(walk: Walk, index: int, layer: SkippingLayer, would_be: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Of a batch's real tokens: kinds [M], whether the FFN was taken [M], and each update's definitions [4, M]."""
+    real = walk.batch.kinds >= 0
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(walk.state), **walk.attention_call(index))
+    before, added = walk.state[real], attended[real]
+    after = before + added
+    taken = walk.takes_ffn(index)[real]
+    ffn = torch.full_like(after, torch.nan)
+    runs = torch.ones_like(taken) if would_be else taken
+    ffn[runs] = layer.mlp(layer.post_attention_layernorm(after[runs]))
+    measured = {"attention": sizes(before, added).cpu(), "ffn": sizes(after, ffn).cpu()}
+    return walk.batch.kinds[real].cpu(), taken.cpu(), measured
+
+
+def sizes(x: Tensor, update: Tensor) -> Tensor:
+    """The definitions, in their order: states and updates [M, D] -> [4, M] float32."""
+    x, update = x.float(), update.float()
+    norm, changed = x.norm(dim=-1), x + update
+    # 1 - cos of unit vectors a and b is ||a - b||^2 / 2, which keeps its digits where the angle is small.
+    turn = (x / norm[:, None] - changed / changed.norm(dim=-1, keepdim=True)).square().sum(dim=-1) / 2
+    channels = (update.abs() / (x.abs() + 1e-6)).mean(dim=-1)
+    return torch.stack([update.norm(dim=-1) / norm, changed.norm(dim=-1) / norm, channels, turn])
+
+
+def label_of(result: dict[str, Any], update: str, kind: str) -> str:
+    """A kind as a chart and a table name it; says where the FFN was not run."""
+    return f"{kind} ({NOT_RUN})" if update == "ffn" and result["would_be"] and not _is_run(result, kind) else kind
+
+
+def _is_run(result: dict[str, Any], kind: str) -> bool:
+    return all(share == 1.0 for share in result["ffn_run"][kind])
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[str]:
+    """A chart for each update, a panel for each definition; the names of the files."""
+    names = []
+    for update, about in UPDATES.items():
+        names.append(f"update-{update}.png")
+        with figure(folder / names[-1], (11, 7.5), nrows=2, ncols=2) as grid:
+            for axes, (name, formula) in zip(grid.flat, FORMULAS.items(), strict=True):
+                for kind, by_layer in result["values"][update][name].items():
+                    dashed = update == "ffn" and not _is_run(result, kind)
+                    color = f"C{KINDS.index(kind)}"
+                    draw_bands(axes, by_layer, label_of(result, update, kind), color, dashed)
+                axes.set(xlabel="layer", title=f"{name}: {formula}")
+                if name != "norm":
+                    axes.set_yscale("log")
+                axes.grid(alpha=0.3)
+            grid.flat[0].legend(fontsize=8, loc="upper right")
+            grid.flat[0].figure.suptitle(f"{update}: {about}", fontsize=10)
+    return names
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: the median token of each kind, averaged over the layers."""
+    rows = []
+    for update in UPDATES:
+        for kind in result["ffn_run"]:
+            cells = [as_text(middle(result["values"][update][name][kind])) for name in FORMULAS]
+            count = result["values"]["attention"]["update"][kind][0]["n"]
+            rows.append([update, label_of(result, update, kind), f"{count:,}", *cells])
+    return ["update", "tokens", "how many", *FORMULAS.values()], rows
+
+
+def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: the median of one definition in each layer, a column for each kind."""
+    by_kind: dict[str, list[Numbers]] = result["values"][update][name]
+    headings = ["layer", *(label_of(result, update, kind) for kind in by_kind)]
+    layers = len(next(iter(by_kind.values())))
+    return headings, [[str(n), *(as_text(own[n]["q50"]) for own in by_kind.values())] for n in range(layers)]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """By how much the FFN changes text more than image tokens, and how many values were left out."""
+    values = result["values"]["ffn"]["update"]
+    text = middle(values["text"]) if "text" in values else None
+    found = []
+    for kind in (kind for kind in ("image", "retained", "skipped") if kind in values):
+        if text and (own := middle(values[kind])):
+            found.append(
+                f"The median FFN update of text, ||u|| / ||x|| averaged over the layers, is {text / own:.2f} times "
+                f"that of {label_of(result, 'ffn', kind)} tokens."
+            )
+    lost = sum(n["not_finite"] for by in result["values"].values() for o in by.values() for k in o.values() for n in k)
+    return found + ([f"{lost:,} values were not finite and are left out."] if lost else [])
