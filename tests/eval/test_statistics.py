@@ -132,6 +132,16 @@ def test_questions_about_one_image_are_drawn_together(tmp_path: Path, pope: Path
     assert "20 images are few" in scored.notes[0] and "it is not known which questions share" in alone.notes[0]
 
 
+def test_a_question_without_an_image_is_drawn_by_itself(tmp_path: Path, pope: Path) -> None:
+    """HallusionBench and ScienceQA have some; the others still share their images."""
+    whole = save(tmp_path / "m", "pope", pope, guesser(0))
+    keys = read_json(whole.folder / IMAGES)
+    write_json(whole.folder / IMAGES, {id_: key for id_, key in keys.items() if int(id_) >= 6})
+    scored = load_scored(whole)
+    assert scored.clusters is not None and len(set(scored.clusters.tolist())) == 18 + 6
+    assert not any("not known" in note for note in scored.notes)
+
+
 def test_images_of_earlier_results_come_from_the_file_or_from_a_column(tmp_path: Path, pope: Path, mme: Path) -> None:
     new, old = (save(tmp_path / name, "pope", pope, guesser(0), keep=name == "new") for name in ("new", "old"))
     assert find_keys(old) == find_keys(new) and len(set((find_keys(old) or {}).values())) == 20
