@@ -123,7 +123,7 @@ def lettered_question(fields: Row) -> str:
 
 
 def given_options(fields: Row) -> dict[str, str]:
-    """The options of a row by letter; one that reads "None" is an option, since these files leave a missing one empty."""
+    """The options of a row by letter. One that reads "None" is an option: these files leave a missing one empty."""
     return {letter: fields[letter] for letter in ascii_uppercase if fields.get(letter, "").strip()}
 
 

@@ -99,7 +99,8 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         above = ("gpus", "samples_per_step", "per_device_train_batch_size", "num_train_epochs", "max_length", "lora_r",
-                 "prompt_tokens", "answer_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours", "budget_ms")  # fmt: skip
+                 "prompt_tokens", "answer_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours",
+                 "budget_ms")  # fmt: skip
         for name in above:
             if (value := getattr(self, name)) is not None and not 0 < value < 1e12:
                 raise UserError(f"--{name} is {value:g}; it must be above 0.")
