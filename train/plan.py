@@ -170,7 +170,10 @@ def shape_of(arguments: PlanArguments) -> Shape | None:
         return None
     if data is None or arguments.samples is not None or not Path(data).expanduser().exists():
         return _assumed(arguments)
-    source = arguments.tokenizer or arguments.model or str(embedded_tokenizer())
+    source = arguments.tokenizer or arguments.model
+    if source is None and arguments.size not in (None, "tiny"):
+        raise UserError("--data is measured with the model's tokenizer, which a --size has not: give --tokenizer.")
+    source = source or str(embedded_tokenizer())
     tokenizer = load_tokenizer(source)
     config = config_for(None, "tiny", "llava", None)
     config.image_token_index = find_image_token(tokenizer)

@@ -127,6 +127,11 @@ def test_parameters_are_those_of_the_model():
     assert with_factors["all"] == counts["all"] + with_factors["trainable"]
 
 
+def test_help_lists_arguments_alone(monkeypatch, capsys):
+    code, shown = run(monkeypatch, capsys, "--help")
+    assert code == 0 and "--budget_ms" in shown.out and "--dense" not in shown.out
+
+
 def test_a_part_of_an_epoch_has_a_step_at_least():
     """As the trainer rounds; it was a division by 0."""
     (one,) = plan("--size", "tiny", "--preset", "llava", "--samples", "10", "--num_train_epochs", "0.01")["variants"]
@@ -169,6 +174,11 @@ def test_budgets_choose_among_all_presets():
         (("--samples", "5", "--image_share", "2"), "--image_share is 2; it must be from 0 to 1."),
         (("--size", "tiny", "--preset", "sv-lava"), "Unknown preset 'sv-lava'"),
         (("--size", "llama3-8b", "--reduction", "visionzip:9999"), "keeps 9999 tokens"),
+        (
+            ("--size", "llama3-8b", "--data", "."),
+            "--data is measured with the model's tokenizer, which a --size has not",
+        ),
+        (("--seeds", "3"), "--seeds is for llava-skip train"),
         (("--size", "tiny", "--step_seconds", "nan"), "--step_seconds is nan; it must be 0 or above."),
         (("--size", "tiny", "--answer_tokens=-5"), "--answer_tokens is -5; it must be above 0."),
         ((*LLAMA, "--preset", "llava", "--deepspeed", "zero9"), "--deepspeed is 'zero9'; expected one of zero2, "),
