@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from eval.benchmark import LETTER_INSTRUCTION, Benchmark
 from eval.reading.tables import Row
-from eval.sample import Id, Sample, Score, is_missing, options
+from eval.sample import Id, Sample, Score, is_missing
 from eval.scoring.extraction import vlmevalkit
 from eval.scoring.judge import Judge
 from eval.scoring.pandas_cells import cell_as_text, options_that_stay
@@ -118,8 +118,13 @@ def vlmevalkit_letter(answer: str, fields: Row) -> str | None:
 
 def lettered_question(fields: Row) -> str:
     """The question, a line `A. text` for each option, and the letter instruction."""
-    lines = "".join(f"\n{letter}. {text}" for letter, text in options(fields).items())
+    lines = "".join(f"\n{letter}. {text}" for letter, text in given_options(fields).items())
     return f"{fields['question']}{lines}\n{LETTER_INSTRUCTION}"
+
+
+def given_options(fields: Row) -> dict[str, str]:
+    """The options of a row by letter. One that reads "None" is an option: these files leave a missing one empty."""
+    return {letter: fields[letter] for letter in ascii_uppercase if fields.get(letter, "").strip()}
 
 
 def option_columns(choices: Sequence[object]) -> dict[str, str]:

@@ -67,6 +67,10 @@ def check_names(kinds: Sequence[type], words: Sequence[str]) -> list[str]:
     if unknown:
         as_given = dict(zip(words, given, strict=True))
         known = [*_names(kinds), *(flag.name for flag in FLAGS)]
+        if unknown[0].partition("=")[0] == SEEDS:
+            raise UserError(
+                f"{SEEDS} is for llava-skip train, which starts a run for each; to this give --seed and --output_dir."
+            )
         word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         hint = "".join(f" Did you mean --{name}?" for name in get_close_matches(word, known, 1))
         named = " ".join(as_given.get(name, name) for name in unknown)
@@ -134,6 +138,8 @@ def show_help(kinds: Sequence[type], words: Sequence[str]) -> None:
 
 def _group(kind: type, entry: Field[Any]) -> str | None:
     """The group of an argument: named by the dataclass, as a whole or by name; None if a run does not take it."""
+    if not entry.init:  # no argument: something else sets it
+        return None
     groups = getattr(kind, "GROUPS", "of this program")
     if isinstance(groups, str):
         return groups

@@ -37,6 +37,7 @@ TAIL = 25
 """Lines of a failed process's log that are shown."""
 _TORCHRUN = {"-m", "--module", "--no-python", "--no_python"}
 """One of these is in a command line of torchrun, and none in the arguments of a run."""
+_HELP = {"-h", "--help", "--help-all", "--help_all"}
 TOGETHER = 2
 """Seconds between the end of a process and that of another one that failed because of it; torchrun kills after 30."""
 WORKER = ("train.train",) if sys.version_info >= (3, 11) else ("llava_skip", "train")  # 3.10 has no PYTHONSAFEPATH
@@ -62,7 +63,7 @@ def torchrun_words(words: list[str]) -> list[str]:
     Raises:
         UserError: NPROC is no number, or there is no such recipe.
     """
-    if {"-h", "--help", "--help-all", "--help_all"} & set(words):
+    if _HELP & set(words):
         from train.run import parse  # prints the help; takes seconds to import
 
         parse(words)
@@ -148,11 +149,13 @@ def main() -> None:
     if not _TORCHRUN & set(words):
         with one_message():
             seeds, words = take_seeds(words)
-            if seeds:
+            if seeds and not _HELP & set(words):
                 set_environment(processes_here())
                 signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run, whose end is waited for
-                Forwarding()
-                raise SystemExit(train_seeds(words, seeds))
+                forwarding = Forwarding()
+                code = train_seeds(words, seeds, lambda: forwarding.asked is not None)
+                killed = forwarding.asked is not None and code == STOPPED_BY + forwarding.asked  # nothing saved yet
+                raise SystemExit(PREEMPTED if killed else code)
             words = torchrun_words(words)
     if os.environ.get("DRY_RUN"):
         print(*(re.sub(r"([^\w@%+=:,./-])", r"\\\1", word) for word in [sys.executable, "-m", "train.launch", *words]))

@@ -33,7 +33,7 @@ from train.planning.published import data_set_of, known_samples
 from train.planning.shape import Shape, assumed, measured
 from train.planning.showing import draw, show
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import RECIPE, read_recipe, take_option, with_underscores, zero_file
+from train.recipe.recipes import FOLDER, RECIPE, read_recipe, take_option, with_underscores, zero_file
 
 UTILISATION = 0.3
 """About what the paper's dense LLaVA reached (10.2 hours on 8 A100), recomputation counted; see docs/reproduce.md."""
@@ -99,10 +99,13 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         above = ("gpus", "samples_per_step", "per_device_train_batch_size", "num_train_epochs", "max_length", "lora_r",
-                 "prompt_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours", "budget_ms")  # fmt: skip
+                 "prompt_tokens", "answer_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours",
+                 "budget_ms")  # fmt: skip
         for name in above:
             if (value := getattr(self, name)) is not None and not 0 < value < 1e12:
                 raise UserError(f"--{name} is {value:g}; it must be above 0.")
+        if not 0 <= self.step_seconds < 1e12:
+            raise UserError(f"--step_seconds is {self.step_seconds:g}; it must be 0 or above.")
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation is {self.utilisation:g}; it must be above 0, and at most 1.")
         if self.bits not in (16, 8, 4):
@@ -147,7 +150,10 @@ def zero_of(name: str | None) -> Zero:
     """
     if not name:
         return Zero()
-    found = read_json(Path(zero_file(name)))
+    if not (path := Path(zero_file(name)).expanduser()).is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("zero*.json")))
+        raise UserError(f"--deepspeed is {name!r}; expected one of {known}, a file, or ''.")
+    found = read_json(path)
     settings = found.get("zero_optimization", {}) if isinstance(found, dict) else {}
     optimizer, weights = ("offload_optimizer" in settings, "offload_param" in settings)
     return Zero(int(settings.get("stage", 0)), optimizer, weights)
@@ -164,7 +170,10 @@ def shape_of(arguments: PlanArguments) -> Shape | None:
         return None
     if data is None or arguments.samples is not None or not Path(data).expanduser().exists():
         return _assumed(arguments)
-    source = arguments.tokenizer or arguments.model or str(embedded_tokenizer())
+    source = arguments.tokenizer or arguments.model
+    if source is None and arguments.size not in (None, "tiny"):
+        raise UserError("--data is measured with the model's tokenizer, which a --size has not: give --tokenizer.")
+    source = source or str(embedded_tokenizer())
     tokenizer = load_tokenizer(source)
     config = config_for(None, "tiny", "llava", None)
     config.image_token_index = find_image_token(tokenizer)
@@ -244,7 +253,11 @@ def within(plan: dict[str, Any]) -> list[str]:
                 f"Nothing fits {limit:g} {unit}: the nearest, {nearest['name']}, takes {nearest[name][key]:.3g}. Give "
                 "more or other GPUs, a smaller model, fewer samples, or a larger budget."
             )
-    if "training" in variants[0] and not any(one["training"]["memory"]["fits"] for one in left):
+    if "training" not in variants[0]:
+        return [one["name"] for one in _answering(left)]
+    if all(one["training"]["image_is_cut"] for one in left):
+        raise UserError("No image fits --max_length: give more tokens, or a preset whose images take fewer.")
+    if not any(one["training"]["memory"]["fits"] for one in left):
         nearest = min(left, key=lambda one: one["training"]["memory"]["peak"])
         memory = nearest["training"]["memory"]
         raise UserError(
@@ -252,7 +265,15 @@ def within(plan: dict[str, Any]) -> list[str]:
             f"{memory['available']:.0f} that are available ({memory['activations']:.0f} are activations). Give a "
             "smaller --per_device_train_batch_size or --max_length, more GPUs, --deepspeed zero3_offload, or LoRA."
         )
-    return [one["name"] for one in left if "training" not in one or one["training"]["memory"]["fits"]]
+    return [one["name"] for one in left if one["training"]["memory"]["fits"]]
+
+
+def _answering(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that answer a request on one GPU, where nothing is trained."""
+    fitting = [one for one in variants if one["inference"]["requests"]]
+    if not fitting:
+        raise UserError("No weights of 16 bits with one request fit the memory of a GPU: give a larger GPU.")
+    return fitting
 
 
 def read_arguments(words: Sequence[str]) -> PlanArguments:
@@ -280,7 +301,8 @@ def main() -> None:
         if arguments.picture:
             draw(plan, Path(arguments.picture).expanduser())
         fitting = within(plan)
-    print_next(f"these fit: {', '.join(fitting)}. llava-skip train --preset NAME ...; docs/plan.md has the rules.")
+    option = "--reduction" if arguments.reduction else "--preset"
+    print_next(f"these fit: {', '.join(fitting)}. llava-skip train {option} NAME ...; docs/plan.md has the rules.")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_skip_base.console import make_table, output_console, print_next, print_text
 from llava_skip_base.errors import UserError
+from llava_skip_base.exits import PREEMPTED, STOPPED_BY
 from llava_skip_base.files import read_json, write_json
 from llava_skip_base.paths import checkpoints, shown
 from train.recipe.recipes import RECIPE, read_recipe, take_option, with_folders, with_underscores
@@ -75,12 +76,13 @@ def output_of(words: Sequence[str]) -> Path:
     return output
 
 
-def train_seeds(words: Sequence[str], seeds: Sequence[int]) -> int:
+def train_seeds(words: Sequence[str], seeds: Sequence[int], stopped: Callable[[], bool] = lambda: False) -> int:
     """Train once for each seed; the exit code of the first run that does not end well, else 0.
 
     Args:
         words: the command line without `--seeds`.
         seeds: of the runs.
+        stopped: whether a signal has asked to stop; the next run is then not started.
     """
     output = output_of(words)
     _, others = take_option(with_underscores(words), "--output_dir")
@@ -90,7 +92,9 @@ def train_seeds(words: Sequence[str], seeds: Sequence[int]) -> int:
         own = ["--seed", str(seed), "--output_dir", str(folder)]
         code = subprocess.call([sys.executable, "-m", "llava_skip", "train", *others, *own])
         if code:
-            return code if code > 0 else 128 - code
+            return code if code > 0 else STOPPED_BY - code
+        if stopped() and number < len(seeds):  # the signal came as this run ended
+            return PREEMPTED
     if all((folder / _RESULT).is_file() for folder in folders):  # a dry run leaves none
         _summarise(output, seeds, [read_json(folder / _RESULT) for folder in folders])
     return 0

@@ -12,6 +12,7 @@ from eval.benchmark import LETTER_INSTRUCTION, is_image
 from eval.benchmarks.mmbench import vlmevalkit_prompt
 from eval.mean_benchmark import (
     LetterBenchmark,
+    given_options,
     lettered_question,
     numbered_letter,
     option_columns,
@@ -19,7 +20,7 @@ from eval.mean_benchmark import (
 )
 from eval.reading.images import PLACEHOLDER, ImageSource, row_images
 from eval.reading.tables import Row, read_rows
-from eval.sample import Id, Sample, Score, as_list, is_missing, options
+from eval.sample import Id, Sample, Score, as_list, is_missing
 from eval.scoring.judge import Judge
 from llava_skip_base.errors import UserError, first_few
 from llava_skip_base.files import read_json
@@ -79,7 +80,7 @@ class ScienceQA(LetterBenchmark):
         if self.chosen_rule == "vlmevalkit":
             return vlmevalkit_letter(answer, fields)
         letter = official_letter(answer) if self.chosen_rule == "official" else lmms_eval_letter(answer)
-        return letter if letter in options(fields) else None
+        return letter if letter in given_options(fields) else None
 
     def parts(self, fields: Row) -> Sequence[str]:
         """The subject."""

@@ -136,11 +136,13 @@ def run(
     points = detectable(design, benchmarks, power, alpha)
     same = loaded is not None and loaded.a.result.benchmark == benchmark and len(loaded.ids) == design.questions
     score = detectable_by_pair(loaded, benchmarks, power, alpha) if loaded and same else None
-    title = f"{benchmark or 'comparison'}: power {power:.0%}, level {alpha:.0%}"
+    title = f"{benchmark or 'comparison'}: power {100 * power:g}%, level {100 * alpha:g}%"
     output_console().print(power_table(title, design, points, score, benchmarks))
     for note in (*notes, *(loaded.notes if loaded else ())):
         print_text(f"note: {note}")
-    if points is None:
+    if design.discordance == 0:
+        print_text("The pair of results is equal on every question: give --discordance, or results that differ.")
+    elif points is None:
         print_text("With so few questions no difference would be found; take more questions or another benchmark.")
     if json:
         facts = {"design": asdict(design), "independent_questions": design.independent, "power": power, "alpha": alpha}

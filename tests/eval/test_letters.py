@@ -178,6 +178,18 @@ def test_seed_asks_with_four_options(seed: Path) -> None:
     assert SEEDImage().prompts(samples)[0] == "How many 0?\nA. one\nB. two\nC. 3\nD. four" + INSTRUCTION
 
 
+def test_a_last_option_that_reads_none_is_asked_as_well(seed: Path, scienceqa: Path, tmp_path: Path) -> None:
+    """The questions of LLaVA and lmms-eval have all options, also where "None" is last and wrong."""
+    path = seed / "SEED-Bench.json"
+    path.write_text(path.read_text().replace("four", "None"))
+    assert SEEDImage().prompts(SEEDImage().load(seed))[0].endswith("C. 3\nD. None" + INSTRUCTION)
+    problems = scienceqa / "problems.json"
+    problems.write_text(problems.read_text().replace("snow", "none"))
+    samples = ScienceQA().load(scienceqa)
+    assert "\nC. none\n" in ScienceQA().prompts(samples)[0]
+    assert ScienceQA().letter("C", samples[0].fields) == "C"
+
+
 def test_seed_of_videos_alone_is_refused(seed: Path) -> None:
     whole = json.loads((seed / "SEED-Bench.json").read_text())
     (seed / "SEED-Bench.json").write_text(json.dumps({**whole, "questions": whole["questions"][3:]}))

@@ -63,6 +63,7 @@ def test_command_counts_questions_and_images(
     assert found["design"] == {"questions": 200, "size": 4.0, "discordance": 0.2, "correlation": 0.36}
     assert found["points"] == pytest.approx(detectable(Design(200, 4, 0.2, 0.36)))
     assert "0.1 is assumed" in plan("--questions", 100, "--images-count", 50)[1]
+    assert "power 99.5%, level 0.1%" in plan("--questions", 100, "--power", 0.995, "--alpha", 0.001)[1]
 
 
 @pytest.mark.parametrize(

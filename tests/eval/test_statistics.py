@@ -21,6 +21,7 @@ from eval.showing.results import IMAGES, Result, find_results
 from eval.study.statistics.loyalty import loyalty
 from eval.study.statistics.many import compare_many, contests, holm
 from eval.study.statistics.pairs import load_pair
+from eval.study.statistics.power import measured
 from eval.study.statistics.scored import find_keys, load_scored
 from eval.study.statistics.seeds import estimate, grouped, mean_draws, seed_of, spread
 from eval.study.statistics.vtc import DIFFICULT, GROUP_A, SIMPLE, by_difficulty
@@ -130,6 +131,23 @@ def test_questions_about_one_image_are_drawn_together(tmp_path: Path, pope: Path
     widths = [own.mean().high - own.mean().low for own in (scored, alone)]
     assert widths[0] / widths[1] == pytest.approx(np.sqrt(3), rel=0.15)
     assert "20 images are few" in scored.notes[0] and "it is not known which questions share" in alone.notes[0]
+
+
+def test_results_of_one_image_tell_as_much_as_one_question(tmp_path: Path, pope: Path) -> None:
+    pair = [save(tmp_path / name, "pope", pope, guesser(number)) for number, name in enumerate("ab")]
+    for result in pair:
+        write_json(result.folder / IMAGES, dict.fromkeys(result.values, "one"))
+    assert measured(load_pair(*pair)).independent == 1.0
+
+
+def test_a_question_without_an_image_is_drawn_by_itself(tmp_path: Path, pope: Path) -> None:
+    """HallusionBench and ScienceQA have some; the others still share their images."""
+    whole = save(tmp_path / "m", "pope", pope, guesser(0))
+    keys = read_json(whole.folder / IMAGES)
+    write_json(whole.folder / IMAGES, {id_: key for id_, key in keys.items() if int(id_) >= 6})
+    scored = load_scored(whole)
+    assert scored.clusters is not None and len(set(scored.clusters.tolist())) == 18 + 6
+    assert not any("not known" in note for note in scored.notes)
 
 
 def test_images_of_earlier_results_come_from_the_file_or_from_a_column(tmp_path: Path, pope: Path, mme: Path) -> None:

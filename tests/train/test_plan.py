@@ -127,6 +127,17 @@ def test_parameters_are_those_of_the_model():
     assert with_factors["all"] == counts["all"] + with_factors["trainable"]
 
 
+def test_help_lists_arguments_alone(monkeypatch, capsys):
+    code, shown = run(monkeypatch, capsys, "--help")
+    assert code == 0 and "--budget_ms" in shown.out and "--dense" not in shown.out
+
+
+def test_a_part_of_an_epoch_has_a_step_at_least():
+    """As the trainer rounds; it was a division by 0."""
+    (one,) = plan("--size", "tiny", "--preset", "llava", "--samples", "10", "--num_train_epochs", "0.01")["variants"]
+    assert one["training"]["steps"] == 1 and Training((), 4, 4, epochs=0.3).steps(20) == 2
+
+
 def test_zero_is_read_from_its_file(tmp_path):
     assert zero_of(None) == zero_of("") == Zero()
     assert zero_of("zero3_offload") == Zero(3, True, True) and zero_of("zero2_offload") == Zero(2, True)
@@ -163,6 +174,16 @@ def test_budgets_choose_among_all_presets():
         (("--samples", "5", "--image_share", "2"), "--image_share is 2; it must be from 0 to 1."),
         (("--size", "tiny", "--preset", "sv-lava"), "Unknown preset 'sv-lava'"),
         (("--size", "llama3-8b", "--reduction", "visionzip:9999"), "keeps 9999 tokens"),
+        (
+            ("--size", "llama3-8b", "--data", "."),
+            "--data is measured with the model's tokenizer, which a --size has not",
+        ),
+        (("--seeds", "3"), "--seeds is for llava-skip train"),
+        (("--size", "tiny", "--step_seconds", "nan"), "--step_seconds is nan; it must be 0 or above."),
+        (("--size", "tiny", "--answer_tokens=-5"), "--answer_tokens is -5; it must be above 0."),
+        ((*LLAMA, "--preset", "llava", "--deepspeed", "zero9"), "--deepspeed is 'zero9'; expected one of zero2, "),
+        ((*LLAMA, "--preset", "llava", "--max_length", "10"), "No image fits --max_length"),
+        (("--size", "llama3-8b", "--preset", "llava", "--gpu_memory", "9"), "No weights of 16 bits with one request"),
     ],
 )
 def test_a_mistake_is_one_message(monkeypatch, capsys, tmp_path, words, message):

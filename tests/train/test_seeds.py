@@ -1,16 +1,21 @@
 """`--seeds`: the same run once for each seed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llava_skip_base.errors import UserError
+from llava_skip_base.exits import PREEMPTED
 from llava_skip_base.files import read_json, write_json
 from tests.support.runs import run
 from train.launch import main
+from train.resilience.exits import STOP_SIGNALS
 from train.seeds import default_output, output_of, take_seeds, train_seeds
 
 
@@ -87,13 +92,39 @@ def test_each_seed_is_a_run_and_the_first_that_fails_is_the_last(tmp_path, monke
 
 def test_the_launcher_takes_seeds(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr("train.launch.train_seeds", lambda words, seeds: seen.update(words=words, seeds=seeds) or 3)
+    monkeypatch.setattr("train.launch.train_seeds", lambda words, seeds, _: seen.update(words=words, seeds=seeds) or 3)
     monkeypatch.setattr("train.launch.set_environment", lambda processes: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["launch", "--seeds", "2", "--data", "x"])
     with pytest.raises(SystemExit, match="3"):
         main()
     assert seen == {"words": ["--data", "x"], "seeds": [42, 43]}
+
+
+def test_no_run_starts_after_a_signal(tmp_path, monkeypatch):
+    """It may come as a run ends, which then ends well, or before a run can save anything."""
+    started = []
+    monkeypatch.setattr(subprocess, "call", lambda command: started.append(command) or 0)
+    words = ["--output_dir", str(tmp_path / "out")]
+    assert train_seeds(words, [1, 2], lambda: True) == PREEMPTED and len(started) == 1
+    assert train_seeds(words, [1], lambda: True) == 0
+
+    def stop(words, seeds, stopped):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 128 + signal.SIGUSR1 if stopped() else 0
+
+    kept = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    monkeypatch.setattr("train.launch.train_seeds", stop)
+    monkeypatch.setattr("train.launch.set_environment", lambda processes: None)
+    monkeypatch.setattr("sys.argv", ["launch", "--seeds", "2"])
+    monkeypatch.setattr("psutil.Process.children", lambda process: [SimpleNamespace(send_signal=lambda number: None)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert ended.value.code == PREEMPTED
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ class Training:
 
     def steps(self, samples: float) -> int:
         """Of the run over a data set."""
-        steps = round(self.epochs * -(-samples // self.samples_per_step))
+        steps = math.ceil(self.epochs * -(-samples // self.samples_per_step))  # as the trainer rounds
         return min(steps, self.max_steps) if self.max_steps > 0 else steps
 
 

@@ -109,6 +109,8 @@ def measured(pair: Pair) -> Design:
     counts = np.bincount(images).astype(float)
     sums = clustered(difference[:, None], images)[:, 0]
     total, number = len(ids), units_of(pair.a)
+    if number < 2:  # one image tells as much as one question
+        return Design(total, mean_size(images), discordance, 1.0)
     between = (counts * (sums / counts - difference.mean()) ** 2).sum() / (number - 1)
     within = ((difference - (sums / counts)[images]) ** 2).sum() / (total - number)
     size = (total - (counts**2).sum() / total) / (number - 1)

@@ -1,6 +1,6 @@
 """A result as numbers that can be resampled: values and score of each question, and the image that it is about."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,11 +77,22 @@ def same_headlines(group: Sequence[Scored]) -> list[Headline]:
     return headlines if len(kinds) == 1 else [mean_headline(own.ids, own.values(own.ids)) for own in group]
 
 
-def clusters_of(ids: Sequence[str], keys: dict[str, str] | None) -> np.ndarray | None:
-    """The number of the image of each of `ids`; None if `keys` lacks one, or if each has an image of its own."""
-    if keys is None or any(id_ not in keys for id_ in ids):
+def drawn_units(ids: Iterable[str], keys: dict[str, str] | None) -> list[str] | None:
+    """What each of `ids` is resampled with: its image, or itself if it has none, which `keys` then lacks.
+
+    None if `keys` has none of them: then it is not known what they are about.
+    """
+    if not keys or not any(id_ in keys for id_ in ids):
         return None
-    clusters = numbered([keys[id_] for id_ in ids])
+    return [keys.get(id_, f"no image: {id_}") for id_ in ids]
+
+
+def clusters_of(ids: Sequence[str], keys: dict[str, str] | None) -> np.ndarray | None:
+    """The number of the image of each of `ids`; None if it is not known, or if each has an image of its own."""
+    units = drawn_units(ids, keys)
+    if units is None:
+        return None
+    clusters = numbered(units)
     return clusters if len(set(clusters.tolist())) < len(ids) else None
 
 
@@ -103,13 +114,14 @@ def load_scored(result: Result, keys: dict[str, str] | None = None) -> Scored:
         if not _is_score(headline, result):
             notes.append(f"{result.folder}: the score cannot be resampled from its files; the interval is of the mean.")
     keys = find_keys(result) if keys is None else keys
-    if keys is None or any(id_ not in keys for id_ in result.values):
+    units = drawn_units(result.values, keys)
+    if units is None:
         keys = None
         notes.append(
             f"{result.benchmark}: it is not known which questions share an image, so questions were resampled one by "
             "one; if some do, the intervals are too narrow."
         )
-    count = len({keys[id_] for id_ in result.values} if keys else result.values)
+    count = len(set(units or result.values))
     if count < FEW_CLUSTERS:
         unit = "images" if keys else "questions"
         notes.append(f"{result.benchmark}: {count} {unit} are few, so the intervals are too narrow.")
