@@ -178,7 +178,8 @@ def test_an_evaluation_stops_at_the_end_and_cuts_it(speaker):
 
     def generate(**inputs):
         tokens = generator.tokenizer(said, add_special_tokens=False)["input_ids"]
-        output = inner(**inputs, logits_processor=[Script(tokens, inputs["input_ids"].shape[1])])
+        inputs["logits_processor"].append(Script(tokens, inputs["input_ids"].shape[1]))
+        output = inner(**inputs)
         lengths.append(output.shape[1] - inputs["input_ids"].shape[1])
         return output
 

@@ -64,7 +64,7 @@ def test_many_faults_are_counted(images, processor):
 
 
 def test_a_programming_error_about_a_row_is_no_fault_of_it(images, monkeypatch):
-    monkeypatch.setattr("train.data.records._image_first", lambda text: {}["planted"])
+    monkeypatch.setattr("train.data.records.image_first", lambda text: {}["planted"])
     with pytest.raises(KeyError, match="planted"):
         stored([record()], images)
 
