@@ -69,8 +69,9 @@ class SavedModel:
         return read_native(self.folder, self.reduction)
 
     def describe(self) -> dict[str, Any]:
-        """Which model it is, for the result file."""
-        given = {} if self.reduction is None else {"reduction": str(self.reduction)}
+        """Which model it is, for the result file; a reduction may also be what its own folder says."""
+        reduction = None if self.configuration is None else self.configuration.reduction_config
+        given = {} if reduction is None else {"reduction": str(reduction)}
         return {
             "name": self.name,
             "path": str(self.folder),

@@ -85,7 +85,7 @@ class DropRule(Reduction):
         """What is kept at a cut: here the image tokens with most attention, over heads and then asking tokens."""
         probabilities, is_asking = view.attention()
         scores = mean_over(probabilities.mean(dim=1), is_asking)
-        return Choice(keep_best(scores, view.is_image, view.counts(cut)))
+        return Choice(view.keep(scores, view.counts(cut)))
 
     def renumbered(self, reduction: ReductionConfig) -> bool:
         """Whether the tokens behind a cut are numbered without gaps."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava_skip.reduction.in_decoder import Cut
+from llava_skip.reduction.in_decoder import Cut, keep_best
 from llava_skip.routing import align_right
 from llava_skip_base.errors import UserError
 
@@ -35,6 +35,7 @@ class CutView:
         embeddings: cosine and sine, [B or 1, N, E].
         stage: the tokens.
         asking: [B, N] bool.
+        stays: [B, N] bool, image tokens that are kept whatever attends to them, since their output is needed.
         num_images: [B], image tokens that a sample began with.
     """
 
@@ -46,6 +47,7 @@ class CutView:
     embeddings: tuple[Tensor, Tensor]
     stage: Stage
     asking: Tensor
+    stays: Tensor
     num_images: Tensor
 
     @property
@@ -57,6 +59,10 @@ class CutView:
         """[B], how many image tokens a sample keeps; all where nothing asks."""
         kept = (2 * self.num_images * cut.kept + cut.of) // (2 * cut.of)
         return torch.where(self.asking.any(dim=1), kept, self.is_image.sum(dim=1))
+
+    def keep(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """[B, N] bool, text and the `counts` [B] image tokens that stay or have the largest scores [B, N]."""
+        return keep_best(scores.masked_fill(self.stays, torch.inf), self.is_image, counts) | self.stays
 
     def attention(self) -> tuple[Tensor, Tensor]:
         """Attention of the asking tokens on all tokens of the stage.

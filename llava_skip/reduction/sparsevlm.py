@@ -17,7 +17,6 @@ from llava_skip.reduction.in_decoder import (
     DropRule,
     check_layers,
     fit_ratio,
-    keep_best,
     mean_over,
     powers,
     rising,
@@ -169,7 +168,7 @@ class SparseVLM(DropRule):
             attention = attention.gather(1, heads[..., None, None].expand(-1, -1, *attention.shape[2:]))
         scores = mean_over(attention.mean(dim=1), is_asking)
         counts = torch.minimum(view.counts(cut), view.is_image.sum(dim=1) - 1).clamp(min=1)
-        keep = keep_best(scores, view.is_image, counts)
+        keep = view.keep(scores, counts)
         return Choice(keep) if reduction["plus"] else self._merge(view, scores, keep)
 
     def _merge(self, view: CutView, scores: Tensor, keep: Tensor) -> Choice:

@@ -53,6 +53,11 @@ class PromptTokens:
         return self.supervised & ~before
 
     @property
+    def predicts(self) -> Tensor:
+        """[B, T] bool, the tokens whose next one matters: those with a label, without labels the last one."""
+        return _last_of(self.real) if self.supervised is None else self.supervised
+
+    @property
     def in_prompt(self) -> Tensor:
         """[B, T] bool, the tokens up to the last one of the prompt; with labels, up to the first answer."""
         prompt = self.real.clone()
@@ -64,8 +69,7 @@ class PromptTokens:
     @property
     def last(self) -> Tensor:
         """[B, T] bool, the last token of the prompt; with labels, the one just before the first answer."""
-        prompt = self.in_prompt
-        return prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
+        return _last_of(self.in_prompt)
 
     @property
     def behind_images(self) -> Tensor:
@@ -189,6 +193,7 @@ class Stages:
         self._mask, self._before = mask, {0: Stored()}
         self._stages: dict[int, Stage] = {}
         self._asking: Tensor | None = None
+        self._stays: Tensor | None = None
 
     def run(self, layer: SkippingLayer, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         """A decoder layer on the tokens of its stage: [B, N, D] -> [B, N, D], fewer if a cut is decided behind it."""
@@ -237,6 +242,8 @@ class Stages:
             if self._mask is not None and self._mask.shape[1] > tokens:
                 self._before[0] = Stored(self._mask[:, :-tokens].bool())
             self._asking = self.rule.asking(self.prompt, hidden_states)
+            # An image at the end of a prompt, as with the captions of stage 1: its last token gives the next one.
+            self._stays = self.prompt.predicts & images
 
     @torch.no_grad()
     def _decide(
@@ -258,16 +265,21 @@ class Stages:
                 stored_keys = cache.keys_of(start) if isinstance(cache, StagedCache) else None
                 keys = keys_of(layer, inputs, arguments["position_embeddings"], stored_keys)
             before = stored if self.rule.scores_before else self._stored_in(start - 1)
-            asking = self._asking.to(inputs.device).gather(1, stage.places) & stage.live
-            if stage.is_new is not None:
-                asking &= ~stage.is_new
+            asking, stays = (self._here(tokens, stage) for tokens in (self._asking, self._stays))
             num_images = self._stages[0].is_image.sum(dim=1).to(inputs.device)
             embeddings = arguments["position_embeddings"]
-            view = CutView(layer, inputs, outputs, keys, before.mask, embeddings, stage, asking, num_images)
+            view = CutView(layer, inputs, outputs, keys, before.mask, embeddings, stage, asking, stays, num_images)
             choice = self.rule.choose(view, self.cuts[start], self.reduction)
             if bool((stage.live & ~choice.keep).any()):
                 behind = stage.after(choice)
         self._stages[start] = self._placed(start, behind, stored, cache, inputs, arguments)
+
+    @staticmethod
+    def _here(tokens: Tensor | None, stage: Stage) -> Tensor:
+        """Which tokens [B, N] of a stage are among tokens [B, T] of the forward; merged ones are none of them."""
+        assert tokens is not None  # there are images
+        here = tokens.to(stage.places.device).gather(1, stage.places) & stage.live
+        return here if stage.is_new is None else here & ~stage.is_new
 
     def _stored_in(self, layer: int) -> Stored:
         """What a layer had stored before this forward."""
@@ -321,6 +333,11 @@ class Stages:
         first = self._stages[0]
         text = (first.live & ~first.is_image).all(dim=0)
         return int(text.flip(0).to(torch.uint8).cumprod(dim=0).sum())
+
+
+def _last_of(tokens: Tensor) -> Tensor:
+    """The last one of each sample among tokens [B, T] bool."""
+    return tokens & (tokens.flip(1).cumsum(dim=1).flip(1) == 1)
 
 
 def _on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_a_reduction_equals_a_folder_saved_with_it(
         == results[1]["image_tokens"]
         == dict.fromkeys(("entering", "attention", "ffn", "cache"), 6)
     )
-    assert results[1]["model"]["reduction"] == "random:6,seed=2" and "reduction" not in results[0]["model"]
+    assert [own["model"]["reduction"] for own in results] == ["random:6,seed=2"] * 2
     identities = [json.loads((folder / "run.json").read_text()) for folder in folders]
     assert "reduction" not in identities[0] and identities[1]["reduction"] == "random:6,seed=2"
 

@@ -277,6 +277,20 @@ def test_in_training_the_tokens_before_the_answers_ask():
         assert torch.equal(model(**inputs, shift_labels=shifted).loss, loss)
 
 
+@pytest.mark.parametrize("text", DROPPING)
+@torch.no_grad()
+def test_the_last_image_token_gives_the_first_word_of_a_caption(text):
+    model = reduced(text)
+    sample = mixed_samples(model)[0]
+    inputs, begin = sample.alone(), len(sample.input_ids) - 5
+    learnt = labels_of(inputs, {0: list(range(begin, begin + 5))})
+    logits = model(**inputs, labels=learnt).logits[0]
+    is_image, is_left = sample.input_ids == IMAGE_TOKEN_ID, logits.any(dim=1)
+    assert is_left[begin - 1] and (is_image & is_left).sum() < is_image.sum()
+    prompt = inputs | {name: inputs[name][:, :begin] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(model(**prompt).logits[0, -1], logits[begin - 1], **CLOSE)
+
+
 @torch.no_grad()
 def test_pyramiddrop_drops_nothing_of_a_sample_without_an_answer():
     model = reduced("pyramiddrop")
