@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.study.analysis.batches import KINDS, Batch
-from eval.study.analysis.numbers import BANDS, Numbers, as_text, draw_bands, middle, powers_of_ten, summarise
+from eval.study.analysis.numbers import BANDS, Numbers, as_text, column, draw_bands, middle, powers_of_ten, summarise
 from eval.study.analysis.walk import Walk, layer_by_layer
 from llava_skip.decoder import SkippingLayer
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -42,7 +43,7 @@ TOKENS = (
 READING = {
     "tokens": TOKENS,
     "in the charts": BANDS + ", over all tokens of a kind",
-    "in the table": "the median of a kind's tokens, averaged over the layers; all numbers are ratios, without a unit",
+    "in the table": "the median of a kind's tokens, averaged over the layers, which one layer can lead; all are ratios",
 }
 DEFINITIONS = UPDATES | FORMULAS | READING
 NOT_RUN = "FFN not run: what it would add"
@@ -77,10 +78,10 @@ def measure(
             run[kind].append(float(taken[chosen].float().mean()))
             for update in UPDATES:
                 for place, name in enumerate(FORMULAS):
-                    column = torch.cat([own[update][place] for _, _, own in parts])[chosen]
+                    own_values = torch.cat([own[update][place] for _, _, own in parts])[chosen]
                     if update == "ffn" and not would_be:
-                        column = column[taken[chosen]]
-                    values[update][name][kind].append(summarise(column.numpy()))
+                        own_values = own_values[taken[chosen]]
+                    values[update][name][kind].append(summarise(own_values.numpy()))
     return {
         "definitions": DEFINITIONS,
         "would_be": would_be,
@@ -173,15 +174,21 @@ def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[st
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """By how much the FFN changes text more than image tokens, and how many values were left out."""
-    values = result["values"]["ffn"]["update"]
-    text = middle(values["text"]) if "text" in values else None
+    """By how much FFN and attention change text more than image tokens, and how many values were left out."""
     found = []
-    for kind in (kind for kind in ("image", "retained", "skipped") if kind in values):
-        if text and (own := middle(values[kind])):
-            found.append(
-                f"The median FFN update of text, ||u|| / ||x|| averaged over the layers, is {text / own:.2f} times "
-                f"that of {label_of(result, 'ffn', kind)} tokens."
-            )
+    for update in UPDATES:
+        values = result["values"][update]["update"]
+        for kind in (kind for kind in ("image", "retained", "skipped") if kind in values and "text" in values):
+            pairs = zip(column(values["text"], "q50"), column(values[kind], "q50"), strict=True)
+            ratios = {layer: text / own for layer, (text, own) in enumerate(pairs) if own > 0 and text == text}
+            if ratios:
+                order = sorted(ratios, key=ratios.__getitem__)
+                least, most = (f"{ratios[layer]:.2f} in layer {layer}" for layer in (order[0], order[-1]))
+                found.append(
+                    f"{update}: the median update of text, ||u|| / ||x||, is longer than that of "
+                    f"{label_of(result, update, kind)} tokens in {sum(ratio > 1 for ratio in ratios.values())} of "
+                    f"{len(ratios)} layers. Text over {kind}: {median(ratios.values()):.2f} in the median layer, "
+                    f"{least} to {most}."
+                )
     lost = sum(n["not_finite"] for by in result["values"].values() for o in by.values() for k in o.values() for n in k)
     return found + ([f"{lost:,} values were not finite and are left out."] if lost else [])
