@@ -22,7 +22,7 @@ from llava_skip_base.files import write_bytes
 
 LONGEST_SIDE = 1024
 SMALL = 256 * 256  # pixels up to which an image is kept exactly
-GOLD_COLUMNS = ("answer", "answers", "gold", "label")
+GOLD_COLUMNS = ("answer", "answers", "gold", "label", "references")
 
 
 @dataclass
@@ -106,7 +106,7 @@ def collect_questions(benchmark: Benchmark, results: Sequence[Result], folder: P
             question.answers[-1].texts.append(str(row["prediction"]))
             if number == question.answers[0].model:
                 question.prompts.append(str(row["prompt"]))
-                question.golds += [gold for gold in [_gold(row)] if gold]
+                question.golds += [gold for gold in [gold_of(row)] if gold]
     note = _add_images(benchmark, results[0], questions, folder)
     return list(questions.values()), note
 
@@ -149,6 +149,7 @@ def _verdict(value: bool | float | None) -> tuple[str, str]:
     return verdict, f"{value:.2f}" if verdict == "partly" else verdict
 
 
-def _gold(row: Row) -> str:
+def gold_of(row: Row) -> str:
+    """The right answer of a benchmark's row, for a reader; "" if there is none."""
     value = next((row[name] for name in GOLD_COLUMNS if row.get(name)), "")
     return ", ".join(dict.fromkeys(map(str, value))) if isinstance(value, list) else str(value)

@@ -80,7 +80,8 @@ def chosen_parts(text: str) -> list[str]:
     """
     known = [*PARTS, SAMPLES]
     names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    if not names or (unknown := [name for name in names if name not in known]):
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
         raise UserError(f"--parts is {text!r}; expected some of {', '.join(known)}, or all.{_of(unknown)}")
     return [name for name in known if name in names]
 

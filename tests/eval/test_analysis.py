@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.showing.pages import gold_of
 from eval.study.analysis import layers, updates
 from eval.study.analysis.batches import KINDS, PADDING, block_kinds, make_batch, make_batches
 from eval.study.analysis.linear import LinearFit
@@ -262,6 +263,22 @@ def test_attention_of_one_token_is_a_row_of_the_map(kind):
     total = sum(values.nan_to_num() for values in masses.values())
     assert torch.allclose(total, torch.ones(4), atol=1e-5)
     assert masses["skipped"].isnan().tolist() == [False, False, True, False]
+
+
+def test_notes_count_layers_since_one_may_lead_a_mean():
+    def by_layer(*medians):
+        return [summarise([value]) for value in medians]
+
+    kinds = {"text": by_layer(50.0, 0.2, 0.2), "image": by_layer(0.5, 0.4, 0.1)}
+    values = {update: {"update": kinds} for update in updates.UPDATES}
+    ffn, attention = updates.notes({"would_be": True, "ffn_run": {"image": [1.0] * 3}, "values": values})
+    assert "of image tokens in 2 of 3 layers. Text over image: 2.00 in the median layer" in ffn
+    assert "0.50 in layer 1 to 100.00 in layer 0" in ffn and attention.startswith("attention: ")
+
+
+def test_the_right_answer_is_shown_where_a_benchmark_has_several():
+    assert gold_of({"question": "Which?", "references": ["9", "9", "7"]}) == "9, 7"
+    assert gold_of({"question": "Which?"}) == ""
 
 
 def test_a_value_that_is_not_finite_is_counted_and_left_out():

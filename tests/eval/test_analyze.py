@@ -130,6 +130,26 @@ def test_every_front_end(saved, records, tmp_path, no_charts, architecture):
     assert result["parts"]["layers"]["kl_answers"]["frozen"][0]["n"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", PICTURES_OF)
+def test_the_error_of_every_front_end(saved, records, tmp_path, no_charts, architecture):
+    model = native(saved, architecture, tmp_path / "model")
+    options = ("--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out", "--parts", "error")
+    code, _ = analyze(model, *options)
+    error = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]["error"]
+    assert code == 0 and error["samples"] == 2 and error["violations"] == {"one_layer": 0, "local": 0, "global": 0}
+    assert error["skipping"] == ("of the checkpoint" if architecture.startswith("sv-") else "all image tokens")
+    assert error["kl_answers"]["n"] and all(row["skipped"]["measured"]["q50"] > 0 for row in error["layers"])
+
+
+def test_the_llava_hf_layout(saved, records, tmp_path, no_charts):
+    folder = llava_hf(saved, tmp_path / "hf")
+    options = ("--data", records, "--images", tmp_path / "images", "--output", tmp_path / "out", "--template", "v1")
+    code, _ = analyze(folder, *options, "--parts", "updates,samples")
+    result = check_page(tmp_path / "out", 3 * PICTURES_OF["llava"], ("updates",))
+    assert code == 0 and result["model"]["layout"] == "llava-hf" and result["model"]["skip"] is None
+
+
 @pytest.mark.parametrize("charts", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path, request, charts):
     if not charts:
@@ -141,7 +161,7 @@ def test_llava_hf_and_the_papers_layout_side_by_side(saved, records, tmp_path, r
     assert code == 0 and "give the same answer to" in output
     # The preset of the paper's file is scaled to 16 patches: three retained, four skipped.
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.png")]
-    assert len(sizes) == 6 * charts and min(sizes, default=10_000) >= 10_000
+    assert len(sizes) == 7 * charts and min(sizes, default=10_000) >= 10_000
     result = check_page(tmp_path / "out", 3 * (PICTURES_OF["llava"] + PICTURES_OF["sv-llava"]), parts)
     assert result["model"]["layout"] == "original LLaVA" and result["model"]["preset"] == "sv-llava-100"
     assert [shown["model"] for shown in result["shown"][0]["shown"]] == ["paper", "hf"]
@@ -169,6 +189,7 @@ def test_questions_of_a_benchmark(saved, mmbench_rows, write_tsv, tmp_path):
     ("arguments", "message"),
     [
         (["--parts", "figure"], "Unknown: 1 (figure)"),
+        (["--parts", ","], "--parts is ','; expected some of updates"),
         (["--samples", "0"], "--samples is 0"),
         (["--images", "."], "--images goes with --data"),
         (["--data", "nowhere.json"], "no such file"),

@@ -31,11 +31,14 @@ POINTS = ((0.0, 1.0), (1 / 3, 2 / 3))
 GROUPS = ("skipped", "behind")
 SHOWN = ("skipped", "text")
 ONE_LAYER = ("global", "norm", "product", "actual")
+CURVES = {"global": "global: a bound", "local": "local: estimate of a bound", "measured": "measured"}
 ROUNDING = 1e-5
 """Relative excess over a bound that counts as a violation only above it: states are rounded."""
 
 DEFINITIONS = {
     "x, y": "states after a layer with skipping, and without, on the same weights and tokens",
+    "in the charts": "layers are counted from 0; medians and the middle half, of errors over the samples, of one FFN "
+    "over the skipped tokens; an error of exactly 0 is not on an axis of powers of ten",
     "error": "Frobenius norm of y - x over that of x, of the skipped tokens of a sample, or of its text behind them",
     "measured": "the error itself",
     "local": "propagated from layer to layer with the largest gains of the Jacobians of attention and FFN that power "
@@ -317,17 +320,18 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     with figure(files[0], (10, 4), ncols=2, sharey=True) as both:
         for axes, kind in zip(both, SHOWN, strict=True):
             for name in ("global", "local", "measured") if bounded else ("measured",):
-                _line(axes, numbers, [row[kind][name] for row in layers], name)
+                _line(axes, numbers, [row[kind][name] for row in layers], CURVES[name])
             title = "skipped tokens" if kind == "skipped" else "text behind them"
             _layer_axes(axes, title, len(layers))
-        both[0].set_ylabel("|y - x| / |x|")
+        both[0].set_ylabel("error, |y - x| / |x|")
         both[0].legend()
     if bounded:
         files.append(folder / "one-layer-bound.png")
         with figure(files[1]) as axes:
             rows = [row for row in layers if "one_layer" in row]
             for name in ONE_LAYER:
-                _line(axes, [row["layer"] for row in rows], [row["one_layer"][name] for row in rows], name)
+                label = name if name == "actual" else f"{name}: a bound"
+                _line(axes, [row["layer"] for row in rows], [row["one_layer"][name] for row in rows], label)
             _layer_axes(axes, "what one FFN adds to a skipped token", len(layers))
             axes.set_ylabel("|FFN(n)| / |x|, and its bounds")
             axes.legend()

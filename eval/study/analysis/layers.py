@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eval.study.analysis.batches import KINDS, VISUAL, Batch
 from eval.study.analysis.linear import LinearFit
-from eval.study.analysis.numbers import as_text, column, draw_bands, summarise
+from eval.study.analysis.numbers import BANDS, as_text, column, draw_bands, summarise
 from eval.study.analysis.walk import Walk, divergence, finish_changed, layer_by_layer
 from llava_skip.decoder import SkippingLayer
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -32,7 +32,7 @@ MEASURES = {
     "with images",
     "kl_answers": "the same, as the mean over the tokens of the answer, each given the ones before (teacher forced): "
     "the data's answers of a training file, the model's own greedy answer to a benchmark's question",
-    "shortv": "KL(changed || full) after the prompt: for `frozen` this is the layer contribution of ShortV's code",
+    "shortv": "KL(changed || full) after the prompt: for frozen this is the layer contribution of ShortV's code",
     "flips": "share of the samples whose likeliest next token after the prompt changes",
     "linear": "R^2 of the best linear map in the place of the FFN: least squares with bias from norm(x) to "
     "FFN(norm(x)) on the tokens of one half of the images, R^2 = 1 - (squared errors) / (squared distances "
@@ -43,7 +43,11 @@ MEASURES = {
     "probabilities summed over these tokens, mean over the heads",
 }
 """Name of a measure -> its definition."""
-DEFINITIONS = CHANGES | MEASURES
+READING = {
+    "in the charts": BANDS + ", over the samples (KL: the middle half alone; a straight axis below 1e-7)",
+    "in the table": "means over the samples, which a few samples can lead; of the rank, over the images",
+}
+DEFINITIONS = CHANGES | MEASURES | READING
 
 
 @torch.no_grad()
@@ -223,33 +227,46 @@ def draw(result: dict[str, Any], folder: Path) -> list[str]:
     with figure(folder / "layers-kl.png", (11, 4), ncols=2) as (left, right):
         answered = any(numbers["n"] for numbers in result["kl_answers"]["ffn"])
         for number, change in enumerate(CHANGES):
-            draw_bands(left, result["kl"][change], change, f"C{number}")
+            draw_bands(left, result["kl"][change], change, f"C{number}", outer=False)
             if answered:
-                draw_bands(right, result["kl_answers"][change], change, f"C{number}")
+                draw_bands(right, result["kl_answers"][change], change, f"C{number}", outer=False)
             else:
                 right.plot(result["flips"][change], ".-", color=f"C{number}", label=change)
-        left.set(xlabel="layer", ylabel="KL(full || changed), nats", yscale="log", title="first token of the answer")
+        left.set(xlabel="layer", ylabel="KL(full || changed), nats", title="first token of the answer")
+        _small_values(left)
         if answered:
-            right.set(xlabel="layer", yscale="log", title="mean over the tokens of the answer")
+            right.set(xlabel="layer", title="mean over the tokens of the answer")
+            _small_values(right)
         else:
             right.set(xlabel="layer", ylabel="share", title="samples whose likeliest first token changes")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-        left.legend(loc="upper right")
+        left.legend(loc="upper right", title="image tokens leave out")
     with figure(folder / "layers-states.png", (13, 4), ncols=3) as (fit, rank, mass):
         for kind, by_layer in result["linear"].items():
             values = [float("nan") if own["r2"] is None else own["r2"] for own in by_layer]
             fit.plot(values, ".-", color=f"C{KINDS.index(kind)}", label=kind)
-        fit.set(xlabel="layer", ylabel="R^2, held out", title="a linear map in the FFN's place")
+        fit.set(xlabel="layer", ylabel="R^2 on the other half of the images", title="a linear map in the FFN's place")
+        fit.xaxis.get_major_locator().set_params(integer=True)
+        if all(own["r2"] is None for by_layer in result["linear"].values() for own in by_layer):
+            fit.text(0.5, 0.5, "too few tokens: take more samples", ha="center", transform=fit.transAxes)
+            fit.set(xlim=(-0.5, len(result["rank"]) - 0.5), ylim=(0, 1))
         draw_bands(rank, result["rank"], "an image", "C1")
         rank.set(xlabel="layer", title="effective rank of an image's tokens", ylim=(0, None))
         for kind, by_layer in result["mass"].items():
             draw_bands(mass, by_layer, kind, f"C{KINDS.index(kind)}")
-        mass.set(xlabel="layer", title="attention of the last prompt token to", ylim=(0, 1))
+        mass.set(xlabel="layer", ylabel="share", title="attention of the last prompt token to", ylim=(0, 1))
         for axes in (fit, rank, mass):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8, loc="upper right")
+        for axes in (fit, mass):
+            axes.legend(fontsize=8, loc="best")
     return ["layers-kl.png", "layers-states.png"]
+
+
+def _small_values(axes: Any) -> None:
+    """Powers of ten down to what float32 resolves, and 0: a change in the last layer gives exactly 0."""
+    axes.set_yscale("symlog", linthresh=1e-7)
+    axes.set_ylim(bottom=0)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -42,11 +42,30 @@ def as_text(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.3g}"
 
 
-def draw_bands(axes: Any, by_layer: Sequence[Numbers], label: str, color: Any, dashed: bool = False) -> None:
-    """Median by layer as a line, and the middle half and the middle nine tenths of the values as bands."""
+BANDS = (
+    "layers are counted from 0; a line is the median, the darker band the middle half of the values and the lighter "
+    "one the middle nine tenths"
+)
+"""What `draw_bands` draws, for a reader."""
+
+
+def draw_bands(
+    axes: Any, by_layer: Sequence[Numbers], label: str, color: Any, dashed: bool = False, outer: bool = True
+) -> None:
+    """Median by layer as a line, and the middle half and, if `outer`, the middle nine tenths of the values as bands."""
     layers = range(len(by_layer))
     axes.xaxis.get_major_locator().set_params(integer=True)
     line = "--" if dashed else "-"
     axes.plot(layers, column(by_layer, "q50"), line, color=color, label=label, linewidth=1.4, marker=".", markersize=4)
-    for low, high, alpha in (("q25", "q75", 0.22), ("q05", "q95", 0.1)):
+    for low, high, alpha in (("q25", "q75", 0.22), ("q05", "q95", 0.1))[: 1 + outer]:
         axes.fill_between(layers, column(by_layer, low), column(by_layer, high), color=color, alpha=alpha, linewidth=0)
+
+
+def powers_of_ten(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at its ticks, also where it spans less than a power of ten."""
+    from matplotlib.ticker import LogFormatter  # slow to import, as in `figure`
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.tick_params(axis="y", which="minor", labelsize=8)

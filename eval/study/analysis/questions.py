@@ -19,6 +19,7 @@ from eval.answering.plan import assign, chosen_benchmarks, embedded_file
 from eval.benchmarks import get_benchmark
 from eval.reading.images import PLACEHOLDER, ImageSource
 from eval.reading.tables import sha256
+from eval.showing.pages import gold_of
 from llava_skip.configuration import IGNORE_INDEX
 from llava_skip.processing import image_first
 from llava_skip_base.errors import MissingFileError, UserError, first_few
@@ -26,7 +27,6 @@ from llava_skip_base.files import image_path, read_json
 from llava_skip_base.texts import shortened
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-GOLD_COLUMNS = ("answer", "answers", "gold", "label")
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,6 @@ def _spread(questions: Sequence[Question], count: int) -> list[Question]:
     if count >= len(questions):
         return list(questions)
     return [questions[number * len(questions) // count] for number in range(count)]
-
-
-def gold_of(fields: dict[str, Any]) -> str:
-    """The right answer of a benchmark's row, for a reader; "" if there is none."""
-    value = next((fields[name] for name in GOLD_COLUMNS if fields.get(name)), "")
-    return ", ".join(dict.fromkeys(map(str, value))) if isinstance(value, list) else str(value)
 
 
 def read_records(path: Path, images: Path) -> list[Question]:

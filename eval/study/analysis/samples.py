@@ -109,14 +109,15 @@ def _panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[tupl
     place = image, scale, crops.shape[-1], parts
     total, tokens = len(parts.places), max(parts.tokens) + 1
     if parts.retained == total:
-        return [("image", f"all {total} visual tokens take the whole decoder", image)]
+        return [("image", f"dense: all {total} visual tokens take every FFN", image)]
     if -1 in parts.tokens:
-        return [("kept", f"{parts.retained} of {total} visual tokens stay as they are", draw_retained(*place))]
-    panels = [("retained", f"retained: {parts.retained} of {total} visual tokens", draw_retained(*place))]
+        return [("kept", f"framed: {parts.retained} of {total} visual tokens stay as they are", draw_retained(*place))]
+    panels = [("retained", f"retained, framed: {parts.retained} of {total} visual tokens", draw_retained(*place))]
     if tokens < total:
-        caption = f"the others are merged to {tokens - parts.retained}: one colour a token, white where it is kept"
+        caption = f"merged: the others become {tokens - parts.retained}, one colour each; white frame: kept"
         panels.append(("merged", caption, draw_merges(*place)))
     for number, weights in enumerate(parts.summaries):
-        caption = f"summary {number + 1} of {sum(map(bool, weights))} tokens: the largest weighs {max(weights):.1%}"
+        about = f"of {sum(map(bool, weights))} tokens, the more it weighs the redder; the largest share is"
+        caption = f"summary {number + 1}, {about} {max(weights):.1%}"
         panels.append((f"summary{number + 1}", caption, draw_heat(*place, number)))
     return panels

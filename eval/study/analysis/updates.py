@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.study.analysis.batches import KINDS, Batch
-from eval.study.analysis.numbers import Numbers, as_text, draw_bands, middle, summarise
+from eval.study.analysis.numbers import BANDS, Numbers, as_text, column, draw_bands, middle, powers_of_ten, summarise
 from eval.study.analysis.walk import Walk, layer_by_layer
 from llava_skip.decoder import SkippingLayer
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
@@ -33,7 +34,18 @@ UPDATES = {
     "attention": "u = what the layer's attention adds, x the state that enters the layer",
 }
 """Name of an update -> what x and u are."""
-DEFINITIONS = UPDATES | FORMULAS
+TOKENS = (
+    "text: all that is no image token; image: those of a model that skips nothing; of one that skips: retained (take "
+    "every FFN), skipped (dashed for the FFN, which is not run: what it would add), exempt (skipped, but keep the "
+    "FFN), summary"
+)
+"""The kinds, for a reader."""
+READING = {
+    "tokens": TOKENS,
+    "in the charts": BANDS + ", over all tokens of a kind",
+    "in the table": "the median of a kind's tokens, averaged over the layers, which one layer can lead; all are ratios",
+}
+DEFINITIONS = UPDATES | FORMULAS | READING
 NOT_RUN = "FFN not run: what it would add"
 
 
@@ -66,10 +78,10 @@ def measure(
             run[kind].append(float(taken[chosen].float().mean()))
             for update in UPDATES:
                 for place, name in enumerate(FORMULAS):
-                    column = torch.cat([own[update][place] for _, _, own in parts])[chosen]
+                    own_values = torch.cat([own[update][place] for _, _, own in parts])[chosen]
                     if update == "ffn" and not would_be:
-                        column = column[taken[chosen]]
-                    values[update][name][kind].append(summarise(column.numpy()))
+                        own_values = own_values[taken[chosen]]
+                    values[update][name][kind].append(summarise(own_values.numpy()))
     return {
         "definitions": DEFINITIONS,
         "would_be": would_be,
@@ -112,23 +124,34 @@ def _is_run(result: dict[str, Any], kind: str) -> bool:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[str]:
-    """A chart for each update, a panel for each definition; the names of the files."""
-    names = []
+    """Both updates side by side, and a chart for each with a panel for each definition; the names of the files."""
+    names = ["figure-1.png"]
+    with figure(folder / names[0], (11, 4), ncols=2, sharey=True) as both:
+        for axes, update in zip(both, UPDATES, strict=True):
+            _draw_update(axes, result, update, "update")
+            axes.set_title(f"{update}: length of the update, {FORMULAS['update']}", fontsize=10)
+            powers_of_ten(axes)
+            axes.legend(fontsize=8, loc="upper right")
     for update, about in UPDATES.items():
         names.append(f"update-{update}.png")
         with figure(folder / names[-1], (11, 7.5), nrows=2, ncols=2) as grid:
             for axes, (name, formula) in zip(grid.flat, FORMULAS.items(), strict=True):
-                for kind, by_layer in result["values"][update][name].items():
-                    dashed = update == "ffn" and not _is_run(result, kind)
-                    color = f"C{KINDS.index(kind)}"
-                    draw_bands(axes, by_layer, label_of(result, update, kind), color, dashed)
-                axes.set(xlabel="layer", title=f"{name}: {formula}")
+                _draw_update(axes, result, update, name)
+                axes.set_title(f"{name}: {formula}", fontsize=10)
                 if name != "norm":
-                    axes.set_yscale("log")
-                axes.grid(alpha=0.3)
+                    powers_of_ten(axes)
             grid.flat[0].legend(fontsize=8, loc="upper right")
             grid.flat[0].figure.suptitle(f"{update}: {about}", fontsize=10)
     return names
+
+
+def _draw_update(axes: Any, result: dict[str, Any], update: str, name: str) -> None:
+    """All kinds of tokens in one panel."""
+    for kind, by_layer in result["values"][update][name].items():
+        dashed = update == "ffn" and not _is_run(result, kind)
+        draw_bands(axes, by_layer, label_of(result, update, kind), f"C{KINDS.index(kind)}", dashed)
+    axes.set_xlabel("layer")
+    axes.grid(alpha=0.3)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -139,7 +162,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             cells = [as_text(middle(result["values"][update][name][kind])) for name in FORMULAS]
             count = result["values"]["attention"]["update"][kind][0]["n"]
             rows.append([update, label_of(result, update, kind), f"{count:,}", *cells])
-    return ["update", "tokens", "how many", *FORMULAS.values()], rows
+    return ["part", "tokens", "how many", *FORMULAS.values()], rows
 
 
 def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[str], list[list[str]]]:
@@ -151,15 +174,21 @@ def layer_table(result: dict[str, Any], update: str, name: str) -> tuple[list[st
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """By how much the FFN changes text more than image tokens, and how many values were left out."""
-    values = result["values"]["ffn"]["update"]
-    text = middle(values["text"]) if "text" in values else None
+    """By how much FFN and attention change text more than image tokens, and how many values were left out."""
     found = []
-    for kind in (kind for kind in ("image", "retained", "skipped") if kind in values):
-        if text and (own := middle(values[kind])):
-            found.append(
-                f"The median FFN update of text, ||u|| / ||x|| averaged over the layers, is {text / own:.2f} times "
-                f"that of {label_of(result, 'ffn', kind)} tokens."
-            )
+    for update in UPDATES:
+        values = result["values"][update]["update"]
+        for kind in (kind for kind in ("image", "retained", "skipped") if kind in values and "text" in values):
+            pairs = zip(column(values["text"], "q50"), column(values[kind], "q50"), strict=True)
+            ratios = {layer: text / own for layer, (text, own) in enumerate(pairs) if own > 0 and text == text}
+            if ratios:
+                order = sorted(ratios, key=ratios.__getitem__)
+                least, most = (f"{ratios[layer]:.2f} in layer {layer}" for layer in (order[0], order[-1]))
+                found.append(
+                    f"{update}: the median update of text, ||u|| / ||x||, is longer than that of "
+                    f"{label_of(result, update, kind)} tokens in {sum(ratio > 1 for ratio in ratios.values())} of "
+                    f"{len(ratios)} layers. Text over {kind}: {median(ratios.values()):.2f} in the median layer, "
+                    f"{least} to {most}."
+                )
     lost = sum(n["not_finite"] for by in result["values"].values() for o in by.values() for k in o.values() for n in k)
     return found + ([f"{lost:,} values were not finite and are left out."] if lost else [])
