@@ -1,7 +1,6 @@
 """Intervals and tests with known truths."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -123,12 +122,3 @@ def test_exchange_of_models_gives_the_p_of_sign_flips() -> None:
     exact, _ = sign_flip_test(b.astype(int) - a, images)
     assert tail(second.value - first.value, chance) == pytest.approx(exact, abs=0.01)
     assert tail(0.0, swap_draws(first.parts, first.parts, first.function, images)) == 1.0
-
-
-@pytest.mark.slow
-def test_ten_thousand_resamples_of_ten_thousand_questions_take_seconds() -> None:
-    values = np.random.default_rng(7).random(10_000)
-    headline = mean_headline(list(map(str, range(10_000))), values)
-    start = time.process_time()
-    headline_interval(headline)
-    assert time.process_time() - start < 20
