@@ -1,4 +1,4 @@
-"""What the programs share: the judge's options, and the last lines of their output."""
+"""What the programs share: how models answer, the judge's options, and the last lines of their output."""
 
 import os
 from collections.abc import Sequence
@@ -13,6 +13,15 @@ from eval.scoring.judge import Judge
 from llava_skip_base.console import print_text
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_text
+
+DataFiles = Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")]
+ImageFolders = Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")]
+BatchSize = Annotated[int, typer.Option(help="Questions answered at once.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")]
+Dtype = Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")]
+Attention = Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")]
 
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL; OPENAI_BASE_URL by default.")]
 JudgeModel = Annotated[str, typer.Option(help="Model that grades.")]

@@ -164,15 +164,15 @@ def run(
         list[Path] | None, typer.Option(help="Saved model, may be repeated; the newest one by default.")
     ] = None,
     benchmarks: Annotated[str, typer.Option(help="Names separated by commas: " + ", ".join([*BENCHMARKS, ALL]))] = ALL,
-    data: Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")] = None,
-    images: Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")] = None,
+    data: options.DataFiles = None,
+    images: options.ImageFolders = None,
     output: Annotated[Path | None, typer.Option(help="Results go to OUTPUT/BENCHMARK/MODEL.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
-    attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
+    processes: options.Processes = None,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: options.MaxNewTokens = None,
+    limit: options.Limit = None,
+    dtype: options.Dtype = None,
+    attn: options.Attention = None,
     reduction: Annotated[
         list[str] | None, typer.Option(help="Rival METHOD:TOKENS[,NAME=VALUE...]; results go to MODEL@METHOD-TOKENS.")
     ] = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eval import options
 from eval.answering.plan import ALL, Run, chosen_benchmarks, plan_runs
 from eval.benchmarks import BENCHMARKS
 from eval.run import evaluate
@@ -94,15 +95,15 @@ def run(
         list[str] | None, typer.Option(help="One more METHOD:TOKENS[,NAME=VALUE...], may be repeated.")
     ] = None,
     benchmarks: Annotated[str, typer.Option(help="Names separated by commas: " + ", ".join([*BENCHMARKS, ALL]))] = ALL,
-    data: Annotated[list[str] | None, typer.Option(help="FILE, or NAME=FILE for each; default: embedded.")] = None,
-    images: Annotated[list[str] | None, typer.Option(help="Folder of image files, or NAME=FOLDER each.")] = None,
+    data: options.DataFiles = None,
+    images: options.ImageFolders = None,
     output: Annotated[Path | None, typer.Option(help="Folder of answers, table, figures and page.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each GPU by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the protocol's by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")] = None,
-    attn: Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")] = None,
+    processes: options.Processes = None,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: options.MaxNewTokens = None,
+    limit: options.Limit = None,
+    dtype: options.Dtype = None,
+    attn: options.Attention = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text beside the image, for FLOPs.")] = 30,
     page: Annotated[Path | None, typer.Option(help="Also write the table and figures as this Markdown page.")] = None,
 ) -> None:

@@ -79,7 +79,52 @@ class GrowingLayer(DynamicLayer):
         self.length = max(0, self.length + tokens_to_remove)
 
 
-class ForgettingCache(Cache):
+class CountingCache(Cache):
+    """Counts twice: `get_seq_length` the tokens that were seen, `get_query_offset` those that a layer has stored.
+
+    A subclass counts `seen`, and changes what it holds beside keys and values in `_change_masks`.
+    """
+
+    max_cache_len = -1  # no maximum; peft's prefix tuning asks for it
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Keys and values of each layer, as the caches of transformers give them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens seen so far, those that are no longer stored included."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Number of tokens that a layer has stored so far, K."""
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples for beam search."""
+        super().reorder_cache(beam_idx)
+        self._change_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._change_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these samples."""
+        super().batch_select_indices(indices)
+        self._change_masks(lambda mask: mask[indices])
+
+    def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do to every tensor [B, ...] beside keys and values what was done to the samples."""
+        raise NotImplementedError
+
+
+class ForgettingCache(CountingCache):
     """Keeps, of each image, only the tokens that are not skipped; positions stay those of the whole sequence.
 
     `get_seq_length` counts every token that was seen, so position ids and `generate` go on as if nothing were dropped;
@@ -88,22 +133,14 @@ class ForgettingCache(Cache):
     The forwards of a prompt in chunks are made inside of `chunked_prefill()`.
     """
 
-    max_cache_len = -1  # no maximum; peft's prefix tuning asks for it
-
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-        self.seen = 0
+        super().__init__()
         self.mask: Tensor | None = None
         self.selection: Tensor | None = None
         self.in_chunks = False
         self.chunk_tokens = 0
         self._kept: Tensor | None = None
         self._dropped: Tensor | None = None  # [B, at most seen], see `_note_dropped`; later tokens are stored
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """Keys and values of each layer, as the caches of transformers give them."""
-        for layer in self.layers:
-            yield layer.keys, layer.values, None
 
     @contextmanager
     def chunked_prefill(self) -> Iterator[None]:
@@ -181,29 +218,6 @@ class ForgettingCache(Cache):
         index = _for_heads(self.selection, key_states)
         super().update(key_states.gather(2, index), value_states.gather(2, index), layer_idx)
         return visible
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen so far, the forgotten ones included."""
-        return self.seen
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Number of tokens stored so far, K."""
-        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the samples for beam search."""
-        super().reorder_cache(beam_idx)
-        self._change_masks(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sample `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._change_masks(lambda mask: mask.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these samples."""
-        super().batch_select_indices(indices)
-        self._change_masks(lambda mask: mask[indices])
 
     def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("mask", "_kept", "_dropped"):

@@ -217,7 +217,7 @@ class LlavaSkipConfig(LlavaConfig):
     `front_end` is the name of a registered front end. `max_tiles` and `pad_pictures` belong to `hd` (the largest grid,
     and whether images are padded to a square, which gives every image the same length), `resampler` to `cos` (the
     fields of a `ResamplerConfig`). `preset` is the name that the numbers come from, for reports. `image_seq_length`
-    always follows from the rest. `reduction` has the fields of a `ReductionConfig`: a rival method in the place of
+    always follows from the rest. `reduction` has the fields of a `ReductionConfig`: a rival method instead of
     `skip`.
     """
 

@@ -59,7 +59,7 @@ def convert(
     projector: Annotated[str | None, typer.Option(help="A mm_projector.bin, or its folder.")] = None,
     to: Annotated[Target, typer.Option(help="Layout to write.")] = Target.native,
     reduction: Annotated[
-        str | None, typer.Option(help="Rival method in the place of skipping: METHOD:TOKENS[,NAME=VALUE...].")
+        str | None, typer.Option(help="Rival method instead of skipping: METHOD:TOKENS[,NAME=VALUE...].")
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
     template: Annotated[str | None, typer.Option(help="Conversation template of the processor.")] = None,

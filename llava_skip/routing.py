@@ -107,7 +107,7 @@ class Route:
         kept: [B, T] True where the cache keeps the token's keys and values; None if it keeps all.
         real: [B, T] False on padding; None if nothing is padded.
         layers: the layers that the route is for; None: all. The others run all tokens.
-        runner: runs each layer in the place of all this, for a reduction inside the decoder; None without one.
+        runner: runs each layer instead of all this, for a reduction inside the decoder; None without one.
     """
 
     ffn_tokens: Tensor | None = None

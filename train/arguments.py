@@ -49,7 +49,7 @@ class ModelArguments:
     )
     reduction: str | None = field(
         default=None,
-        metadata={"help": "A rival method in the place of skipping, METHOD:TOKENS[,NAME=VALUE...], such as "
+        metadata={"help": "A rival method instead of skipping, METHOD:TOKENS[,NAME=VALUE...], such as "
                           "visionzip:64 (docs/rivals.md). Default: what a saved model has."},
     )  # fmt: skip
     size: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(SIZES)}."})

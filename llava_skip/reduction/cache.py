@@ -5,14 +5,13 @@ Shapes: B batch, H key-value heads, T new tokens, K tokens stored in a layer, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from llava_skip.cache import GrowingLayer
+from llava_skip.cache import CountingCache
 from llava_skip_base.errors import UserError
 
 
@@ -29,25 +28,17 @@ class Stored:
     shift: Tensor | None = None
 
 
-class StagedCache(Cache):
+class StagedCache(CountingCache):
     """Each layer stores the tokens that it has seen; positions and `generate` count those of the whole sequence.
 
     `get_seq_length` counts every token that was seen; `get_query_offset` and `get_mask_sizes` count those that a layer
     has stored. `stored` has, for the first layer behind each cut, what the layers from there on hold.
     """
 
-    max_cache_len = -1  # no maximum; peft's prefix tuning asks for it
-
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-        self.seen = 0
+        super().__init__()
         self.stored: dict[int, Stored] = {}
         self.whole = 0  # the latest tokens that every layer has stored
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """Keys and values of each layer, as the caches of transformers give them."""
-        for layer in self.layers:
-            yield layer.keys, layer.values, None
 
     def store_from(self, layer: int, stored: Stored, tail: int | None) -> None:
         """Say what the layers from `layer` on will hold after this forward.
@@ -74,30 +65,7 @@ class StagedCache(Cache):
         """The keys [B, H, K, E] that a layer has stored; None if it has none."""
         return self.layers[layer].keys if layer < len(self.layers) and self.get_query_offset(layer) else None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen so far, the dropped ones included."""
-        return self.seen
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Number of tokens that a layer has stored, K."""
-        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the samples for beam search."""
-        super().reorder_cache(beam_idx)
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sample `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these samples."""
-        super().batch_select_indices(indices)
-        self._change(lambda tensor: tensor[indices])
-
-    def _change(self, change: Any) -> None:
+    def _change_masks(self, change: Callable[[Tensor], Tensor]) -> None:
         self.stored = {
             layer: Stored(*(None if tensor is None else change(tensor) for tensor in (stored.mask, stored.shift)))
             for layer, stored in self.stored.items()

@@ -211,10 +211,10 @@ def test_counted_flops_equal_the_formula(text):
 # --- training
 
 
-def labels_of(inputs: dict, learnt: dict[int, list[int]]) -> torch.Tensor:
-    """Labels [B, T], -100 but for the columns that are learnt of each sample."""
+def labels_of(inputs: dict, supervised: dict[int, list[int]]) -> torch.Tensor:
+    """Labels [B, T], -100 but for the columns that are supervised of each sample."""
     labels = torch.full_like(inputs["input_ids"], -100)
-    for sample, columns in learnt.items():
+    for sample, columns in supervised.items():
         labels[sample, columns] = inputs["input_ids"][sample, columns]
     return labels
 
@@ -259,7 +259,7 @@ def test_a_text_only_step_calls_the_same_modules_in_the_same_order(text):
 def test_in_training_the_tokens_before_the_answers_ask():
     sample = mixed_samples(small_model(architecture="llava"))[0]  # 3 words, an image, 5 words
     ids = sample.input_ids
-    learnt = [len(ids) - 4, len(ids) - 3, len(ids) - 1]  # two answers: of two tokens and of one
+    supervised = [len(ids) - 4, len(ids) - 3, len(ids) - 1]  # two answers: of two tokens and of one
     asking = [len(ids) - 5, len(ids) - 2]
     expected = {
         "fastv:8": lambda m, x: by_hand.fastv(m, x, ids, asking[:1], 1, 4),
@@ -270,10 +270,10 @@ def test_in_training_the_tokens_before_the_answers_ask():
         model = reduced(text)
         logits = by_description(model, by_hand.embeddings_of(model, sample, ids))
         inputs = sample.alone()
-        loss = model(**inputs, labels=labels_of(inputs, {0: learnt})).loss
-        targets = torch.nn.functional.cross_entropy(logits[[n - 1 for n in learnt]], ids[learnt])
+        loss = model(**inputs, labels=labels_of(inputs, {0: supervised})).loss
+        targets = torch.nn.functional.cross_entropy(logits[[n - 1 for n in supervised]], ids[supervised])
         torch.testing.assert_close(loss, targets, **CLOSE)
-        shifted = torch.nn.functional.pad(labels_of(inputs, {0: learnt})[:, 1:], (0, 1), value=-100)
+        shifted = torch.nn.functional.pad(labels_of(inputs, {0: supervised})[:, 1:], (0, 1), value=-100)
         assert torch.equal(model(**inputs, shift_labels=shifted).loss, loss)
 
 
@@ -283,8 +283,8 @@ def test_the_last_image_token_gives_the_first_word_of_a_caption(text):
     model = reduced(text)
     sample = mixed_samples(model)[0]
     inputs, begin = sample.alone(), len(sample.input_ids) - 5
-    learnt = labels_of(inputs, {0: list(range(begin, begin + 5))})
-    logits = model(**inputs, labels=learnt).logits[0]
+    supervised = labels_of(inputs, {0: list(range(begin, begin + 5))})
+    logits = model(**inputs, labels=supervised).logits[0]
     is_image, is_left = sample.input_ids == IMAGE_TOKEN_ID, logits.any(dim=1)
     assert is_left[begin - 1] and (is_image & is_left).sum() < is_image.sum()
     prompt = inputs | {name: inputs[name][:, :begin] for name in ("input_ids", "attention_mask")}

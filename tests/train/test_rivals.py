@@ -1,4 +1,4 @@
-"""Training with a rival method in the place of skipping."""
+"""Training with a rival method instead of skipping."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ MEASURES = {
     "the data's answers of a training file, the model's own greedy answer to a benchmark's question",
     "shortv": "KL(changed || full) after the prompt: for frozen this is the layer contribution of ShortV's code",
     "flips": "share of the samples whose likeliest next token after the prompt changes",
-    "linear": "R^2 of the best linear map in the place of the FFN: least squares with bias from norm(x) to "
+    "linear": "R^2 of the best linear map instead of the FFN: least squares with bias from norm(x) to "
     "FFN(norm(x)) on the tokens of one half of the images, R^2 = 1 - (squared errors) / (squared distances "
     "from the mean) over all channels on the tokens of the other half; halves are of different images",
     "rank": "effective rank of one image's tokens (without summaries) as they enter the layer: exp of the entropy of "
