@@ -193,11 +193,15 @@ class ForgettingCache(CountingCache):
         if kept is None:
             self.selection, valid, width = None, route.real, new
         else:
-            self.selection, valid = align_right(kept)
+            self.selection, valid = align_right(kept, route.longest)
             width = self.selection.shape[1]
+            if route.longest is None:
+                valid = unless_all(valid)
+            elif len(route.ffn_tokens) == valid.numel():  # as many of each sample
+                valid = None
         if (staying := route.real if kept is None else kept) is not None:
             self._note_dropped(staying, self.seen)
-        self.mask = join_masks(before, stored, unless_all(valid), width, hidden_states)
+        self.mask = join_masks(before, stored, valid, width, hidden_states)
         return join_masks(before, stored, route.real, new, hidden_states)
 
     def update(
@@ -268,3 +272,13 @@ def join_masks(old: Tensor | None, stored: int, new: Tensor | None, width: int, 
     parts = [(old, stored), (new, width)]
     ones = like.new_ones
     return torch.cat([ones(like.shape[0], n, dtype=torch.bool) if m is None else m for m, n in parts], dim=1)
+
+
+def num_seen(cache: Cache | None) -> int:
+    """Number of tokens that a cache has seen."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def is_decode_step(cache: Cache | None, new: int) -> bool:
+    """One new token a sample for a cache: nothing to route, and no synchronisation, if it has no image."""
+    return new == 1 and cache is not None and not (isinstance(cache, ForgettingCache) and cache.in_chunks)

@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from llava_skip.configuration import SkipConfig
+from llava_skip.masking import OneSequence, attends_in_window
 from llava_skip.routing import Route, add_to_tokens, take_tokens
 from llava_skip_base.errors import UserError
 
@@ -35,6 +36,11 @@ class SkippingLayer(nn.Module):
     input_layernorm: Any
     post_attention_layernorm: Any
     mlp: Any
+
+    def __call__(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """Without what stands for no cache."""
+        cache = None if isinstance(past_key_values, OneSequence) else past_key_values
+        return super().__call__(*args, past_key_values=cache, **kwargs)
 
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; without a route, or where it names all tokens, the stock layer.
@@ -144,9 +150,9 @@ def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = Non
 
 def _check_window(config: PreTrainedConfig) -> None:
     """Raise UserError if a layer attends in a window: it would count stored tokens, without the skipped ones."""
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    if window is None and kinds <= {"full_attention"}:
+    if not attends_in_window(config):
         return
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     seen = f"sliding_window is {window}" + (f", layer_types has {', '.join(sorted(kinds))}" if kinds else "")
     cure = "use_sliding_window to false and layer_types to null" if kinds else "sliding_window to null"
     raise UserError(

@@ -21,10 +21,11 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_skip.arguments import features_config
-from llava_skip.cache import ForgettingCache
+from llava_skip.cache import ForgettingCache, num_seen
 from llava_skip.configuration import SkipConfig
+from llava_skip.counts import TokenCounts, count_tokens
 from llava_skip.reduction.running import check_chunks, own_cache
-from llava_skip.routing import skipped_tokens
+from llava_skip.routing import ImageTokens, skipped_tokens
 from llava_skip_base.errors import UserError
 
 
@@ -38,6 +39,7 @@ class Prompt:
         skipped_before: [B, P] bool, the skipped tokens of earlier turns in the cache; None if there are none.
         num_ids: number of ids of the prompt; fewer than P if `generate` was given embeddings or the cache of a turn.
         position: number of tokens of the prompt that are in the cache.
+        counts: of the prompt; None if it is not all of ids and mask.
         chunks: open while the prompt comes in chunks.
     """
 
@@ -46,6 +48,7 @@ class Prompt:
     skipped_before: Tensor | None
     num_ids: int
     position: int
+    counts: TokenCounts | None = None
     chunks: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -64,6 +67,8 @@ class Prompt:
         for name in ("is_image", "skipped", "skipped_before"):
             if repeats > 1 and (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+        if repeats > 1 and self.counts is not None:
+            self.counts = self.counts.repeated(repeats)
 
     def hide_skipped(self, mask: Tensor | None, width: int) -> Tensor | None:
         """The mask [B, W] of a forward over a cache that keeps every token: skipped ones keep position, lose key."""
@@ -75,15 +80,24 @@ class Prompt:
         mask = torch.ones(len(hidden), width, dtype=torch.long, device=hidden.device) if mask is None else mask
         return mask.masked_fill(nn.functional.pad(hidden, (0, mask.shape[1] - self.length)), 0)
 
+    def is_padded(self, cache: Cache | None) -> bool | None:
+        """Whether the mask of a decode step has padding, or hides tokens; None: it is not known."""
+        if self.counts is None or isinstance(cache, ForgettingCache):
+            return None
+        return self.counts.padding > 0 or self.skipped is not None
+
     def advance(self, cache: Cache | None, num_new: int) -> dict[str, Any]:
         """Count the new tokens of a forward; returns the arguments that say where its image tokens are."""
+        if self.is_done and num_new == 1:
+            return {"padded": self.is_padded(cache)}
         if self.is_done:
-            return {} if num_new == 1 else {"prompt_images": self.is_image[:, :0], "generated": num_new}
+            return {"prompt_images": self.is_image[:, :0], "generated": num_new}
         end = self.position + num_new
         if isinstance(cache, ForgettingCache) and end < self.length and not cache.in_chunks:
             self.chunks.enter_context(cache.chunked_prefill())
+        counts = self.counts if self.position == 0 and end == self.length else None
         self.position = 0 if cache is None else end
-        return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
+        return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length), "counts": counts}
 
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
@@ -162,13 +176,14 @@ class SkippingGenerationMixin(GenerationMixin):
         is_image = self._find_images(ids, embeddings)
         if embeddings is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(is_image, dtype=torch.long)  # of the ids, where both are given
-        self._encode_images(kwargs)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        counts = self._count(is_image, embeddings, kwargs)
+        self._encode_images(kwargs, counts)
         width = is_image.shape[1] if mask is None else mask.shape[1]
         if width < is_image.shape[1]:
             raise UserError(f"attention_mask has {width} columns for a prompt of {is_image.shape[1]} tokens.")
         is_image = nn.functional.pad(is_image, (width - is_image.shape[1], 0))  # a second turn may give new ids alone
-        position, before = 0 if cache is None else int(cache.get_seq_length()), None
+        position, before = num_seen(cache), None
         if 0 < width <= position:
             raise UserError(
                 f"The cache has {position} tokens, ids and attention_mask {width}: give generate the ids of the whole "
@@ -186,7 +201,15 @@ class SkippingGenerationMixin(GenerationMixin):
             for images in (is_image, before)
         )
         num_ids = (0 if ids is None else ids.shape[1]) + is_image.shape[1] - width
-        return Prompt(is_image, skipped, skipped_before, num_ids, position)
+        return Prompt(is_image, skipped, skipped_before, num_ids, position, counts)
+
+    def _count(self, is_image: Tensor, embeddings: Tensor | None, kwargs: dict[str, Any]) -> TokenCounts | None:
+        """The counts of a prompt [B, P] that is all of ids and mask, read before the tower runs."""
+        mask, begun = kwargs.get("attention_mask"), num_seen(kwargs.get("past_key_values")) > 0
+        if embeddings is not None or begun or mask is None or mask.shape != is_image.shape:
+            return None
+        images = ImageTokens.of_forward(is_image, self.config.skip_config, is_image)
+        return count_tokens(images, is_image, mask, crop_counts=kwargs.get("crop_counts"))
 
     def _find_images(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
         """The image tokens [B, T] of what is given; of embeddings that hold the images already, the ids say where.
@@ -202,7 +225,7 @@ class SkippingGenerationMixin(GenerationMixin):
             raise UserError(f"The image tokens of input_ids and inputs_embeds differ in {int(wrong.sum())} positions.")
         return known
 
-    def _encode_images(self, kwargs: dict[str, Any]) -> None:
+    def _encode_images(self, kwargs: dict[str, Any], counts: TokenCounts | None) -> None:
         """Replace the pixels in the arguments of `generate` by their blocks."""
         config = features_config(self.config, kwargs)
         given = {name: kwargs.pop(name, None) for name in ("pixel_values", "crop_counts")}
@@ -211,6 +234,8 @@ class SkippingGenerationMixin(GenerationMixin):
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if encoded.get("image") is not None:
             raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
+        if counts is not None and counts.crops:
+            given["crop_counts"] = counts.crops
         blocks = self.model.encode_images(**given, config=config)
         kwargs["mm_encoder_outputs"] = {**encoded, "image": BaseModelOutputWithPooling(pooler_output=blocks)}
 

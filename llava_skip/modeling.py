@@ -9,14 +9,15 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -26,18 +27,30 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils.generic import can_return_tuple
 
 from llava_skip.arguments import read_arguments
-from llava_skip.cache import ForgettingCache
-from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.cache import is_decode_step, num_seen
+from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.counts import TokenCounts, check_images, next_labels, num_supervised, supervised_tokens, with_counts
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
-from llava_skip.masking import is_two_dimensional, mask_skipped
+from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
 from llava_skip.reduction.config import ReductionConfig
-from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored, supervised_tokens
-from llava_skip.routing import ImageTokens, Route, make_route
+from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
+from llava_skip.routing import ImageTokens, Route, make_route, place_images, take_tokens, true_indices
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
 from llava_skip_base.errors import UserError
+
+
+@dataclass
+class SkippingModelOutput(LlavaModelOutputWithPast):
+    """transformers' output of LLaVA without its head, and where the supervised tokens are.
+
+    Attributes:
+        supervised: flat indices into [B * T] of the tokens whose next one has a label; None without labels.
+    """
+
+    supervised: Tensor | None = None
 
 
 class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
@@ -86,13 +99,17 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return outputs
 
     def encode_images(
-        self, pixel_values: Tensor, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
+        self,
+        pixel_values: Tensor,
+        crop_counts: Tensor | Sequence[int] | None = None,
+        config: LlavaSkipConfig | None = None,
     ) -> Tensor | list[Tensor]:
         """Images -> the blocks [N, L, D] that replace their image tokens.
 
         It is a list of N tensors [L, D] where images have different lengths. Arguments as those of
-        `FrontEnd.encode`.
+        `FrontEnd.encode`; `crop_counts` that is a tensor is read.
         """
+        crop_counts = crop_counts.tolist() if isinstance(crop_counts, Tensor) else crop_counts
         tower, projector = self.vision_tower, self.multi_modal_projector
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
@@ -136,32 +153,54 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         generated: int = 0,
         use_cache: bool | None = None,
         supervised: Tensor | None = None,
+        counts: TokenCounts | None = None,
+        padded: bool | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`."""
-        config = read_arguments(self.config, kwargs)
-        use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
-        features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
-        found, inputs_embeds = self._embed(input_ids, inputs_embeds)
-        check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
-        route, images = Route(), None
-        if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            seen = _num_seen(past_key_values)
-            images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, seen)
-            self._check_images(images, found, features, input_ids is None, prompt_images is None)
-            inputs_embeds = _place(features, inputs_embeds, images, nothing)
-            route = make_route(images, _not_padding(attention_mask, images.new))
-        runner = make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
+    ) -> SkippingModelOutput:
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `with_counts`.
+
+        In a decode step `padded` says whether `attention_mask` has padding; None: it is not known.
+        """
+        config, images = read_arguments(self.config, kwargs), None
+        use_cache, cache = self._default_cache(use_cache, past_key_values)
+        found, encoded = self.find_images(input_ids, inputs_embeds), (mm_encoder_outputs or {}).get("image")
+        check_forward(config, cache, attention_mask, position_ids, found.shape[1], kwargs)
+        given = (pixel_values, encoded, prompt_images)
+        if any(x is not None for x in given) or not is_decode_step(cache, found.shape[1]):
+            images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, num_seen(cache))
+            latest = latest_tokens(images, cache)
+            images = with_counts(images, counts, found, attention_mask, supervised, crop_counts, latest)
+        features, nothing = self._images(pixel_values, crop_counts, encoded, config, images)
+        embeds = self._embed(input_ids, inputs_embeds, features, nothing, images, whole=prompt_images is None)
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
+        outputs = self._run(embeds, images, attention_mask, cache, supervised, padded, kwargs)
+        rows = None if supervised is None else true_indices(supervised, num_supervised(images))
+        return SkippingModelOutput(image_hidden_states=features, supervised=rows, **outputs)
+
+    def _run(
+        self,
+        embeds: Tensor,
+        images: ImageTokens | None,
+        mask: Any,
+        cache: Cache | None,
+        supervised: Tensor | None,
+        padded: bool | None,
+        kwargs: dict[str, Any],
+    ) -> BaseModelOutputWithPast:
+        """The language model on embeddings [B, T, D] that hold the images."""
+        route = Route() if images is None else make_route(images, find_real(mask, images))
+        runner = make_runner(self.config, self.language_model, route, images, mask, supervised)
+        config, position_ids = self.language_model.config, kwargs["position_ids"]
+        mask = forward_mask(config, embeds, mask, cache, route, images, position_ids, padded)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, images, position_ids),
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            past_key_values=one_sequence(config, mask, cache, position_ids),
             route=route if runner is None else replace(route, runner=runner),
             **kwargs | {"return_dict": True},
         )
-        return LlavaModelOutputWithPast(image_hidden_states=features, **restored(outputs, runner))
+        outputs.past_key_values = cache
+        return restored(outputs, runner)
 
     def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         if use_cache is None:
@@ -171,24 +210,44 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return use_cache, cache
 
     def _images(
-        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
+        self,
+        pixel_values: Tensor | None,
+        crop_counts: Tensor | Sequence[int] | None,
+        encoded: BaseModelOutputWithPooling | None,
+        config: LlavaSkipConfig,
+        images: ImageTokens | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The blocks of all images [N * L, D], encoded now, or before (`generate` does, once for all beams).
 
         In training without images, also a zero in their place, see `_no_picture`.
         """
-        if encoded and pixel_values is not None:
-            raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
+        if encoded is not None:
+            if pixel_values is not None:
+                raise UserError("Give pixel_values or mm_encoder_outputs, not both: both are the same images.")
+            return torch.cat(list(encoded.pooler_output), dim=0), None
         if pixel_values is not None:
+            counts = None if images is None else images.counts
+            crop_counts = crop_counts if counts is None else counts.crops or crop_counts
             return torch.cat(list(self.encode_images(pixel_values, crop_counts, config)), dim=0), None
-        if encoded and encoded.get("image") is not None:
-            return torch.cat(list(encoded["image"].pooler_output), dim=0), None
         return None, self._no_picture() if self.training and torch.is_grad_enabled() else None
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Where the image tokens are [B, T], and embeddings [B, T, D]."""
-        found = self.find_images(input_ids, inputs_embeds)
-        return found, self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        features: Tensor | None,
+        nothing: Tensor | None,
+        images: ImageTokens | None,
+        whole: bool,
+    ) -> Tensor:
+        """Embeddings [B, T, D] with the images [N * L, D] in their places; `whole` is whether none may be cut."""
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if images is None:
+            return embeds
+        self._check_images(images, features, input_ids is None, whole)
+        if features is None:
+            return embeds if nothing is None else embeds + nothing
+        return place_images(features, embeds, images)
 
     def find_images(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the image tokens are [B, T], in ids [B, T] or in their embeddings [B, T, D]."""
@@ -203,63 +262,14 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         """[B, T, 1] bool, the image tokens; as in transformers' LLaVA, whose arguments these are."""
         found = self.find_images(input_ids, None if input_ids is not None else inputs_embeds)
         images = ImageTokens.of_forward(found, self.config.skip_config)
-        self._check_images(images, found, image_features.flatten(0, -2), embeddings=False, whole=True)
+        images = with_counts(images, None, found)
+        self._check_images(images, image_features.flatten(0, -2), embeddings=False, whole=True)
         return found.unsqueeze(-1)
 
-    def _check_images(
-        self, images: ImageTokens, found: Tensor, features: Tensor | None, embeddings: bool, whole: bool
-    ) -> None:
-        """Raise UserError if the image tokens of a forward are not those of the images.
-
-        Args:
-            images: where image tokens must be.
-            found: [B, T] bool, where they are.
-            features: [N * L, D], the images; None if there are none.
-            embeddings: whether embeddings were given, which may hold the images already.
-            whole: whether no image may be cut.
-        """
-        if torch.compiler.is_exporting():  # a graph cannot depend on values
-            return
-        is_image, length = images.in_new, 0 if features is None else len(features)
-        differ = (is_image != found)[:, : images.new - images.generated]
-        size = 1 if images.skip is None or not whole else images.skip.length
-        cut = is_image.sum(dim=1) % size
-        counts = torch.stack([is_image.sum(), found.sum(), differ.sum(), cut.sum()]).tolist()
-        num_tokens, num_found, num_wrong, num_cut = counts
-        if embeddings and features is None and num_found == 0:
-            return
-        if num_wrong:
-            raise UserError(
-                f"prompt_images and the tokens of this forward differ in {num_wrong} positions: its columns are the "
-                "tokens of the prompt up to the last new one."
-            )
-        if num_tokens != length:
-            raise UserError(
-                f"The text has {num_tokens} image tokens, the images fill {length} "
-                f"({self.config.image_seq_length} an image): give text and images to the processor together."
-            )
-        if num_cut:
-            raise UserError(
-                f"A sample has a part of an image, whose block is {size} tokens: give whole images, or the image "
-                "tokens of the whole prompt so far as prompt_images."
-            )
-
-    def _mask(
-        self,
-        mask: Tensor | None,
-        cache: Cache | None,
-        inputs_embeds: Tensor,
-        route: Route,
-        images: ImageTokens | None,
-        position_ids: Tensor | None,
-    ) -> Tensor | None:
-        """The attention mask over stored and new tokens; also says to a forgetting cache which new ones stay."""
-        if isinstance(cache, ForgettingCache):
-            stored_mask = cache.begin(route, inputs_embeds)
-            mask = stored_mask if is_two_dimensional(mask) else mask
-        if images is None:  # a decode step
-            return mask
-        return mask_skipped(self.language_model.config, inputs_embeds, mask, cache, images, position_ids)
+    def _check_images(self, images: ImageTokens, features: Tensor | None, embeddings: bool, whole: bool) -> None:
+        """See `check_images`; `features` [N * L, D] are the images."""
+        length = None if features is None else len(features)
+        check_images(images, length, embeddings, whole, self.config.image_seq_length)
 
     def _no_picture(self) -> Tensor:
         """A zero that depends on every parameter of the image path.
@@ -280,33 +290,8 @@ def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
     return SummaryLayer(config.text_config.hidden_size, skip.summary_start, len(skip.spans))
 
 
-def _place(features: Tensor | None, embeddings: Tensor, images: ImageTokens, nothing: Tensor | None) -> Tensor:
-    """Replace the image tokens by the blocks of the images [N * L, D], in order; or add `nothing`."""
-    if features is not None:
-        return embeddings.masked_scatter(images.in_new.unsqueeze(-1), features.to(embeddings))
-    return embeddings if nothing is None else embeddings + nothing
-
-
 def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:
-    return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-
-
-def _is_decode_step(cache: Cache | None, inputs_embeds: Tensor, features: Tensor | None) -> bool:
-    """One new token a sample for a cache, without images: nothing to route, and no synchronisation."""
-    single = features is None and inputs_embeds.shape[1] == 1 and cache is not None
-    return single and not (isinstance(cache, ForgettingCache) and cache.in_chunks)
-
-
-def _num_seen(cache: Cache | None) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _not_padding(mask: Any, new: int) -> Tensor | None:
-    """[B, T] bool, False on padding among the `new` tokens; None if none of them is padding, or a graph asks."""
-    if mask is None or not is_two_dimensional(mask) or torch.compiler.is_exporting():
-        return None
-    real = mask[:, -new:].bool()
-    return None if bool(real.all()) else real
+    return {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "supervised")}
 
 
 class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenerationMixin):
@@ -368,24 +353,26 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            supervised=supervised_tokens(self.config, labels, shift_labels),
+            supervised=supervised_tokens(labels, shift_labels),
             **kwargs | {"return_dict": True},
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None or shift_labels is not None:
-            loss = self._supervised_loss(hidden_states, labels, shift_labels, num_items_in_batch)
+        if outputs.supervised is not None:
+            loss = self._supervised_loss(hidden_states, labels, shift_labels, outputs.supervised, num_items_in_batch)
         if loss is None or logits_to_keep is not None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
     def _supervised_loss(
-        self, hidden_states: Tensor, labels: Tensor | None, targets: Tensor | None, items: Tensor | int | None
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        targets: Tensor | None,
+        tokens: Tensor,
+        items: Tensor | int | None,
     ) -> Tensor:
-        """Next-token cross entropy over the tokens whose next token has a label; 0 if none has."""
-        if targets is None:
-            assert labels is not None  # one of them is given
-            hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden_states[supervised]).float()
-        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
-        return total / (supervised.sum().clamp(min=1) if items is None else items)
+        """Next-token cross entropy over the tokens [M] whose next token has a label; 0 if none has."""
+        targets = next_labels(labels) if targets is None else targets
+        logits = self.lm_head(take_tokens(hidden_states, tokens)).float()
+        total = nn.functional.cross_entropy(logits, take_tokens(targets, tokens), reduction="sum")
+        return total / (max(len(tokens), 1) if items is None else items)

@@ -72,7 +72,7 @@ def image_parts(model: LlavaSkipModel, crops: Tensor) -> ImageParts:
     if skip is None and model.config.reduction is None:
         return ImageParts(places, list(range(len(places))), [True] * len(places), len(places), [])
     modules = model.vision_tower, model.multi_modal_projector
-    (group,) = model.front_end.encode(*modules, crops, torch.tensor([len(crops)]), model.config)
+    (group,) = model.front_end.encode(*modules, crops, [len(crops)], model.config)
     if skip is None:
         return _kept_parts(places, View(model.front_end, *modules, crops, model.config).tokens, group.tokens)
     kept, others = group.tokens.tensor_split([skip.retained], dim=1)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llava_skip.configuration import SkipConfig
 from llava_skip_base.errors import UserError
+
+if TYPE_CHECKING:
+    from llava_skip.counts import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ImageTokens:
         generated: number of tokens at the end that come after the prompt.
         skip: the sizes of an image's block; None for a dense model.
         skipped: [B, W] bool, the skipped visual tokens; None for a dense model.
+        counts: how many there are; None if the host does not know it.
     """
 
     is_image: Tensor
@@ -35,6 +39,7 @@ class ImageTokens:
     generated: int
     skip: SkipConfig | None
     skipped: Tensor | None
+    counts: TokenCounts | None = None
 
     @classmethod
     def of_forward(
@@ -105,6 +110,7 @@ class Route:
     Attributes:
         ffn_tokens: [M] flat indices into [B * T] of the tokens that take the FFN; None if all do.
         kept: [B, T] True where the cache keeps the token's keys and values; None if it keeps all.
+        longest: the most tokens of a sample that `kept` keeps; None if the host does not know it.
         real: [B, T] False on padding; None if nothing is padded.
         layers: the layers that the route is for; None: all. The others run all tokens.
         runner: runs each layer instead of all this, for a reduction inside the decoder; None without one.
@@ -112,6 +118,7 @@ class Route:
 
     ffn_tokens: Tensor | None = None
     kept: Tensor | None = None
+    longest: int | None = None
     real: Tensor | None = None
     layers: tuple[int, ...] | None = None
     runner: LayerRunner | None = None
@@ -155,20 +162,38 @@ def make_route(images: ImageTokens, real: Tensor | None) -> Route:
         images: where the image tokens are.
         real: [B, T] bool, False on padding; None if nothing is padded.
     """
-    skip, skipped, ffn = images.skip, images.skipped_in_new, real
+    skip, skipped, ffn, counts = images.skip, images.skipped_in_new, real, images.counts
     if skipped is not None:
         ffn = ~skipped if real is None else real & ~skipped
     if ffn is None:
         return Route()
-    tokens = ffn.flatten().nonzero().squeeze(1)
+    tokens = true_indices(ffn, None if counts is None else counts.ffn)
     if not torch.compiler.is_exporting() and tokens.numel() == ffn.numel():
         return Route(real=real)
     kept = ffn if skip is not None and skip.forget_cache else None
-    return Route(ffn_tokens=tokens, kept=kept, real=real, layers=skip.layers if skip else None)
+    longest = None if counts is None else counts.longest
+    return Route(tokens, kept, longest, real, skip.layers if skip else None)
+
+
+def true_indices(flags: Tensor, number: int | None) -> Tensor:
+    """Flat indices [number] of the True ones, in order; without their number the device is read for it."""
+    if number is None:
+        return flags.flatten().nonzero().squeeze(1)
+    return flags.flatten().nonzero_static(size=number).squeeze(1)
+
+
+def place_images(features: Tensor, embeddings: Tensor, images: ImageTokens) -> Tensor:
+    """Embeddings [B, T, D] with the image tokens replaced by the blocks of the images [N * L, D], in order."""
+    features = features.to(embeddings)
+    if images.counts is None:
+        return embeddings.masked_scatter(images.in_new.unsqueeze(-1), features)
+    # Not masked_scatter: its backward pass reads from the device how many tokens it selects.
+    tokens = true_indices(images.in_new, images.counts.image)
+    return embeddings.flatten(0, 1).index_copy(0, tokens, features).view_as(embeddings)
 
 
 def take_tokens(hidden_states: Tensor, tokens: Tensor) -> Tensor:
-    """Gather tokens: [B, T, D] and flat indices [M] -> [M, D]."""
+    """Gather tokens: [B, T, ...] and flat indices [M] -> [M, ...]."""
     return hidden_states.flatten(0, 1).index_select(0, tokens)
 
 
@@ -178,17 +203,18 @@ def add_to_tokens(hidden_states: Tensor, tokens: Tensor, update: Tensor) -> Tens
     return flat.index_add(0, tokens, update.to(flat.dtype)).view_as(hidden_states)
 
 
-def align_right(kept: Tensor) -> tuple[Tensor, Tensor]:
+def align_right(kept: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """Where the kept tokens of each sample come from when they are packed to the right end.
 
     Args:
         kept: [B, T] bool.
+        longest: K; None: the device is read for it.
 
     Returns:
         index [B, K] into T, in order, K the largest number that a sample keeps; and valid [B, K], False on the
         positions before those of a sample that keeps fewer.
     """
-    longest = int(kept.sum(dim=1).max())
+    longest = int(kept.sum(dim=1).max()) if longest is None else longest
     order = kept.to(torch.uint8).argsort(dim=1, stable=True)
     index = order[:, order.shape[1] - longest :]
     return index, kept.gather(1, index)

@@ -24,6 +24,7 @@ from train.data import (
     ConversationStream,
     RecordSet,
     collate,
+    collate_counted,
     collate_flat,
     dropped_findings,
     load_tables,
@@ -119,6 +120,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    collator = partial(collate_counted, collator=collator, config=config)
     usable = partial(
         usable_records, processor=processor, max_length=data.max_length, processes=data.data_processes,
         drop_faulty=data.drop_faulty,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -162,7 +163,7 @@ class Validation:
         """[len(SUMS)] of a batch."""
         batch = dict(batch)
         samples, counts = len(batch.pop("record_ids")), [batch.pop(name) for name in COUNTED]
-        inputs = {name: tensor.to(self._arguments.device) for name, tensor in batch.items()}
+        inputs = send_to_device(batch, self._arguments.device)
         # The sum over the tokens: a mean over one token. Of the logits, which nobody reads, only the last. With a cache
         # the samples of a --padding_free batch would be one.
         loss = model(**inputs, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss

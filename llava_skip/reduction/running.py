@@ -9,13 +9,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_skip.arguments import check_whole_mask
 from llava_skip.cache import ForgettingCache
-from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.masking import is_two_dimensional
 from llava_skip.reduction.cache import StagedCache
 from llava_skip.reduction.config import ReductionConfig
@@ -79,7 +79,7 @@ def make_runner(
     if reduction is None or not reduction.rule.in_decoder:
         return None
     # A rank that trains on text alone must call the same modules as the others: ZeRO's collective calls follow them.
-    has_images = images is not None and (language_model.training or bool(images.in_new.any()))
+    has_images = images is not None and (language_model.training or _any_new(images))
     if isinstance(rule := reduction.rule, FreezeRule):
         if images is None or not has_images:
             return None
@@ -93,6 +93,10 @@ def make_runner(
         real = torch.ones_like(images.in_new) if route.real is None else route.real
         prompt = PromptTokens(images.in_new, real, supervised, images.generated)
     return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens, mask)
+
+
+def _any_new(images: ImageTokens) -> bool:
+    return bool(images.in_new.any() if images.counts is None else images.counts.image)
 
 
 def restored(outputs: BaseModelOutputWithPast, runner: LayerRunner | None) -> BaseModelOutputWithPast:
@@ -147,22 +151,6 @@ def check_samples_apart(config: LlavaSkipConfig) -> None:
             f"reduction {config.reduction_config} drops tokens of each sample by itself, and this batch has several "
             "samples in one sequence: train with `--padding_free false`, with padding."
         )
-
-
-def supervised_tokens(config: LlavaSkipConfig, labels: Tensor | None, targets: Tensor | None) -> Tensor | None:
-    """The tokens whose next one has a label, for a reduction that reads it; None for every other model.
-
-    Args:
-        config: of the model.
-        labels: [B, T], -100 where there is none.
-        targets: [B, T], the labels of each token's next one; they go before `labels`.
-
-    Returns:
-        [B, T] bool.
-    """
-    if targets is None and labels is not None and cuts_of(config):
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return None if targets is None or not cuts_of(config) else targets != IGNORE_INDEX
 
 
 def check_chunks(config: LlavaSkipConfig, size: int | None) -> None:

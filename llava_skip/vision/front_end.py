@@ -5,6 +5,7 @@ Shapes: N images, P visual tokens of an image, D width of the language model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,7 +118,7 @@ class FrontEnd:
         tower: ClipTower,
         projector: nn.Module,
         pixel_values: Tensor,
-        crop_counts: Tensor | None,
+        crop_counts: Sequence[int] | None,
         config: LlavaSkipConfig,
     ) -> list[Group]:
         """Visual tokens of all images, the retained first, in groups of equal length.
@@ -126,7 +127,7 @@ class FrontEnd:
             tower: the vision tower.
             projector: what `build_projector` made.
             pixel_values: [crops of all images, 3, side, side].
-            crop_counts: [N], only if images have several crops.
+            crop_counts: of the N images, only if images have several crops.
             config: of the model.
         """
         tokens = self.crop_tokens(tower, projector, pixel_values, config)
@@ -146,7 +147,7 @@ class FrontEnd:
         """Visual tokens [N, P, D] of images with one crop each, the retained first."""
         raise NotImplementedError
 
-    def blank(self, config: LlavaSkipConfig) -> tuple[Tensor, Tensor | None]:
+    def blank(self, config: LlavaSkipConfig) -> tuple[Tensor, Sequence[int] | None]:
         """`pixel_values` and `crop_counts` of one black image."""
         side = config.vision_config.image_size
         return torch.zeros(1, 3, side, side), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class HdFrontEnd(FrontEnd):
         tower: ClipTower,
         projector: nn.Module,
         pixel_values: Tensor,
-        crop_counts: Tensor | None,
+        crop_counts: Sequence[int] | None,
         config: LlavaSkipConfig,
     ) -> list[Group]:
         """The tower runs once over the crops of all images; images with equally many crops are a group.
@@ -62,7 +63,7 @@ class HdFrontEnd(FrontEnd):
         Raises:
             UserError: `crop_counts` is missing, or does not add up.
         """
-        counts = [] if crop_counts is None else crop_counts.tolist()
+        counts = list(crop_counts or ())
         if sum(counts) != pixel_values.shape[0]:
             raise UserError(
                 f"front_end 'hd' has {pixel_values.shape[0]} crops, and crop_counts says {counts or 'nothing'}: give "
@@ -80,10 +81,10 @@ class HdFrontEnd(FrontEnd):
         features, _ = tower(pixel_values, config.vision_feature_layer)
         return projector(select_patches(features, config))
 
-    def blank(self, config: LlavaSkipConfig) -> tuple[Tensor, Tensor | None]:
+    def blank(self, config: LlavaSkipConfig) -> tuple[Tensor, Sequence[int] | None]:
         """A thumbnail and one tile."""
         side = config.vision_config.image_size
-        return torch.zeros(2, 3, side, side), torch.tensor([2])
+        return torch.zeros(2, 3, side, side), [2]
 
     def image_processor(self, config: LlavaSkipConfig, sizes: dict[str, Any]) -> Any:
         """One that cuts tiles."""

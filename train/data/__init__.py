@@ -1,6 +1,6 @@
 """Sources of conversations -> a mixture -> samples -> batches."""
 
-from train.data.dataset import COUNTED, ConversationDataset, collate, collate_flat
+from train.data.dataset import COUNTED, ConversationDataset, collate, collate_counted, collate_flat
 from train.data.measure import sample_lengths
 from train.data.sources import RecordSet, load_records, load_tables, read_sources
 from train.data.stream import ConversationStream, stream_loader
@@ -14,6 +14,7 @@ __all__ = [
     "RecordError",
     "RecordSet",
     "collate",
+    "collate_counted",
     "collate_flat",
     "dropped_findings",
     "load_records",

@@ -5,6 +5,7 @@ Shapes: T tokens of a sample, B samples, N images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llava_skip.configuration import IGNORE_INDEX
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
+from llava_skip.counts import count_batch
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip_base.errors import UserError
 from train.data.records import Record, find_fault
@@ -119,6 +121,14 @@ def collate_flat(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "labels": joined([torch.tensor([IGNORE_INDEX, *sample["labels"][1:]]) for sample in samples]),
         "position_ids": joined([torch.arange(len(sample["input_ids"])) for sample in samples]),
     } | _shared(samples)
+
+
+def collate_counted(
+    samples: list[dict[str, Any]], collator: Callable[[list[dict[str, Any]]], dict[str, Any]], config: LlavaSkipConfig
+) -> dict[str, Any]:
+    """What a collator makes, and `counts`: the model then asks the device for nothing that the ids already say."""
+    batch = collator(samples)
+    return batch | {"counts": count_batch(config, batch)}
 
 
 def _shared(samples: list[dict[str, Any]]) -> dict[str, Any]:
