@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -198,16 +198,25 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-@lru_cache(maxsize=64)
-def _parse_skip(entry: str) -> SkipConfig:
-    """The validated `skip` entry of a config.json, parsed once for each text."""
-    return SkipConfig.from_dict(json.loads(entry))
+_SKIPS: dict[Any, SkipConfig] = {}
+_REDUCTIONS: dict[Any, ReductionConfig] = {}
 
 
-@lru_cache(maxsize=64)
-def _parse_reduction(entry: str) -> ReductionConfig:
-    """The validated `reduction` entry of a config.json, parsed once for each text."""
-    return ReductionConfig.from_dict(json.loads(entry))
+def _parsed(entry: dict, kind: Any, known: dict[Any, Any]) -> Any:
+    """A validated entry of a config.json, parsed once for each content; a graph that is traced only looks it up."""
+    key = _frozen(entry)
+    if key not in known:
+        known[key] = kind.from_dict(json.loads(json.dumps(entry)))
+    return known[key]
+
+
+def _frozen(value: Any) -> Any:
+    """Plain data as something that a table can have as a key."""
+    if isinstance(value, dict):
+        return tuple([(name, _frozen(entry)) for name, entry in value.items()])
+    if isinstance(value, (list, tuple)):
+        return tuple([_frozen(entry) for entry in value])
+    return type(value).__name__, value  # 1 is not True
 
 
 @strict
@@ -321,12 +330,12 @@ class LlavaSkipConfig(LlavaConfig):
     @property
     def skip_config(self) -> SkipConfig | None:
         """The validated `skip` entry, None for a dense model."""
-        return None if self.skip is None else _parse_skip(json.dumps(self.skip, sort_keys=True))
+        return None if self.skip is None else _parsed(self.skip, SkipConfig, _SKIPS)
 
     @property
     def reduction_config(self) -> ReductionConfig | None:
         """The validated `reduction` entry, None without one."""
-        return None if self.reduction is None else _parse_reduction(json.dumps(self.reduction, sort_keys=True))
+        return None if self.reduction is None else _parsed(self.reduction, ReductionConfig, _REDUCTIONS)
 
     @property
     def forgets(self) -> bool:

@@ -36,6 +36,7 @@ class TokenCounts:
         longest: the most of these in one sample; as many tokens of each sample does a cache that forgets store.
         hidden: skipped tokens among the latest ones, which some tokens may not see.
         supervised: tokens whose next one has a label.
+        first: the first column [0, T) that has one of these; 0 if there is none.
         crops: crops of each image; empty where an image has no `crop_counts`.
     """
 
@@ -50,6 +51,7 @@ class TokenCounts:
     longest: int
     hidden: int
     supervised: int
+    first: int
     crops: tuple[int, ...] = ()
 
     @property
@@ -98,6 +100,7 @@ def count_tokens(
         ffn.sum(dim=1).max(),
         none if skipped is None else skipped[:, -latest:].sum(),
         none if supervised is None else supervised.sum(),
+        none if supervised is None else supervised.any(dim=0).to(torch.uint8).argmax(),
     ]
     read = torch.stack(numbers)
     if crop_counts is not None:
