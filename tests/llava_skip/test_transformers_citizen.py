@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 from transformers.generation import CompileConfig
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipModel, SkipConfig
+from llava_skip.counts import count_batch
 from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
@@ -123,7 +124,8 @@ def test_compiled_training_gives_the_same_gradients(model):
     model.train()(**inputs, labels=labels).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    torch.compile(model, backend="aot_eager")(**inputs, labels=labels).loss.backward()
+    counts = count_batch(model.config, inputs | {"labels": labels})
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, labels=labels, counts=counts).loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:
             assert_near(parameter.grad, expected[name])
