@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from llava_skip.arguments import read_arguments
 from llava_skip.cache import is_decode_step, num_seen
-from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.counts import TokenCounts, check_images, next_labels, num_supervised, supervised_tokens, with_counts
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
@@ -375,4 +375,4 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         targets = next_labels(labels) if targets is None else targets
         logits = self.lm_head(take_tokens(hidden_states, tokens)).float()
         total = nn.functional.cross_entropy(logits, take_tokens(targets, tokens), reduction="sum")
-        return total / (max(len(tokens), 1) if items is None else items)
+        return total / ((targets != IGNORE_INDEX).sum().clamp(min=1) if items is None else items)
