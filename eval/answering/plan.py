@@ -240,7 +240,7 @@ def checked_models(folders: Sequence[Path], reductions: Sequence[str] = (), need
 
     parsed = [ReductionConfig.parse(text) for text in reductions]
     if doubled := sorted({str(one) for one in parsed if parsed.count(one) > 1}):
-        raise UserError(f"--reduction is given twice with {first_few(doubled)}: give each method once.")
+        raise UserError(f"--reduction names {first_few(doubled)} twice: give each method once.")
     return [model.reduced(reduction) for model in models for reduction in parsed]
 
 
