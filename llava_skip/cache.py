@@ -197,7 +197,7 @@ class ForgettingCache(CountingCache):
             width = self.selection.shape[1]
             if route.longest is None:
                 valid = unless_all(valid)
-            elif len(route.ffn_tokens) == valid.numel():  # as many of each sample
+            elif route.ffn_tokens is not None and len(route.ffn_tokens) == valid.numel():  # as many of each sample
                 valid = None
         if (staying := route.real if kept is None else kept) is not None:
             self._note_dropped(staying, self.seen)

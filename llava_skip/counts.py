@@ -89,24 +89,25 @@ def count_tokens(
     ffn = real if images.skipped_in_new is None else real & ~images.skipped_in_new
     size = 1 if images.skip is None else images.skip.length
     none = is_image.new_zeros((), dtype=torch.long)
-    numbers = [
-        is_image.sum(),
-        found.sum(),
-        (is_image != found)[:, : images.new - images.generated].sum(),
-        (is_image.sum(dim=1) % size).sum(),
-        real.sum(),
-        none if mask is None else (mask == 0).sum(),
-        ffn.sum(),
-        ffn.sum(dim=1).max(),
-        none if skipped is None else skipped[:, -latest:].sum(),
-        none if supervised is None else supervised.sum(),
-        none if supervised is None else supervised.any(dim=0).to(torch.uint8).argmax(),
-    ]
-    read = torch.stack(numbers)
+    numbers = {
+        "image": is_image.sum(),
+        "found": found.sum(),
+        "wrong": (is_image != found)[:, : images.new - images.generated].sum(),
+        "cut": (is_image.sum(dim=1) % size).sum(),
+        "real": real.sum(),
+        "padding": none if mask is None else (mask == 0).sum(),
+        "ffn": ffn.sum(),
+        "longest": ffn.sum(dim=1).max(),
+        "hidden": none if skipped is None else skipped[:, -latest:].sum(),
+        "supervised": none if supervised is None else supervised.sum(),
+        "first": none if supervised is None else supervised.any(dim=0).to(torch.uint8).argmax(),
+    }
+    read = torch.stack([number.to(is_image.device) for number in numbers.values()])
     if crop_counts is not None:
         read = torch.cat([read, crop_counts.to(read)])
     values = read.tolist()
-    return TokenCounts((found.shape[0], images.new), *values[: len(numbers)], crops=tuple(values[len(numbers) :]))
+    counts = dict(zip(numbers, values, strict=False))
+    return TokenCounts((found.shape[0], images.new), **counts, crops=tuple(values[len(numbers) :]))
 
 
 def count_batch(config: LlavaSkipConfig, batch: dict[str, Any]) -> TokenCounts:

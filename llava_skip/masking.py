@@ -75,9 +75,9 @@ def mask_skipped(
 
 
 def latest_tokens(images: ImageTokens, cache: Cache | None) -> int:
-    """Number of tokens at the end of a forward's W among which skipped ones may be seen by others; 0: all of them."""
-    # What a forgetting cache has stored of earlier forwards is never skipped.
-    return max(images.new, cache.chunk_tokens) if isinstance(cache, ForgettingCache) else 0
+    """Number of tokens at the end of W of which any may be skipped, before `ForgettingCache.begin`; 0: all of them."""
+    # What a forgetting cache has stored of earlier forwards is never skipped, but for those of the same prompt.
+    return images.new + cache.chunk_tokens if isinstance(cache, ForgettingCache) else 0
 
 
 def find_real(mask: Any, images: ImageTokens) -> Tensor | None:
@@ -193,8 +193,8 @@ def _owners(images: ImageTokens, cache: Cache | None) -> tuple[Tensor, Tensor]:
     """
     viewer, skipped = images.numbers, images.skipped
     assert skipped is not None  # a dense model has none
-    if isinstance(cache, ForgettingCache):
-        latest = latest_tokens(images, cache)
+    if isinstance(cache, ForgettingCache):  # what it has stored of earlier forwards is never skipped
+        latest = max(images.new, cache.chunk_tokens)
         if viewer.shape[1] < latest:
             raise UserError(
                 f"The cache holds {latest} tokens of a prompt in chunks: give prompt_images, where the image tokens of "

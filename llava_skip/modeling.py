@@ -373,6 +373,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     ) -> Tensor:
         """Next-token cross entropy over the tokens [M] whose next token has a label; 0 if none has."""
         targets = next_labels(labels) if targets is None else targets
+        assert targets is not None  # one of them is given
         logits = self.lm_head(take_tokens(hidden_states, tokens)).float()
         total = nn.functional.cross_entropy(logits, take_tokens(targets, tokens), reduction="sum")
         return total / ((targets != IGNORE_INDEX).sum().clamp(min=1) if items is None else items)

@@ -47,6 +47,15 @@ def test_a_training_step_reads_once_and_never_if_its_batch_was_counted(model, in
     assert read_by_the_model(train(model, inputs | {"counts": counts})) == 0
 
 
+def test_checkpointed_layers_read_nothing_more(model, inputs, caplog):
+    counts = count_batch(model.config, inputs | {"labels": labels_of(inputs)})
+    model.gradient_checkpointing_enable()
+    reads = train(model, inputs | {"counts": counts})
+    model.gradient_checkpointing_disable()
+    assert read_by_the_model(reads) == 0
+    assert "incompatible with gradient checkpointing" not in caplog.text
+
+
 @torch.no_grad()
 def test_a_prefill_reads_once_and_a_decode_step_never(model, inputs):
     with device_reads() as reads:
