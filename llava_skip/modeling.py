@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -186,8 +186,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         supervised: Tensor | None,
         padded: bool | None,
         kwargs: dict[str, Any],
-    ) -> BaseModelOutputWithPast:
-        """The language model on embeddings [B, T, D] that hold the images."""
+    ) -> dict[str, Any]:
+        """What the language model gives for embeddings [B, T, D] that hold the images."""
         route = Route() if images is None else make_route(images, find_real(mask, images))
         runner = make_runner(self.config, self.language_model, route, images, mask, supervised)
         config, position_ids = self.language_model.config, kwargs["position_ids"]
@@ -199,8 +199,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             route=route if runner is None else replace(route, runner=runner),
             **kwargs | {"return_dict": True},
         )
-        outputs.past_key_values = cache
-        return restored(outputs, runner)
+        return dict(restored(outputs, runner)) | {"past_key_values": cache}
 
     def _default_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         if use_cache is None:

@@ -57,6 +57,12 @@ def test_checkpointed_layers_read_nothing_more(model, inputs, caplog):
 
 
 @torch.no_grad()
+def test_a_forward_without_a_cache_gives_none(model, inputs):
+    outputs = model(**inputs, use_cache=False)
+    assert outputs.past_key_values is None and "past_key_values" not in outputs
+
+
+@torch.no_grad()
 def test_a_prefill_reads_once_and_a_decode_step_never(model, inputs):
     with device_reads() as reads:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
