@@ -200,6 +200,7 @@ def _as_lists(value: Any) -> Any:
 
 _SKIPS: dict[Any, SkipConfig] = {}
 _REDUCTIONS: dict[Any, ReductionConfig] = {}
+_RESAMPLERS: dict[Any, ResamplerConfig] = {}
 
 
 def _parsed(entry: dict, kind: Any, known: dict[Any, Any]) -> Any:
@@ -345,7 +346,7 @@ class LlavaSkipConfig(LlavaConfig):
     @property
     def resampler_config(self) -> ResamplerConfig | None:
         """The validated `resampler` entry, None without one."""
-        return None if self.resampler is None else ResamplerConfig.from_dict(self.resampler)
+        return None if self.resampler is None else _parsed(self.resampler, ResamplerConfig, _RESAMPLERS)
 
     @property
     def patches(self) -> int:
