@@ -17,6 +17,8 @@ from llava_skip.vision import get_front_end
 
 FLOAT = 4
 """Bytes of a float32."""
+INDEX = 8
+"""Bytes of an index."""
 MASTER, MOMENTS = 4, 8
 """Bytes of a parameter's float32 copy and of AdamW's two moments."""
 
@@ -54,14 +56,14 @@ def tower_bytes(config: LlavaSkipConfig, crops: float, element: int = 2) -> int:
 
 
 def block_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
-    """What autograd saves of merging and summaries: the assignment, the R + S tokens, and their norms of each span."""
+    """What autograd saves of merging and summaries: each token's mean, the R + S tokens, and norms of each span."""
     skip, width = config.skip_config, config.text_config.hidden_size
     if skip is None or not load.images:
         return 0
     others = config.visual_tokens(max(1, round(load.crops / load.images))) - skip.retained
     spans = sum(end - first for first, end in skip.spans) if skip.summary_start == "pooled" else 0
-    numbers = (others - skip.skipped) * skip.skipped + (skip.retained + skip.skipped + spans) * width
-    return round(load.images * element * numbers)
+    numbers = skip.skipped + (skip.retained + skip.skipped + spans) * width
+    return round(load.images * (INDEX * others + element * numbers))
 
 
 @dataclass(frozen=True)
