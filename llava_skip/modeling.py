@@ -30,6 +30,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
+from llava_skip.head import Head, summed_loss
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored, supervised_tokens
@@ -318,7 +319,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
         self.model = LlavaSkipModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Head(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def set_reduction(self, reduction: ReductionConfig | None) -> None:
@@ -386,6 +387,5 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             assert labels is not None  # one of them is given
             hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden_states[supervised]).float()
-        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+        total = summed_loss(self.lm_head, hidden_states[supervised], targets[supervised])
         return total / (supervised.sum().clamp(min=1) if items is None else items)

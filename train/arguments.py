@@ -15,7 +15,7 @@ from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import zero_file
+from train.recipe.recipes import checkpointing_of, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -228,6 +228,12 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
+    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
+                          "auto: if a batch of the longest samples would not fit the free memory without it.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples of one process in one step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
@@ -284,6 +290,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self._read_switch()
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
@@ -302,6 +309,12 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
+
+    def _read_switch(self) -> None:
+        """`activation_checkpointing` as transformers has it, except "auto", which `settle_checkpointing` decides."""
+        if self.activation_checkpointing is not None:
+            on = checkpointing_of(self.activation_checkpointing)
+            self.activation_checkpointing: Any = "auto" if on is None else on
 
     def _read_as_transformers_does(self) -> None:
         """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""

@@ -66,6 +66,12 @@ class Run:
         """The run's folder."""
         return Path(self.arguments.output_dir)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that the run can have; of those that were measured, if they were."""
+        lengths = getattr(self.dataset, "lengths", None)
+        return self.dataset.max_length if lengths is None else int(abs(lengths).max())
+
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """Arguments from the command line; a run that continues on other processes takes the same samples a step.

@@ -26,6 +26,7 @@ from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERR
 from llava_skip_base.files import read_json, write_json
 from train.benchmarks import Benchmarks, benchmark_scores
 from train.data import ConversationDataset, RecordError
+from train.planning.checkpointing import settle_checkpointing
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
@@ -59,6 +60,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     """
     arguments = run.arguments
     set_seed(arguments.seed)
+    _settle(run)
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
@@ -89,6 +91,13 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     return True
 
 
+def _settle(run: Run) -> None:
+    """Decide what the arguments leave open; rank 0 says it. Every rank calls it."""
+    decided = settle_checkpointing(run.model_arguments, run.arguments, run.config, run.longest)
+    if decided and run.arguments.process_index == 0:
+        sys.stderr.write(f"{decided}\n")
+
+
 def _report(
     run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any, exported: str | None
 ) -> None:  # fmt: skip
@@ -114,6 +123,8 @@ def _report(
         "exported": exported or "the last step",
         **counts,
     }
+    if run.resolved["training"]["activation_checkpointing"] == "auto":
+        result["activation_checkpointing"] = run.arguments.activation_checkpointing
     if run.config.reduction is not None:
         result["reduction"] = run.config.reduction
     write_json(run.output / RESULT, result, sort_keys=True)
@@ -153,6 +164,7 @@ def _run(command_line: list[str]) -> int:
     try:
         run = check(*parse(command_line))
         if run.arguments.dry_run:
+            _settle(run)
             if rank == 0:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
                 show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)

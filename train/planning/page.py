@@ -14,7 +14,7 @@ from train.planning.models import config_for, size_of
 from train.planning.published import BENCHMARKS, DATA_SETS, NEEDS_JUDGE, NO_METHOD, data_set_of, known_samples
 from train.planning.shape import assumed
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import paper_row, read_recipe, recipe_names
+from train.recipe.recipes import checkpointing_of, paper_row, read_recipe, recipe_names
 
 UTILISATION = 0.3
 """Share of the peak at which the page's hours are estimated, recomputed products included."""
@@ -96,7 +96,7 @@ def cost_of(name: str) -> dict[str, Any] | None:
         samples_per_step=step,
         epochs=recipe["num_train_epochs"],
         max_length=recipe.get("max_length", 2048),
-        checkpointing=recipe["activation_checkpointing"],
+        checkpointing=checkpointing_of(recipe["activation_checkpointing"]),
         zero=Zero(int(recipe["deepspeed"].removeprefix("zero")[0])),
     )
     return training_cost(config, shape, training, MACHINE)
