@@ -61,19 +61,8 @@ class _SummedLoss(torch.autograd.Function):
         size = -(-len(states) // parts)
         for first in range(0, len(states), size):
             part = slice(first, first + size)
-            own, target = states[part], targets[part].unsqueeze(-1)
-            logits = nn.functional.linear(own, weight)
-            numbers = logits.float()
-            numbers -= numbers.amax(dim=-1, keepdim=True)
-            at_target = numbers.gather(-1, target)
-            sums = numbers.exp_().sum(dim=-1, keepdim=True)
-            loss += (sums.log() - at_target).sum()
-            # The gradient of a token's logits: their softmax, minus 1 at its target.
-            grad = numbers.div_(sums).scatter_add_(-1, target, -torch.ones_like(sums)).to(logits.dtype)
-            if grad_states is not None:
-                grad_states[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ own
+            own = None if grad_states is None else grad_states[part]
+            loss += _add_part(states[part], weight, targets[part].unsqueeze(-1), own, grad_weight)
         ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
@@ -83,3 +72,24 @@ class _SummedLoss(torch.autograd.Function):
         grad_states, grad_weight = ctx.saved_tensors
         given = [None if one is None else one * grad for one in (grad_states, grad_weight)]
         return given[0], given[1], None, None
+
+
+def _add_part(
+    states: Tensor, weight: Tensor, targets: Tensor, grad_states: Tensor | None, grad_weight: Tensor | None
+) -> Tensor:
+    """The loss of a part, [m, D] with targets [m, 1]; its gradients are written, and added to that of the weight."""
+    logits = nn.functional.linear(states, weight)
+    numbers = logits.float()
+    numbers -= numbers.amax(dim=-1, keepdim=True)
+    at_target = numbers.gather(-1, targets)
+    sums = numbers.exp_().sum(dim=-1, keepdim=True)
+    loss = (sums.log() - at_target).sum()
+    if grad_states is None and grad_weight is None:
+        return loss
+    # The gradient of a token's logits: their softmax, minus 1 at its target.
+    grad = numbers.div_(sums).scatter_add_(-1, targets, -torch.ones_like(sums)).to(logits.dtype)
+    if grad_states is not None:
+        grad_states.copy_(grad @ weight)
+    if grad_weight is not None:
+        grad_weight += grad.T @ states
+    return loss

@@ -59,7 +59,7 @@ def test_few_rows_take_one_product_as_before(few_rows):
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_memory_of_the_loss_does_not_grow_with_the_logits(few_rows, trains):
-    """Beside the gradients of states and head, it is that of two parts."""
+    """Beside the gradients of states and head, it is that of one part."""
     head, beside = Head(WIDTH, VOCABULARY, bias=False), {}
     for rows in (16, 128, 512):
         states, targets = torch.randn(rows, WIDTH, requires_grad=trains), torch.randint(VOCABULARY, (rows,))
@@ -69,7 +69,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_logits(few_rows, trains):
                 loss.backward()
         beside[rows] = seen.peak - (2 * states.nbytes if trains else 0)  # the loss keeps one, its backward scales it
     assert max(beside.values()) < 1.1 * beside[16]
-    assert beside[16] < 8 * VOCABULARY * 4 * 2 + (3 * head.weight.nbytes if trains else 0)
+    assert beside[16] < 8 * VOCABULARY * 4 * 1.2 + (3 * head.weight.nbytes if trains else 0)
 
 
 def test_a_model_learns_alike_whatever_number_of_rows(monkeypatch):
@@ -82,10 +82,10 @@ def test_a_model_learns_alike_whatever_number_of_rows(monkeypatch):
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
         loss = model(**inputs, labels=labels, use_cache=False).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert calls == [1, 1]  # ZeRO-3 needs as many on every rank
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name

@@ -39,8 +39,9 @@ Hours and memory are estimated by formula ([plan.md](plan.md)) for {gpus} A100 o
 {utilisation:.0%} of the peak ({peak} TFLOPs), those that activation checkpointing repeats included (HFU). They hold for
 the assumed lengths in the table of the data. GiB are those of one GPU for a batch of mean and of longest samples. Steps
 and samples a step are of the whole run. Settings of the LLaMA3-8B rows follow the scripts of the paper's code: 64
-samples a step, learning rate 1e-5 (chain of sight: 2e-5, tower trained), ZeRO-3, activation checkpointing. The paper
-does not say which of its scripts made which row.
+samples a step, learning rate 1e-5 (chain of sight: 2e-5, tower trained), ZeRO-3. Activations are recomputed where the
+longest batch does not fit otherwise; the paper's scripts always do it. The paper does not say which of its scripts made
+which row.
 """
 
 MIXTURE = """
