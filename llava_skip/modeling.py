@@ -38,6 +38,7 @@ from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.stored import Pixels, TowerFeatures
 from llava_skip_base.errors import UserError
 
 
@@ -87,7 +88,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return outputs
 
     def encode_images(
-        self, pixel_values: Tensor, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
+        self, pixel_values: Pixels, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
     ) -> Tensor | list[Tensor]:
         """Images -> the blocks [N, L, D] that replace their image tokens.
 
@@ -95,6 +96,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         `FrontEnd.encode`.
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
+        if isinstance(pixel_values, TowerFeatures):
+            tower, pixel_values = pixel_values.in_place_of(tower)
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
@@ -137,12 +140,14 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         generated: int = 0,
         use_cache: bool | None = None,
         supervised: Tensor | None = None,
+        vision_features: TowerFeatures | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`."""
+        pixels: Pixels | None = pixel_values if vision_features is None else vision_features.of_images(pixel_values)
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
-        features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
+        features, nothing = self._images(pixels, crop_counts, mm_encoder_outputs, config)
         found, inputs_embeds = self._embed(input_ids, inputs_embeds)
         check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
         route, images = Route(), None
@@ -172,7 +177,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return use_cache, cache
 
     def _images(
-        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
+        self, pixel_values: Pixels | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
     ) -> tuple[Tensor | None, Tensor | None]:
         """The blocks of all images [N * L, D], encoded now, or before (`generate` does, once for all beams).
 

@@ -168,6 +168,10 @@ class DataArguments:
         metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that a stream is shuffled among."})
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the features of a frozen tower: an epoch writes them, later ones read them."},
+    )
     data_processes: int = field(
         default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
@@ -370,7 +374,7 @@ _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
-    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
+    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 
