@@ -113,7 +113,9 @@ def _stored_features(run: Run, model: Any) -> FeatureWriter | None:
     if run.features is None:
         return None
     tower = next(module for module in model.modules() if isinstance(module, ClipTower))
-    shards = FeatureShards(features_folder(run.features, tower, run.config, run.processor))
+    shards = FeatureShards(
+        features_folder(run.features, tower, run.config, run.processor, run.model_arguments.attn_implementation)
+    )
     if run.arguments.process_index == 0:
         damaged = f"; {len(shards.damaged)} shards are damaged, and what they held is made again" * bool(shards.damaged)
         sys.stderr.write(f"{shards.folder} holds the features of {len(shards):,} crops{damaged}\n")

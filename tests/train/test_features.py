@@ -1,6 +1,7 @@
 """`--cache_vision_features`: an epoch writes the features of a frozen tower, later ones read them; losses stay."""
 
 import pickle
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.stored import TowerFeatures, crop_bytes
 from llava_skip_base.errors import UserError
-from tests.support.interrupted import write_inputs
+from llava_skip_base.files import read_json
+from tests.support.interrupted import launch_and_wait, outcome, write_inputs
 from tests.support.runs import losses, train
 from tests.support.small_models import ARCHITECTURES, batch_of, mixed_samples, small_config, small_model
 from train.data import features as features_module
@@ -151,6 +153,42 @@ def test_a_run_with_stored_features_learns_the_same(inputs, tmp_path, monkeypatc
     assert losses(two) == losses(plain)
     assert 0 < two["vision_features"]["computed"] < counts["computed"]
     assert "vision_features" not in plain
+
+
+def assert_alike(one, other):
+    assert one["history"] == other["history"] and one["sums"] == other["sums"]
+    assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+
+
+def test_a_run_that_is_killed_continues_with_what_was_written(attempt, inputs, tmp_path):
+    ends, folder = [], tmp_path / "features"
+    for name, more in (("plain", ()), ("stored", ("--cache_vision_features", str(folder)))):
+        given = [*inputs, *more, "--output_dir", str(tmp_path / name)]
+        if more:
+            assert attempt(given, "training_step", 8)["code"] == -signal.SIGKILL
+            assert len(list(folder.glob("*/*.safetensors"))) > 1  # of the checkpoints
+        end = attempt(given)
+        assert end["code"] == 0, end["output"]
+        ends.append(outcome(tmp_path / name))
+    assert_alike(*ends)
+
+
+@pytest.mark.slow
+def test_two_processes_with_deepspeed_read_what_either_wrote(tmp_path):
+    inputs = [*write_inputs(tmp_path), "--deepspeed", "zero2", "--per_device_train_batch_size", "2"]
+    ends, folder = [], tmp_path / "features"
+    for name, more in (("plain", ()), ("one", ("--cache_vision_features", str(folder))),
+                       ("two", ("--cache_vision_features", str(folder)))):  # fmt: skip
+        end = launch_and_wait([*inputs, *more, "--output_dir", str(tmp_path / name)])
+        assert end["code"] == 0, end["output"]
+        ends.append(outcome(tmp_path / name))
+    assert_alike(ends[0], ends[1])
+    assert_alike(ends[0], ends[2])
+    shards = [path.name for path in folder.glob("*/*.safetensors")]
+    assert {name.split("-")[1] for name in shards} == {"rank0", "rank1"}
+    counts = [read_json(tmp_path / name / "train_result.json")["vision_features"] for name in ("one", "two")]
+    assert counts[0]["computed"] and counts[0]["read"]
+    assert counts[1]["computed"] == 0 and counts[1]["read"] == sum(counts[0].values())
 
 
 def checked(inputs, *more):

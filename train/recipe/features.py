@@ -81,7 +81,13 @@ def say_size(folder: Path, records: RecordSet, config: LlavaSkipConfig, dtype: t
     return f"vision features in {folder}: {words}; {there / GIB:.3g} GiB are there, {free / GIB:.3g} GiB are free"
 
 
-def features_folder(folder: Path, tower: nn.Module, config: LlavaSkipConfig, processor: LlavaSkipProcessor) -> Path:
+def features_folder(
+    folder: Path,
+    tower: nn.Module,
+    config: LlavaSkipConfig,
+    processor: LlavaSkipProcessor,
+    attention: str | None = None,
+) -> Path:
     """The folder of a tower's features: named by its weights, by what is taken of it, and by the image processor.
 
     Args:
@@ -89,6 +95,7 @@ def features_folder(folder: Path, tower: nn.Module, config: LlavaSkipConfig, pro
         tower: with its weights.
         config: of the model.
         processor: of the run.
+        attention: the implementation that the run asks for.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
@@ -100,7 +107,7 @@ def features_folder(folder: Path, tower: nn.Module, config: LlavaSkipConfig, pro
         "layers": config.used_tower_layers,
         "resampler": config.resampler,
         "ranks": config.skip is not None,
-        "attention": config.vision_config._attn_implementation,
+        "attention": attention,
         "processor": processor.image_processor.to_dict(),
     }
     digest.update(json.dumps(taken, sort_keys=True, default=str).encode())
