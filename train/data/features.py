@@ -183,9 +183,10 @@ class FeatureWriter(TrainerCallback):
         if features.damaged:  # another process may have found it: forget them here, too
             for key in features.keys:
                 self.shards.read(key)
+        states = {name: state.detach().cpu() for name, state in features.states.items()}
         for place, key in enumerate(features.keys):
             if key not in self.shards and key not in self._waiting:
-                self._waiting[key] = {n: state[place].detach().cpu().clone() for n, state in features.states.items()}
+                self._waiting[key] = {name: state[place].clone() for name, state in states.items()}
                 self._bytes += sum(state.nbytes for state in self._waiting[key].values())
         if self._bytes >= SHARD_BYTES:
             self.flush()
