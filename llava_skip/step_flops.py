@@ -124,8 +124,8 @@ def block_products(config: LlavaSkipConfig, images: float, crops: float) -> tupl
     matched = linear(others - skip.skipped, width, skip.skipped)
     summed = linear(skip.skipped, others - skip.skipped, width)
     spans = sum(end - first for first, end in skip.spans) if skip.summary_start == "pooled" else 0
-    # `weights`: the assignment has no gradient, so that of the product is one product, as for a frozen weight.
-    return Products(weights=summed, choices=matched) * images, Products(weights=linear(spans, width, 1)) * images
+    # `choices`, both: the gradient of a merge is a look-up, without a product.
+    return Products(choices=matched + summed) * images, Products(weights=linear(spans, width, 1)) * images
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,6 @@ def step_flops(
         backward = (
             tower.backward(sees, False)
             + projector.backward("multi_modal_projector" in trained, sees)
-            + merge.backward(False, visual)
             + summary.backward("summary" in trained, visual)
             + decoder.own.backward(whole, through or factors)
             + decoder.factors.backward(factors, through or factors)

@@ -15,7 +15,7 @@ from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import zero_file
+from train.recipe.recipes import checkpointing_of, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -168,6 +168,10 @@ class DataArguments:
         metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that a stream is shuffled among."})
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the features of a frozen tower: an epoch writes them, later ones read them."},
+    )
     data_processes: int = field(
         default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
@@ -228,6 +232,12 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
+    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
+                          "auto: if a batch of the longest samples would not fit the free memory without it.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples of one process in one step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
@@ -284,6 +294,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self._read_switch()
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
@@ -302,6 +313,12 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
+
+    def _read_switch(self) -> None:
+        """`activation_checkpointing` as transformers has it, except "auto", which `settle_checkpointing` decides."""
+        if self.activation_checkpointing is not None:
+            on = checkpointing_of(self.activation_checkpointing)
+            self.activation_checkpointing: Any = "auto" if on is None else on
 
     def _read_as_transformers_does(self) -> None:
         """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""
@@ -357,7 +374,7 @@ _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
     "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
-    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
+    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ from train.data import (
     unread_columns,
     usable_records,
 )
+from train.recipe.features import check_features
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
@@ -47,7 +48,10 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 
 @dataclass
 class Run:
-    """A checked run, before any weight is loaded; `unread` counts the columns of its data that nothing reads."""
+    """A checked run, before any weight is loaded.
+
+    `unread` counts the columns of its data that nothing reads; `features` is where those of its tower are stored.
+    """
 
     model_arguments: ModelArguments
     arguments: RunArguments
@@ -60,11 +64,18 @@ class Run:
     parts: dict[str, tuple[int, int]]
     resolved: dict[str, Any]
     unread: dict[str, int] = field(default_factory=dict)
+    features: Path | None = None
 
     @property
     def output(self) -> Path:
         """The run's folder."""
         return Path(self.arguments.output_dir)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that the run can have; of those that were measured, if they were."""
+        lengths = getattr(self.dataset, "lengths", None)
+        return self.dataset.max_length if lengths is None else int(abs(lengths).max())
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -116,6 +127,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     config, processor = prepare(model)
     if data.padding_free:
         check_samples_apart(config)
+    check_features(model, data, run, config)
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
@@ -142,7 +154,10 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
             records, held_out = split(records, data.eval_share, run.seed)
         dataset = _training_set(records, processor, data, run)
     validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
-    return Run(model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread)
+    return Run(
+        model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread,
+        features=None if data.cache_vision_features is None else Path(data.cache_vision_features).expanduser(),
+    )  # fmt: skip
 
 
 def _training_set(

@@ -20,6 +20,7 @@ from transformers.trainer_utils import seed_worker
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.features import FEATURES, FeatureWriter
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -40,6 +41,7 @@ class SkipTrainer(ResumableTrainer):
     Args:
         resolved: the run's arguments, saved with the weights.
         validation: of the run; None if there is none.
+        features: what writes the features of the tower; None: they are not stored.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
@@ -47,10 +49,17 @@ class SkipTrainer(ResumableTrainer):
     control: TrainerControl
 
     def __init__(
-        self, *args: Any, resolved: dict[str, Any], validation: Validation | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        resolved: dict[str, Any],
+        validation: Validation | None = None,
+        features: FeatureWriter | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._resolved, self._validation = resolved, validation
+        self._resolved, self._validation, self._features = resolved, validation, features
+        if features is not None:
+            self.add_callback(features)
         # Trainer would load the best weights into this process; `export` takes them from the checkpoint.
         self._exports_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
         if self.args.loss_normalization == "micro_batch":
@@ -169,6 +178,8 @@ class SkipTrainer(ResumableTrainer):
         for name in COUNTED:
             inputs.pop(name, None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._features is not None and FEATURES in inputs:
+            self._features.keep(inputs[FEATURES])
         self._finite.note_loss(loss, self._records)
         return loss
 
