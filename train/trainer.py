@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import seed_worker
 
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
@@ -64,6 +65,7 @@ class SkipTrainer(ResumableTrainer):
             self.accelerator.gather,
         )
         self._finite = FiniteChecks(self)
+        self._values = PixelValues.of(self.processing_class)
         self._records: list[Any] = []
         """Names of the records of the micro batch."""
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -168,9 +170,17 @@ class SkipTrainer(ResumableTrainer):
         self._meter.count(inputs)
         for name in COUNTED:
             inputs.pop(name, None)
+        if self._values is not None and "pixel_values" in inputs:
+            inputs["pixel_values"] = self._values(inputs["pixel_values"], self._inputs_dtype())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._finite.note_loss(loss, self._records)
         return loss
+
+    def _inputs_dtype(self) -> torch.dtype:
+        """The number format that Trainer gives to inputs that are no whole numbers."""
+        if not self.is_deepspeed_enabled:
+            return torch.float32
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log the loss of the validation data; errors as `Validation.measure`, and `NotFinite` for the weights."""
