@@ -21,6 +21,7 @@ from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.loading import DataWait
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -66,6 +67,7 @@ class SkipTrainer(ResumableTrainer):
         )
         self._finite = FiniteChecks(self)
         self._values = PixelValues.of(self.processing_class)
+        self._wait = DataWait(self.args.device, self.args.dataloader_num_workers)
         self._records: list[Any] = []
         """Names of the records of the micro batch."""
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -199,6 +201,8 @@ class SkipTrainer(ResumableTrainer):
         """Trainer's; with the metrics of the window that ends, over all ranks."""
         if "loss" in logs:
             logs |= self._part_rates(logs.get("learning_rate")) | self._meter.close_window()
+            if self.is_world_process_zero():
+                self._wait.note(*self._meter.last_wait)
         super().log(logs, start_time)
 
     def _part_rates(self, first: float | None) -> dict[str, float]:

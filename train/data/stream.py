@@ -119,4 +119,6 @@ def stream_loader(stream: ConversationStream, arguments: Any, collator: Any) -> 
         num_workers=arguments.dataloader_num_workers,
         collate_fn=collator,
         pin_memory=arguments.dataloader_pin_memory,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
     )
