@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.reduction.running import check_samples_apart
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
@@ -144,16 +145,19 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         dropped |= {"validation": dropped_findings(held_out, errors)} if errors else {}
     check_dropped(Path(run.output_dir), dropped or None, run.overwrite)
     unread: dict[str, int] = {}
+    as_bytes = PixelValues.of(processor) is not None
     if table is None:
         dataset: Any = ConversationStream(
-            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
+            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed, as_bytes=as_bytes
         )  # fmt: skip
     else:
         unread = unread_columns(table, processor, data.max_length)
         if data.eval_share:
             records, held_out = split(records, data.eval_share, run.seed)
-        dataset = _training_set(records, processor, data, run)
-    validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
+        dataset = _training_set(records, processor, data, run, as_bytes)
+    validation = None
+    if held_out is not None:
+        validation = ConversationDataset(held_out, processor, data.max_length, as_bytes=as_bytes)
     return Run(
         model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread,
         features=None if data.cache_vision_features is None else Path(data.cache_vision_features).expanduser(),
@@ -161,12 +165,12 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
 
 
 def _training_set(
-    records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments
+    records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments, as_bytes: bool
 ) -> ConversationDataset:
     lengths = None
     if data.group_by_modality_length:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
-    dataset = ConversationDataset(records, processor, data.max_length, lengths)
+    dataset = ConversationDataset(records, processor, data.max_length, lengths, as_bytes)
     step = run.per_device_train_batch_size * run.world_size
     if run.dataloader_drop_last and len(dataset) < step:
         raise UserError(
