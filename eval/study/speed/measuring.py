@@ -7,6 +7,7 @@ caches and memory. On a GPU it is the time between two moments at which its queu
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from llava_skip_base.files import read_json
-from llava_skip_base.texts import one_line
+from llava_skip_base.texts import one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def try_call(call: Callable[[], Any], expected: Sequence[type[Exception]] = (tor
     try:
         return call()
     except tuple(expected) as error:
-        return f"{type(error).__name__}: {one_line(error, 1)}"
+        return shortened(f"{type(error).__name__}: {one_line(error, 1)}", 120)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -150,10 +151,5 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """b of the power law value = a * size^b that fits best: the slope of logarithms by least squares."""
-    return float(torch.linalg.lstsq(_design(sizes), torch.tensor(values, dtype=torch.float64).log()[:, None])[0][1])
-
-
-def _design(sizes: Sequence[float]) -> torch.Tensor:
-    logs = torch.tensor(sizes, dtype=torch.float64).log()
-    return torch.stack([torch.ones_like(logs), logs], dim=1)
+    """The b of value = a * size^b that fits best: the slope of the logarithms by least squares."""
+    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(own) for own in values]).slope

@@ -34,11 +34,15 @@ def _number(row: Row, name: str, form: str, scale: float = 1.0) -> str:
 def step_table(rows: Sequence[Row], kind: str) -> Table:
     """A table of one measurement of whole steps."""
     table = [list(STEP_HEADINGS)]
+    shows_mfu = any("mfu" in row for row in rows)
+    if shows_mfu:
+        table[0].append("MFU")
     for row in rows:
         if row["measurement"] == kind:
             cells = [_number(row, "seconds", ".1f", 1000), _number(row, "spread", ".1%")]
             cells += [_number(row, name, ".3f") for name in ("ratio", "flop_ratio", "over_ideal")]
             cells += [_number(row, "tflops_a_second", ".3g"), _number(row, "peak_bytes", ".1f", 1 / MIB)]
+            cells += [_number(row, "mfu", ".1%")] if shows_mfu else []
             table.append([row["name"], *cells])
     return table
 

@@ -1,4 +1,4 @@
-"""The calls that `bench` measures: a training step, a prefill, an answer of `generate`, decode steps, and single parts."""
+"""The calls that `bench` measures: training steps, prefills, answers of `generate`, decode steps, single parts."""
 
 from __future__ import annotations
 

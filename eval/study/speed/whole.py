@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from eval.study.speed import tasks
 from eval.study.speed.measuring import Measured, Rounds, Spread, peak_bytes, take_turns, timed, try_call
 from eval.study.speed.subjects import STOCK, Shape, Subject, cache_bytes
-from llava_skip.step_flops import block_products
+from llava_skip.step_flops import StepFlops, block_products
 
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Outcome:
         self,
         subjects: Sequence[Subject],
         found: Mapping[str, Mapping[str, Spread] | str],
-        flops: Callable[[Subject, str], float] | None,
+        flops: Callable[[Subject, str], StepFlops | None] | None,
         samples: Callable[[Subject], int],
         peaks: Mapping[str, int] | None = None,
         calls: int = 1,
@@ -60,7 +60,8 @@ class Outcome:
         Args:
             subjects: the models, in the order of the rows.
             found: what `take_turns` gave.
-            flops: of a model and a measurement; None where products are not what takes the time.
+            flops: of a model and a measurement; None where products are not what takes the time. All of them are the
+            ideal's; without the optimizer's, they are what a second is said to compute.
             samples: of a model's batch.
             peaks: bytes beyond the weights, by name.
             calls: how many calls one measured time has.
@@ -74,8 +75,8 @@ class Outcome:
                 row: Row = {"measurement": kind, "name": subject.name, "reference": subject.reference}
                 row |= {"samples": samples(subject), "seconds": times.minimum / calls, "spread": times.spread}
                 row["all_seconds"] = [seconds / calls for seconds in times.seconds]
-                if flops is not None and (work := flops(subject, kind)):
-                    row |= {"flops": work, "tflops_a_second": work / row["seconds"] / 1e12}
+                if flops is not None and (work := flops(subject, kind)) is not None:
+                    row |= {"flops": work.total, "tflops_a_second": work.model / row["seconds"] / 1e12}
                 if peaks is not None:
                     row["peak_bytes"] = peaks[subject.name]
                 self.rows.append(row)
@@ -104,29 +105,28 @@ def measure_whole(subjects: Sequence[Subject], plan: Plan) -> Outcome:
 
 
 def _turns(
-    subjects: Sequence[Subject], calls: Mapping[str, Callable[[], Any]], kind: str, rounds: Rounds
+    calls: Mapping[str, Callable[[], Any]], kind: str, plan: Plan, device: torch.device, memory: bool = True
 ) -> tuple[dict[str, dict[str, Spread] | str], dict[str, int]]:
     """Times of calls by a model's name, and the memory of a first one, which is not timed."""
-    device = subjects[0].device
-    peaks = {name: try_call(partial(peak_bytes, call, device)) for name, call in calls.items()}
-    failed = {name: reason for name, reason in peaks.items() if isinstance(reason, str)}
+    first = {name: try_call(partial(peak_bytes, call, device) if memory else call) for name, call in calls.items()}
+    failed = {name: reason for name, reason in first.items() if isinstance(reason, str)}
     left = {name: timed(kind, call, device) for name, call in calls.items() if name not in failed}
-    found = take_turns(left, rounds, kind.replace("_", " "))
-    return found | failed, {name: peak for name, peak in peaks.items() if name not in failed}
+    found = take_turns(left, plan.rounds, kind.replace("_", " "))
+    return found | failed, {name: first[name] for name in left}
 
 
 def _train(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     trainer, shape = tasks.Trainer(subjects), plan.shape
     calls = {subject.name: tasks.training(subject, shape, trainer) for subject in subjects}
-    found, peaks = _turns(subjects, calls, "train_step", plan.rounds)
-    outcome.add(subjects, found, lambda s, _: s.training_flops(shape).total, lambda _: shape.samples, peaks)
+    found, peaks = _turns(calls, "train_step", plan, subjects[0].device)
+    outcome.add(subjects, found, lambda s, _: s.training_flops(shape), lambda _: shape.samples, peaks)
     trainer.release()
 
 
 def _prefill(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     calls = {subject.name: tasks.prefill(subject, plan.shape) for subject in subjects}
-    found, peaks = _turns(subjects, calls, "prefill", plan.rounds)
-    outcome.add(subjects, found, lambda s, _: s.prefill_flops(plan.shape).total, lambda _: plan.shape.samples, peaks)
+    found, peaks = _turns(calls, "prefill", plan, subjects[0].device)
+    outcome.add(subjects, found, lambda s, _: s.prefill_flops(plan.shape), lambda _: plan.shape.samples, peaks)
 
 
 def _answer(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
@@ -136,8 +136,8 @@ def _answer(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     for call in calls.values():  # a first call prepares what later ones find ready
         call()
 
-    def flops(subject: Subject, kind: str) -> float:
-        return subject.prefill_flops(shape).total if kind == "first_token" else 0.0
+    def flops(subject: Subject, kind: str) -> StepFlops | None:
+        return subject.prefill_flops(shape) if kind == "first_token" else None
 
     outcome.add(subjects, take_turns(calls, plan.rounds, "answer"), flops, lambda _: 1)
 
@@ -159,8 +159,8 @@ def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
         }
         failed = {name: reason for name, reason in made.items() if isinstance(reason, str)}
         calls = {name: call for name, call in made.items() if name not in failed}
-        found, peaks = _turns(subjects, calls, kind, plan.rounds)
-        outcome.add(subjects, found | failed, None, partial(_of, batches), peaks, plan.steps)
+        found, _ = _turns(calls, kind, plan, subjects[0].device, memory=False)
+        outcome.add(subjects, found | failed, None, partial(_of, batches), calls=plan.steps)
 
 
 def _of(batches: Mapping[str, int], subject: Subject) -> int:
@@ -173,16 +173,17 @@ def _images(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     shape = plan.shape
     for kind, task in (("images", tasks.seeing), ("merge", tasks.merging)):
         made = {subject.name: task(subject, shape) for subject in own}
-        found, peaks = _turns(own, {name: call for name, call in made.items() if call is not None}, kind, plan.rounds)
+        calls = {name: call for name, call in made.items() if call is not None}
+        found, peaks = _turns(calls, kind, plan, own[0].device)
         outcome.add(own, found, partial(_image_flops, shape), lambda _: shape.samples, peaks)
 
 
-def _image_flops(shape: Shape, subject: Subject, kind: str) -> float:
-    images = shape.samples * shape.images
+def _image_flops(shape: Shape, subject: Subject, kind: str) -> StepFlops:
+    flops, images = subject.prefill_flops(shape), shape.samples * shape.images
     if kind == "merge":
-        return block_products(subject.config, images, images * subject.config.most_crops)[0].forward
-    flops = subject.prefill_flops(shape)
-    return flops.tower + flops.projector
+        merge, _ = block_products(subject.config, images, images * subject.config.most_crops)
+        return replace(flops, tower=0, projector=merge.forward, decoder=0, head=0)
+    return replace(flops, decoder=0, head=0)
 
 
 PARTS: dict[str, Callable[[Sequence[Subject], Plan, Outcome], None]] = {
