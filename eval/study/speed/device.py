@@ -21,8 +21,8 @@ from llava_skip.gpus import gpu_of_device
 DEVICE_PARTS = ("agreement", "whole", "attention", "caches")
 """Parts of the page; the longest compilations come last."""
 DEVICE_NOTES = (
-    "Agreement: tiny models of the same weights on this device and, in float32, on a CPU. Differences are shares of the "
-    "largest logit, of the loss and of a gradient's norm. They agree up to "
+    "Agreement: tiny models of the same weights on this device and, in float32, on a CPU. Differences are shares of "
+    "the largest logit, of the loss and of a gradient's norm. They agree up to "
     f"{', '.join(f'{limit:g} in {dtype}' for dtype, limit in LIMITS.items())}, or up to twice what a CPU has in the "
     "same format: there, near ties of the merge can fall the other way.",
     *NOTES,
