@@ -121,7 +121,7 @@ def growth(
     values = {
         name: tuple(sorted(set(own))) for name, own in {**found, "samples": numbers(batches, "--batches")}.items()
     }
-    subjects = build_subjects(names(presets), size, device, dtype_on(device))
+    subjects = build_subjects(names(presets), size, device, dtype_on(device), stock=False)
     rows = growing.measure_growth(subjects, growing.Growth(Shape(1, 1, text), values, Rounds(repeats, seconds)))
     fits = growing.fit(rows)
     facts = facts_of(device, size, text_tokens=text, rounds=repeats)

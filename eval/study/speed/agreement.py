@@ -54,8 +54,9 @@ def _only(preset: str, size: str, device: str, dtype: torch.dtype) -> Subject:
 def _outputs(subject: Subject) -> dict[str, Tensor]:
     inputs = subject.inputs(SHAPE)
     model = subject.model.train()
-    outputs = model(**inputs, logits_to_keep=0)
-    outputs.loss.backward()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else float32 would be 10 bits of mantissa
+        outputs = model(**inputs, logits_to_keep=0)
+        outputs.loss.backward()
     weight = model.model.language_model.layers[0].self_attn.q_proj.weight
     supervised = inputs["labels"] != IGNORE_INDEX
     found = {"logits": outputs.logits[supervised], "loss": outputs.loss, "gradient": weight.grad}
