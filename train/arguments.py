@@ -16,7 +16,7 @@ from llava_skip_base.errors import UserError
 from train.data.loading import set_workers
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import checkpointing_of, zero_file
+from train.recipe.recipes import set_checkpointing, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -289,10 +289,8 @@ class RunArguments(TrainingArguments):
         default=None, metadata={"help": "bfloat16 peak of a device, for MFU; default: from a table of known GPUs."}
     )
     dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Workers of each process that read its batches; default: 2 to 4 with a GPU, by its cores, "
-                          "and 0 on a CPU."},
-    )  # fmt: skip
+        default=None, metadata={"help": "Workers of a process that read its batches; default: 2 to 4 a GPU, else 0."}
+    )
     dataloader_persistent_workers: bool | None = field(
         default=None, metadata={"help": "Whether workers live for the whole run; default: with a GPU."}
     )
@@ -303,7 +301,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self._read_switch()
+        set_checkpointing(self)
         set_workers(self)
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
@@ -323,12 +321,6 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
-
-    def _read_switch(self) -> None:
-        """`activation_checkpointing` as transformers has it, except "auto", which `settle_checkpointing` decides."""
-        if self.activation_checkpointing is not None:
-            on = checkpointing_of(self.activation_checkpointing)
-            self.activation_checkpointing: Any = "auto" if on is None else on
 
     def _read_as_transformers_does(self) -> None:
         """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""
