@@ -101,6 +101,16 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     return model, data, run
 
 
+def _check_stream(data: DataArguments, run: RunArguments) -> None:
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
+    if data.streaming and run.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+
+
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     """Everything that can be wrong without weights, in the order in which it is cheap to find.
 
@@ -113,13 +123,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_optimizer(run)
     check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
-    if data.streaming and run.world_size != run.layout.processes:
-        raise UserError(
-            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
-            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
-        )
-    if data.streaming and run.max_steps < 1:
-        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    _check_stream(data, run)
     check_validation(data, run)
     check_benchmarks(model, run)
     sources = read_sources(data.data, data.images)
