@@ -32,6 +32,7 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.counts import TokenCounts, check_images, next_labels, num_supervised, supervised_tokens, with_counts
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
+from llava_skip.head import Head, summed_loss
 from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
@@ -39,6 +40,7 @@ from llava_skip.routing import ImageTokens, Route, make_route, place_images, tak
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.stored import Pixels, TowerFeatures
 from llava_skip_base.errors import UserError
 
 
@@ -100,7 +102,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
 
     def encode_images(
         self,
-        pixel_values: Tensor,
+        pixel_values: Pixels,
         crop_counts: Tensor | Sequence[int] | None = None,
         config: LlavaSkipConfig | None = None,
     ) -> Tensor | list[Tensor]:
@@ -111,6 +113,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         """
         crop_counts = crop_counts.tolist() if isinstance(crop_counts, Tensor) else crop_counts
         tower, projector = self.vision_tower, self.multi_modal_projector
+        if isinstance(pixel_values, TowerFeatures):
+            tower, pixel_values = pixel_values.in_place_of(tower)
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
@@ -155,6 +159,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         supervised: Tensor | None = None,
         counts: TokenCounts | None = None,
         padded: bool | None = None,
+        vision_features: TowerFeatures | None = None,
         **kwargs: Any,
     ) -> SkippingModelOutput:
         """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `with_counts`.
@@ -165,12 +170,13 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         use_cache, cache = self._default_cache(use_cache, past_key_values)
         found, encoded = self.find_images(input_ids, inputs_embeds), (mm_encoder_outputs or {}).get("image")
         check_forward(config, cache, attention_mask, position_ids, found.shape[1], kwargs)
-        given = (pixel_values, encoded, prompt_images)
+        pixels: Pixels | None = pixel_values if vision_features is None else vision_features.of_images(pixel_values)
+        given = (pixels, encoded, prompt_images)
         if any(x is not None for x in given) or not is_decode_step(cache, found.shape[1]):
             images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, num_seen(cache))
             latest = latest_tokens(images, cache)
             images = with_counts(images, counts, found, attention_mask, supervised, crop_counts, latest)
-        features, nothing = self._images(pixel_values, crop_counts, encoded, config, images)
+        features, nothing = self._images(pixels, crop_counts, encoded, config, images)
         embeds = self._embed(input_ids, inputs_embeds, features, nothing, images, whole=prompt_images is None)
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         outputs = self._run(embeds, images, attention_mask, cache, supervised, padded, kwargs)
@@ -210,7 +216,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
 
     def _images(
         self,
-        pixel_values: Tensor | None,
+        pixel_values: Pixels | None,
         crop_counts: Tensor | Sequence[int] | None,
         encoded: BaseModelOutputWithPooling | None,
         config: LlavaSkipConfig,
@@ -302,7 +308,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
         self.model = LlavaSkipModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Head(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def set_reduction(self, reduction: ReductionConfig | None) -> None:
@@ -373,6 +379,5 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         """Next-token cross entropy over the tokens [M] whose next token has a label; 0 if none has."""
         targets = next_labels(labels) if targets is None else targets
         assert targets is not None  # one of them is given
-        logits = self.lm_head(take_tokens(hidden_states, tokens)).float()
-        total = nn.functional.cross_entropy(logits, take_tokens(targets, tokens), reduction="sum")
+        total = summed_loss(self.lm_head, take_tokens(hidden_states, tokens), take_tokens(targets, tokens))
         return total / ((targets != IGNORE_INDEX).sum().clamp(min=1) if items is None else items)

@@ -13,9 +13,10 @@ from llava_skip.conversation import template_names
 from llava_skip.presets import DEFAULT_PRESET, PRESETS, SIZES, dense_preset
 from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
+from train.data.loading import set_workers
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import zero_file
+from train.recipe.recipes import set_checkpointing, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -168,6 +169,10 @@ class DataArguments:
         metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that a stream is shuffled among."})
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the features of a frozen tower: an epoch writes them, later ones read them."},
+    )
     data_processes: int = field(
         default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
@@ -228,6 +233,12 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
+    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
+                          "auto: if a batch of the longest samples would not fit the free memory without it.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples of one process in one step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
@@ -277,6 +288,12 @@ class RunArguments(TrainingArguments):
     peak_tflops: float | None = field(
         default=None, metadata={"help": "bfloat16 peak of a device, for MFU; default: from a table of known GPUs."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Workers of a process that read its batches; default: 2 to 4 a GPU, else 0."}
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Whether workers live for the whole run; default: with a GPU."}
+    )
     hang_timeout_seconds: float = field(
         default=1500,
         metadata={"help": "A run without progress for this long is ended, and its slow rank named; 0: never."},
@@ -284,6 +301,8 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        set_checkpointing(self)
+        set_workers(self)
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
@@ -355,9 +374,10 @@ KINDS = (ModelArguments, DataArguments, RunArguments)
 # What may change between a run and its continuation without making it another run.
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
-    "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
+    "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
-    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
+    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 
@@ -368,7 +388,12 @@ def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> d
 
 
 def identity(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The part of the resolved arguments that makes two runs the same run."""
+    """The part of the resolved arguments that makes two runs the same run.
+
+    A stream's workers belong to it: they divide its records.
+    """
     training = {k: v for k, v in arguments["training"].items() if k not in _NOT_IDENTITY and not k.startswith("_")}
     data = {k: v for k, v in arguments["data"].items() if k not in _NOT_IDENTITY}
+    if data.get("streaming"):
+        training["dataloader_num_workers"] = arguments["training"].get("dataloader_num_workers")
     return {"model": arguments["model"], "data": data, "training": training}

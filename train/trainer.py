@@ -17,9 +17,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import seed_worker
 
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.features import FEATURES, FeatureWriter
+from train.data.loading import DataWait
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -40,6 +43,7 @@ class SkipTrainer(ResumableTrainer):
     Args:
         resolved: the run's arguments, saved with the weights.
         validation: of the run; None if there is none.
+        features: what writes the features of the tower; None: they are not stored.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
@@ -47,10 +51,17 @@ class SkipTrainer(ResumableTrainer):
     control: TrainerControl
 
     def __init__(
-        self, *args: Any, resolved: dict[str, Any], validation: Validation | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        resolved: dict[str, Any],
+        validation: Validation | None = None,
+        features: FeatureWriter | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._resolved, self._validation = resolved, validation
+        self._resolved, self._validation, self._features = resolved, validation, features
+        if features is not None:
+            self.add_callback(features)
         # Trainer would load the best weights into this process; `export` takes them from the checkpoint.
         self._exports_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
         if self.args.loss_normalization == "micro_batch":
@@ -64,6 +75,8 @@ class SkipTrainer(ResumableTrainer):
             self.accelerator.gather,
         )
         self._finite = FiniteChecks(self)
+        self._values = PixelValues.of(self.processing_class)
+        self._wait = DataWait(self.args.device, self.args.dataloader_num_workers)
         self._records: list[Any] = []
         """Names of the records of the micro batch."""
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -168,9 +181,19 @@ class SkipTrainer(ResumableTrainer):
         self._meter.count(inputs)
         for name in COUNTED:
             inputs.pop(name, None)
+        if self._values is not None and "pixel_values" in inputs:
+            inputs["pixel_values"] = self._values(inputs["pixel_values"], self._inputs_dtype())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._features is not None and FEATURES in inputs:
+            self._features.keep(inputs[FEATURES])
         self._finite.note_loss(loss, self._records)
         return loss
+
+    def _inputs_dtype(self) -> torch.dtype:
+        """The number format that Trainer gives to inputs that are no whole numbers."""
+        if not self.is_deepspeed_enabled:
+            return torch.float32
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log the loss of the validation data; errors as `Validation.measure`, and `NotFinite` for the weights."""
@@ -189,6 +212,8 @@ class SkipTrainer(ResumableTrainer):
         """Trainer's; with the metrics of the window that ends, over all ranks."""
         if "loss" in logs:
             logs |= self._part_rates(logs.get("learning_rate")) | self._meter.close_window()
+            if self.is_world_process_zero():
+                self._wait.note(*self._meter.last_wait)
         super().log(logs, start_time)
 
     def _part_rates(self, first: float | None) -> dict[str, float]:
