@@ -232,7 +232,7 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
-    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+    activation_checkpointing: str | None = field(
         default=None,
         metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
                           "auto: if a batch of the longest samples would not fit the free memory without it.",
@@ -318,7 +318,8 @@ class RunArguments(TrainingArguments):
         """`activation_checkpointing` as transformers has it, except "auto", which `settle_checkpointing` decides."""
         if self.activation_checkpointing is not None:
             on = checkpointing_of(self.activation_checkpointing)
-            self.activation_checkpointing: Any = "auto" if on is None else on
+            value: Any = "auto" if on is None else on
+            self.activation_checkpointing = value
 
     def _read_as_transformers_does(self) -> None:
         """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""
