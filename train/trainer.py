@@ -178,8 +178,9 @@ class SkipTrainer(ResumableTrainer):
         for name in COUNTED:
             inputs.pop(name, None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._features is not None and FEATURES in inputs:
-            self._features.keep(inputs[FEATURES])
+        features: Any = inputs.get(FEATURES)
+        if self._features is not None and features is not None:
+            self._features.keep(features)
         self._finite.note_loss(loss, self._records)
         return loss
 
