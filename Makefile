@@ -30,8 +30,8 @@ eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DAT
 	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.run --benchmarks $* \
 		$(foreach m,$(MODEL),--model "$(m)") $(foreach d,$(DATA),--data "$(d)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
-bench: ## dense against skipping on random weights (DEVICE=cuda SIZE=llama3-8b for true widths)
-	@$(ENV) $$PYTHON -m eval.study.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+bench: ## time, memory and FLOPs of every preset (SIZE=width-1024, MODE=growth; MODE=device writes the page of a GPU)
+	@$(ENV) $$PYTHON -m eval.study.bench $(or $(MODE),whole) $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 tradeoff: METHODS ?= all
 tradeoff: BUDGETS ?= 18,12,6

@@ -13,6 +13,8 @@ from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
 from llava_skip.ends import ends_of
 from llava_skip.vision import get_front_end
+from llava_skip.vision.square import SquareImageProcessorPil
+from llava_skip.vision.values import AS_BYTES
 from llava_skip_base.errors import UserError
 from llava_skip_base.images import MOST_PIXELS, work_pixels
 
@@ -61,6 +63,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         self._space_begins_text = begins_text_with_space(tokenizer)
         self._special = (image_token, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
         tokenizer.padding_side = "left"  # generation appends on the right; training pads its batches itself
+        image_processor = SquareImageProcessorPil.like(image_processor)  # a saved one has the name of transformers' own
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -162,12 +165,13 @@ class LlavaSkipProcessor(ProcessorMixin):
                 f"{MOST_PIXELS / 1e6:,.0f} million are made: cut the image, or scale it down."
             )
 
-    def encode_conversation(self, messages: Messages, images: list[Any]) -> dict[str, Any]:
+    def encode_conversation(self, messages: Messages, images: list[Any], as_bytes: bool = False) -> dict[str, Any]:
         """One training sample: the conversation as the chat template renders it, with labels on the answers.
 
         Args:
             messages: `{"role": ..., "content": ...}` turns in transformers' format; text may hold `<image>`.
             images: in the order of their placeholders.
+            as_bytes: whether pixels stay bytes, for `PixelValues` to rescale and normalise on a device.
 
         Returns:
             `input_ids` and `labels` (lists of T, -100 on tokens that are not supervised), and `pixel_values`
@@ -185,6 +189,7 @@ class LlavaSkipProcessor(ProcessorMixin):
             add_special_tokens=self._adds_special_tokens(text),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
+            images_kwargs=AS_BYTES if as_bytes else {},
         )
         input_ids = encoded["input_ids"][0]
         replaced = encoded["text_replacement_offsets"] or [[]]

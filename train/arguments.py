@@ -13,9 +13,10 @@ from llava_skip.conversation import template_names
 from llava_skip.presets import DEFAULT_PRESET, PRESETS, SIZES, dense_preset
 from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
+from train.data.loading import set_workers
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import checkpointing_of, zero_file
+from train.recipe.recipes import set_checkpointing, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -287,6 +288,12 @@ class RunArguments(TrainingArguments):
     peak_tflops: float | None = field(
         default=None, metadata={"help": "bfloat16 peak of a device, for MFU; default: from a table of known GPUs."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Workers of a process that read its batches; default: 2 to 4 a GPU, else 0."}
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Whether workers live for the whole run; default: with a GPU."}
+    )
     hang_timeout_seconds: float = field(
         default=1500,
         metadata={"help": "A run without progress for this long is ended, and its slow rank named; 0: never."},
@@ -294,7 +301,8 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self._read_switch()
+        set_checkpointing(self)
+        set_workers(self)
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
@@ -313,13 +321,6 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"--loss_normalization is {self.loss_normalization!r}; known: {', '.join(LOSS_NORMALIZATIONS)}."
             )
-
-    def _read_switch(self) -> None:
-        """`activation_checkpointing` as transformers has it, except "auto", which `settle_checkpointing` decides."""
-        if self.activation_checkpointing is not None:
-            on = checkpointing_of(self.activation_checkpointing)
-            value: Any = "auto" if on is None else on
-            self.activation_checkpointing = value
 
     def _read_as_transformers_does(self) -> None:
         """Resolve what TrainingArguments resolves; what it refuses is a mistake of the user."""
@@ -373,7 +374,8 @@ KINDS = (ModelArguments, DataArguments, RunArguments)
 # What may change between a run and its continuation without making it another run.
 _NOT_IDENTITY = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to",
-    "dataloader_num_workers", "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
+    "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
     "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
@@ -386,7 +388,12 @@ def resolved(model: ModelArguments, data: DataArguments, run: RunArguments) -> d
 
 
 def identity(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The part of the resolved arguments that makes two runs the same run."""
+    """The part of the resolved arguments that makes two runs the same run.
+
+    A stream's workers belong to it: they divide its records.
+    """
     training = {k: v for k, v in arguments["training"].items() if k not in _NOT_IDENTITY and not k.startswith("_")}
     data = {k: v for k, v in arguments["data"].items() if k not in _NOT_IDENTITY}
+    if data.get("streaming"):
+        training["dataloader_num_workers"] = arguments["training"].get("dataloader_num_workers")
     return {"model": arguments["model"], "data": data, "training": training}

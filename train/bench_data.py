@@ -148,7 +148,7 @@ def measure(model: ModelArguments, arguments: BenchArguments) -> dict[str, Any]:
         figures["first_load"] = in_new_process(load_and_read, data, cache, reads)
         figures["later_load"] = in_new_process(load_and_read, data, cache, reads)
         records = made_up_images(folder, arguments)
-        samples = ConversationDataset(records, prepare(model)[1], 4096)
+        samples = ConversationDataset(records, prepare(model)[1], 4096, as_bytes=True)
         figures["pictures_per_second"] = {n: per_second(_Opened(records), n) for n in arguments.workers}
         figures["samples_per_second"] = {n: per_second(samples, n) for n in arguments.workers}
     return figures

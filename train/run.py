@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.reduction.running import check_samples_apart
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
 from train.arguments import KINDS, DataArguments, ModelArguments, RunArguments, identity, resolved
@@ -100,6 +101,16 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     return model, data, run
 
 
+def _check_stream(data: DataArguments, run: RunArguments) -> None:
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
+    if data.streaming and run.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+
+
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     """Everything that can be wrong without weights, in the order in which it is cheap to find.
 
@@ -112,13 +123,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_optimizer(run)
     check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
-    if data.streaming and run.world_size != run.layout.processes:
-        raise UserError(
-            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
-            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
-        )
-    if data.streaming and run.max_steps < 1:
-        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    _check_stream(data, run)
     check_validation(data, run)
     check_benchmarks(model, run)
     sources = read_sources(data.data, data.images)
@@ -144,16 +149,19 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         dropped |= {"validation": dropped_findings(held_out, errors)} if errors else {}
     check_dropped(Path(run.output_dir), dropped or None, run.overwrite)
     unread: dict[str, int] = {}
+    as_bytes = PixelValues.of(processor) is not None
     if table is None:
         dataset: Any = ConversationStream(
-            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed
+            sources, processor, data.max_length, data.drop_faulty, data.shuffle_buffer, run.seed, as_bytes=as_bytes
         )  # fmt: skip
     else:
         unread = unread_columns(table, processor, data.max_length)
         if data.eval_share:
             records, held_out = split(records, data.eval_share, run.seed)
-        dataset = _training_set(records, processor, data, run)
-    validation = None if held_out is None else ConversationDataset(held_out, processor, data.max_length)
+        dataset = _training_set(records, processor, data, run, as_bytes)
+    validation = None
+    if held_out is not None:
+        validation = ConversationDataset(held_out, processor, data.max_length, as_bytes=as_bytes)
     return Run(
         model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread,
         features=None if data.cache_vision_features is None else Path(data.cache_vision_features).expanduser(),
@@ -161,12 +169,12 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
 
 
 def _training_set(
-    records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments
+    records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments, as_bytes: bool
 ) -> ConversationDataset:
     lengths = None
     if data.group_by_modality_length:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
-    dataset = ConversationDataset(records, processor, data.max_length, lengths)
+    dataset = ConversationDataset(records, processor, data.max_length, lengths, as_bytes)
     step = run.per_device_train_batch_size * run.world_size
     if run.dataloader_drop_last and len(dataset) < step:
         raise UserError(

@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerControl
 from transformers.trainer_utils import seed_worker
 
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.features import FEATURES, FeatureWriter
+from train.data.loading import DataWait
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -73,6 +75,8 @@ class SkipTrainer(ResumableTrainer):
             self.accelerator.gather,
         )
         self._finite = FiniteChecks(self)
+        self._values = PixelValues.of(self.processing_class)
+        self._wait = DataWait(self.args.device, self.args.dataloader_num_workers)
         self._records: list[Any] = []
         """Names of the records of the micro batch."""
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -177,12 +181,20 @@ class SkipTrainer(ResumableTrainer):
         self._meter.count(inputs)
         for name in COUNTED:
             inputs.pop(name, None)
+        if self._values is not None and "pixel_values" in inputs:
+            inputs["pixel_values"] = self._values(inputs["pixel_values"], self._inputs_dtype())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         features: Any = inputs.get(FEATURES)
         if self._features is not None and features is not None:
             self._features.keep(features)
         self._finite.note_loss(loss, self._records)
         return loss
+
+    def _inputs_dtype(self) -> torch.dtype:
+        """The number format that Trainer gives to inputs that are no whole numbers."""
+        if not self.is_deepspeed_enabled:
+            return torch.float32
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log the loss of the validation data; errors as `Validation.measure`, and `NotFinite` for the weights."""
@@ -201,6 +213,8 @@ class SkipTrainer(ResumableTrainer):
         """Trainer's; with the metrics of the window that ends, over all ranks."""
         if "loss" in logs:
             logs |= self._part_rates(logs.get("learning_rate")) | self._meter.close_window()
+            if self.is_world_process_zero():
+                self._wait.note(*self._meter.last_wait)
         super().log(logs, start_time)
 
     def _part_rates(self, first: float | None) -> dict[str, float]:

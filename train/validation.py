@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from llava_skip.configuration import IGNORE_INDEX
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from train.data import COUNTED, ConversationDataset, RecordSet, read_sources
 from train.data.sources import MIX_KINDS, Source
@@ -113,6 +114,7 @@ class Validation:
         self, dataset: ConversationDataset, collator: Callable[[list[dict[str, Any]]], Any], arguments: RunArguments
     ) -> None:
         self._dataset, self._collator, self._arguments = dataset, collator, arguments
+        self._values = PixelValues.of(dataset.processor)
         records = dataset.records
         images = [bool(records.record(records.row(index))["images"]) for index in range(len(dataset))]
         rank = arguments.process_index
@@ -163,6 +165,8 @@ class Validation:
         batch = dict(batch)
         samples, counts = len(batch.pop("record_ids")), [batch.pop(name) for name in COUNTED]
         inputs = {name: tensor.to(self._arguments.device) for name, tensor in batch.items()}
+        if self._values is not None and "pixel_values" in inputs:
+            inputs["pixel_values"] = self._values(inputs["pixel_values"])
         # The sum over the tokens: a mean over one token. Of the logits, which nobody reads, only the last. With a cache
         # the samples of a --padding_free batch would be one.
         loss = model(**inputs, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss

@@ -1,8 +1,10 @@
 """Load a saved model and let it answer batches of images and prompts, greedily."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,15 @@ from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import Ends, ends_of
+from llava_skip.vision.values import AS_BYTES, PixelValues
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+Turns = list[dict[str, Any]]
+"""A conversation, each turn with `role` and `content`; images are in the content, opened or not."""
+Inputs = dict[str, Any]
+"""What `generate` takes, on the host."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ class Generator:
 
     def _take(self, folder: Path, model: Any, ends: Ends) -> None:
         self.folder, self.model = folder, model.eval()
+        self._values = PixelValues.of(self.processor) if self.takes_images else None
+        self._helper = ThreadPoolExecutor(1, "prepare")
         config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
@@ -143,7 +152,6 @@ class Generator:
             self.model.set_reduction(model.configuration.reduction_config)
             self.processor.follow(model.configuration)
 
-    @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]], max_new_tokens: int) -> list[str]:
         """Answer a batch.
 
@@ -158,35 +166,72 @@ class Generator:
         Raises:
             UserError: the batch does not fit into the GPU's memory, or a language model is given an image.
         """
+        return self.reply(self.ask(prompts, images), max_new_tokens)
+
+    def reply(self, conversations: Sequence[Turns], max_new_tokens: int) -> list[str]:
+        """Continue conversations."""
+        self._check(conversations)
+        return self.generate(self._prepare(conversations), max_new_tokens)
+
+    def ask(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]]) -> list[Turns]:
+        """Questions as conversations; arguments as those of `answer`.
+
+        Raises:
+            UserError: a language model is given an image.
+        """
         if not self.takes_images and any(images):
             raise UserError("a bare language model cannot see images; ask it with --blind.")
-        return self.reply([conversation(*pair) for pair in zip(prompts, images, strict=True)], max_new_tokens)
+        return [conversation(*pair) for pair in zip(prompts, images, strict=True)]
 
-    @torch.inference_mode()
-    def reply(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
-        """Continue conversations, each a list of turns with `role` and `content` that holds its images."""
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]]) -> Callable[[], Inputs]:
+        """Start to open, resize and tokenise a batch, beside whatever the model does; arguments as those of `answer`.
+
+        Returns:
+            Waits for the inputs of `generate` and gives them, or raises what went wrong: a UserError, as `answer` does.
+        """
+        try:
+            conversations = self.ask(prompts, images)
+            self._check(conversations)  # here: only the main thread can end a template that does not end itself
+        except UserError as error:
+            return partial(_raise, error)
+        if self.tokenizer is getattr(self.processor, "tokenizer", self.processor):
+            return partial(self._prepare, conversations)  # in two threads one tokenizer raises "Already borrowed"
+        return self._helper.submit(self._prepare, conversations).result
+
+    def _check(self, conversations: Sequence[Turns]) -> None:
+        """Render the conversations, for the errors of the template and its time, before it is called with images."""
+        render(self.folder, self.processor, conversations)
+
+    def _prepare(self, conversations: Sequence[Turns]) -> Inputs:
+        """The inputs of a batch on the host; pixels as bytes where their values can be looked up."""
         padding: dict[str, Any] = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
         if self.takes_images:
-            padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
-        render(self.folder, self.processor, conversations)  # its errors and its time, before it is called with images
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **padding,
+            pixels = {} if self._values is None else {"images_kwargs": AS_BYTES}
+            padding = {"processor_kwargs": {"padding": True, "padding_side": "left"} | pixels}
+        return dict(
+            self.processor.apply_chat_template(
+                [opened(turns) for turns in conversations],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                **padding,
+            )
         )
+
+    @torch.inference_mode()
+    def generate(self, inputs: Inputs, max_new_tokens: int) -> list[str]:
+        """Answer a batch that is prepared; result and errors as `answer`."""
         inputs = {name: self._to_device(value) for name, value in inputs.items()}
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
-        clock = Clock(self.model.device)
+        clock, num_questions = Clock(self.model.device), len(inputs["input_ids"])
         try:
             output = self.model.generate(
                 **inputs, tokenizer=self.tokenizer, logits_processor=LogitsProcessorList([clock]), **options
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"a batch of {len(conversations)} does not fit into the GPU's memory; give a smaller --batch-size."
+                f"a batch of {num_questions} does not fit into the GPU's memory; give a smaller --batch-size."
             ) from error
         seconds, memory = clock.stop(), clock.peak_memory()
         stops = set(self.model.generation_config.eos_token_id or ())
@@ -195,11 +240,13 @@ class Generator:
         num_new = sum(min(len(own) + 1, len(row)) for own, row in zip(new, rows, strict=True))
         device, is_warm = device_name(self.model.device), self.cost is not None
         self.cost = BatchCost(len(rows), *seconds, num_new, *memory, device, is_warm)
-        return [self.ends.cut(text).strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return [self.ends.cut(text).strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value.dtype == torch.uint8 and self._values is not None:
+            return self._values(value.to(self.model.device), self.model.dtype)
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
@@ -225,8 +272,23 @@ def _readable(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
 
 
-def conversation(prompt: str, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
-    """One user turn of images and a question, as chat templates take it; without images it is plain text.
+def _raise(error: UserError) -> Inputs:
+    raise error
+
+
+def opened(turns: Turns) -> Turns:
+    """A conversation whose images are opened."""
+
+    def part(given: Any) -> Any:
+        is_closed = isinstance(given, dict) and isinstance(given.get("image"), ImageSource)
+        return given | {"image": given["image"].open()} if is_closed else given
+
+    return [turn | {"content": [part(own) for own in turn["content"]]} if isinstance(turn["content"], list) else turn
+            for turn in turns]  # fmt: skip
+
+
+def conversation(prompt: str, images: Sequence[ImageSource]) -> Turns:
+    """One user turn of images, not opened yet, and a question, as chat templates take it; without images plain text.
 
     Args:
         prompt: the question, with one `PLACEHOLDER` for each image, or none.
@@ -240,5 +302,5 @@ def conversation(prompt: str, images: Sequence[ImageSource]) -> list[dict[str, A
     content: list[dict[str, Any]] = []
     for text, image in zip_longest(texts, images):
         content += [{"type": "text", "text": text}] if text else []
-        content += [{"type": "image", "image": image.open()}] if image else []
+        content += [{"type": "image", "image": image}] if image else []
     return [{"role": "user", "content": content}]

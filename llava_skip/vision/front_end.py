@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_skip.products import Products, linear
 from llava_skip.reduction.method import Selection
 from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.square import SquareImageProcessorPil
 from llava_skip.vision.view import View
 from llava_skip_base.errors import UserError
 
@@ -155,7 +155,7 @@ class FrontEnd:
 
     def image_processor(self, config: LlavaSkipConfig, sizes: dict[str, Any]) -> Any:
         """The image processor; `sizes` has the tower's size as `size` and `crop_size`."""
-        return LlavaImageProcessorPil(**sizes, do_pad=True)
+        return SquareImageProcessorPil(**sizes, do_pad=True)
 
     def crop_length(self, config: LlavaSkipConfig) -> int | None:
         """Image tokens of one crop if an image takes a multiple of it; None if all images take equally many."""

@@ -14,6 +14,8 @@ from transformers.image_utils import ChannelDimension, make_flat_list_of_images
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs
 
+from llava_skip.vision.square import resize_padded
+from llava_skip.vision.values import every_byte, look_up
 from llava_skip_base.errors import UserError
 
 PADDING_COLOUR = (122, 116, 104)
@@ -39,17 +41,6 @@ def choose_grid(width: int, height: int, most: int, side: int) -> tuple[int, int
         if new < distance or (new == distance and large):
             best, distance = (columns, rows), new
     return best
-
-
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """The image in the middle of a square of CLIP's mean colour."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), PADDING_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
 
 
 def cut_tiles(image: Image.Image, most: int, side: int, resample: int = Image.Resampling.BICUBIC) -> list[Image.Image]:
@@ -103,9 +94,15 @@ class TilingImageProcessorPil(LlavaImageProcessorPil):
         """
         chosen = self._resolve(kwargs)
         cut = [self._cut(image, chosen) for image in make_flat_list_of_images(images)]
-        values = np.stack([_normalised(crop, chosen, unit) for crops, unit in cut for crop in crops])
-        data = {"pixel_values": values, "crop_counts": np.array([len(crops) for crops, _ in cut])}
+        tables = {unit: _value_table(chosen, unit) for _, unit in cut}
+        values = [look_up(tables[unit], [np.asarray(crop) for crop in crops]) for crops, unit in cut]
+        whole = values[0] if len(values) == 1 else np.concatenate(values)
+        data = {"pixel_values": whole, "crop_counts": np.array([len(crops) for crops, _ in cut])}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def value_table(self, **kwargs: Any) -> np.ndarray:
+        """[3, 256], for each colour the value of each byte, under the arguments of a call."""
+        return _value_table(self._resolve(kwargs), unit=False)
 
     def count_crops(self, width: int, height: int, **kwargs: Any) -> int:
         """Crops of an image of this size in pixels, under the arguments of a call: the thumbnail and its tiles."""
@@ -140,9 +137,9 @@ class TilingImageProcessorPil(LlavaImageProcessorPil):
             array = self.process_image(image, do_convert_rgb=True, input_data_format=chosen["input_data_format"])
             unit = array.dtype.kind == "f" and float(array.max(initial=0.0)) <= 1
             image = to_pil_image(array, do_rescale=unit, input_data_format=ChannelDimension.FIRST)
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         if chosen["do_pad"]:
-            image = pad_to_square(image).resize((2 * side, 2 * side), Image.Resampling.LANCZOS)
+            image = resize_padded(image, 2 * side, PADDING_COLOUR, Image.Resampling.LANCZOS)
         return cut_tiles(image, chosen["max_tiles"], side, chosen["resample"]), unit
 
 
@@ -159,14 +156,21 @@ def _side(given: dict[str, Any]) -> int | None:
     return sides.pop() if sides else None
 
 
-def _normalised(crop: Image.Image, chosen: dict[str, Any], unit: bool) -> np.ndarray:
-    """Pixels [3, side, side] of a crop, rescaled and normalised as asked for."""
-    values: Any = np.asarray(crop, dtype=np.float32)
+def _value_table(chosen: dict[str, Any], unit: bool) -> np.ndarray:
+    """[3, 256], for each colour the value of each byte, rescaled and normalised as asked for.
+
+    Args:
+        chosen: the arguments of a call.
+        unit: whether a byte stands for a value between 0 and 1.
+    """
+    values: Any = every_byte()[:, 0]
+    if unit or chosen["do_rescale"] or chosen["do_normalize"]:
+        values = values.astype(np.float32)
     if unit:
         values = values / 255
     if chosen["do_rescale"]:
         values = values / np.float32(1 / chosen["rescale_factor"])  # 255 in the last digit, as 1 / 255 is not
     if chosen["do_normalize"]:
-        mean, std = (np.array(chosen[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        mean, std = (np.array(chosen[name], np.float32).reshape(-1, 1) for name in ("image_mean", "image_std"))
         values = (values - mean) / std
-    return values.transpose(2, 0, 1)
+    return values

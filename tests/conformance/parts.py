@@ -12,7 +12,8 @@ from torch import Tensor
 from llava_skip.checkpoints import native_name
 from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
 from llava_skip.vision.resampler import ChainOfSightResampler, ResamplerConfig
-from llava_skip.vision.tiling import TilingImageProcessorPil, choose_grid, cut_tiles, pad_to_square
+from llava_skip.vision.square import resize_padded
+from llava_skip.vision.tiling import PADDING_COLOUR, TilingImageProcessorPil, choose_grid, cut_tiles
 from tests.conformance.goldens import Comparison, Golden, close, close_gradient, largest_gradient, same
 
 
@@ -142,9 +143,10 @@ def check_tiles(golden: Golden) -> list[Comparison]:
         crops = np.stack([np.asarray(crop) for crop in cut_tiles(image, most, side)])
         processor = TilingImageProcessorPil(most, crop_size={"height": side, "width": side}, do_pad=False)
         values = processor(image, return_tensors="pt")["pixel_values"]
+        square = resize_padded(image, max(image.size), PADDING_COLOUR, Image.Resampling.LANCZOS)
         results += [
             same(f"{case} grid", torch.tensor(grid), torch.tensor([entry["columns"], entry["rows"]])),
-            same(f"{case} square", torch.from_numpy(np.array(pad_to_square(image))), t["padded_square"]),
+            same(f"{case} square", torch.from_numpy(np.array(square)), t["padded_square"]),
             same(f"{case} crops", torch.from_numpy(crops), t["crops"]),
             close(f"{case} pixel values", values, t["pixel_values"]),
         ]

@@ -22,16 +22,15 @@ from eval.run import app
 from eval.scoring.judge import read_replies
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
+from tests.support.answering import AtOnce
 
 Rows = list[dict[str, Any]]
 RUN = {"model_sha256": "m"}
 DEEP = "[" * 200_000 + "]" * 200_000
 
 
-class Echo:
+class Echo(AtOnce):
     """A fake model that opens its images and answers A."""
-
-    cost = None
 
     def __init__(self, *_: Any) -> None:
         pass

@@ -14,15 +14,14 @@ import eval.compare
 import eval.overview
 import eval.run
 import eval.score
+from tests.support.answering import AtOnce
 from tests.support.hostile import ALL, ESCAPES, WORDS, lacking
 
 Rows = list[dict[str, Any]]
 
 
-class Parrot:
+class Parrot(AtOnce):
     """A fake model that answers with the hostile texts."""
-
-    cost = None
 
     def __init__(self, *_: Any) -> None:
         pass

@@ -16,18 +16,18 @@ from typer.testing import CliRunner, Result
 import eval.answering.generate
 from eval.answering.models import check_model, newest_model
 from eval.run import app
+from tests.support.answering import AtOnce
 
 ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Any]]
 
 
-class Echo:
+class Echo(AtOnce):
     """A fake model that always answers A, and records what it was asked."""
 
     batches: list[list[str]] = []
 
     loaded: list[str] = []
-    cost = None
 
     def __init__(self, model: Any, numerics: Any, rank: int) -> None:
         Echo.loaded.append(model.name)
@@ -317,10 +317,9 @@ SLOW_RUN = textwrap.dedent("""
     import sys, time
     import eval.answering.generate
     from eval.run import app
+    from tests.support.answering import AtOnce
 
-    class Slow:
-        cost = None
-
+    class Slow(AtOnce):
         def __init__(self, model, numerics, rank):
             pass
 

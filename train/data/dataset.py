@@ -25,7 +25,9 @@ COUNTED = (*FLAGS, "faulty")
 nothing reads; and the faulty records that a stream passed over before its samples."""
 
 
-def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_length: int, name: str) -> dict[str, Any]:
+def encode(
+    record: Record, images: Images, processor: LlavaSkipProcessor, max_length: int, name: str, as_bytes: bool = False
+) -> dict[str, Any]:
     """A record as a sample.
 
     Args:
@@ -34,6 +36,7 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
         processor: of the model.
         max_length: tokens of a sample; later ones are cut.
         name: of the record, for messages.
+        as_bytes: whether pixels stay bytes; `PixelValues` makes values of them on a device.
 
     Returns:
         `input_ids`, `labels` (lists of T), `pixel_values` [N, 3, side, side] and `crop_counts` [N] if any, `truncated`
@@ -49,7 +52,7 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
         opened = [images.open(image) for image in record["images"]]
         for image in opened:
             processor.check_image_size(*image.size)
-        sample = processor.encode_conversation(record["messages"], opened)
+        sample = processor.encode_conversation(record["messages"], opened, as_bytes)
     except UserError as error:
         raise RecordError(f"{name}: {error}") from error
     lost = max(0, len(sample["input_ids"]) - max_length)
@@ -68,13 +71,20 @@ def encode(record: Record, images: Images, processor: LlavaSkipProcessor, max_le
 class ConversationDataset(Dataset):
     """Records, encoded when they are read.
 
-    `lengths` are what `sample_lengths` gives, for a sampler that groups by them; None: not needed.
+    `lengths` are what `sample_lengths` gives, for a sampler that groups by them; None: not needed. With `as_bytes`
+    pixels stay bytes.
     """
 
     def __init__(
-        self, records: RecordSet, processor: LlavaSkipProcessor, max_length: int, lengths: np.ndarray | None = None
+        self,
+        records: RecordSet,
+        processor: LlavaSkipProcessor,
+        max_length: int,
+        lengths: np.ndarray | None = None,
+        as_bytes: bool = False,
     ) -> None:
         self.records, self.processor, self.max_length, self.lengths = records, processor, max_length, lengths
+        self.as_bytes = as_bytes
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,7 +96,7 @@ class ConversationDataset(Dataset):
         row = self.records.row(index)
         record = self.records.record(row)
         name = self.records.describe(row, record)
-        return encode(record, self.records.images_of(row), self.processor, self.max_length, name)
+        return encode(record, self.records.images_of(row), self.processor, self.max_length, name, self.as_bytes)
 
 
 def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class ConversationStream(IterableDataset):
         seed: of the order.
         rank: of this process.
         processes: number of processes that share the stream.
+        as_bytes: whether pixels stay bytes.
     """
 
     sources: list[Source]
@@ -53,6 +54,7 @@ class ConversationStream(IterableDataset):
     seed: int = 0
     rank: int = 0
     processes: int = 1
+    as_bytes: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Samples, as `encode` gives them.
@@ -70,7 +72,7 @@ class ConversationStream(IterableDataset):
             record = as_record(row)
             name = f"record {number} of the stream, of {self.sources[source].name} (id {record['id']!r})"
             try:
-                sample = encode(record, images[source], self.processor, self.max_length, name)
+                sample = encode(record, images[source], self.processor, self.max_length, name, self.as_bytes)
             except RecordError as error:
                 faulty += 1
                 if not self.drop_faulty or faulty == MOST_FAULTY:
@@ -117,4 +119,6 @@ def stream_loader(stream: ConversationStream, arguments: Any, collator: Any) -> 
         num_workers=arguments.dataloader_num_workers,
         collate_fn=collator,
         pin_memory=arguments.dataloader_pin_memory,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
     )

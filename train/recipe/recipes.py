@@ -71,6 +71,17 @@ def checkpointing_of(value: str | bool) -> bool | None:
     return known[word]
 
 
+def set_checkpointing(run: Any) -> None:
+    """Give a run's `activation_checkpointing` the values that transformers has, and "auto" for what is decided later.
+
+    Raises:
+        UserError: another value.
+    """
+    if run.activation_checkpointing is not None:
+        on = checkpointing_of(run.activation_checkpointing)
+        run.activation_checkpointing = "auto" if on is None else on
+
+
 def recipe_words(
     source: str, given: Iterable[str], known: Iterable[str] | None = None, processes: int | None = None
 ) -> list[str]:

@@ -44,6 +44,9 @@ def memory_peak(device: torch.device) -> float:
 class Meter:
     """Counts of one logging window on this rank, and totals of the run over all ranks.
 
+    Attributes:
+        last_wait: of the last window, how long the rank that waited longest waited for batches, and all seconds.
+
     Args:
         config: the model's.
         trainable: whether the language model's own weights are, which decides what a backward pass costs.
@@ -67,6 +70,7 @@ class Meter:
         self._device, self._peak, self._gather = device, peak, gather
         self.totals: dict[str, float] = dict.fromkeys((*COUNTS, "seconds"), 0.0)
         self._started: float | None = None
+        self.last_wait = (0.0, 0.0)
         self._reset()
 
     def _reset(self) -> None:
@@ -117,6 +121,7 @@ class Meter:
     def close_window(self) -> dict[str, float]:
         """Metrics of the window over all ranks; starts the next window. Every rank must call it."""
         counts, waited, memory = self._sums()
+        self.last_wait = waited, counts["seconds"]
         self.totals = _added(self.totals, counts)
         self._started = time.perf_counter()
         self._reset()
