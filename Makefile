@@ -1,4 +1,6 @@
 SHELL := /bin/bash
+JOBS ?= 2# tests run in so many processes, whole files in each
+PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile
 ENV := set -euo pipefail; . scripts/env.sh;
 
 .PHONY: help setup test test-slow fuzz check format bench tradeoff conformance
@@ -10,10 +12,10 @@ setup: ## install the project and what it needs (activated environment, else .ve
 	@bash scripts/setup.sh
 
 test: ## the tests, under 8 minutes on 2 cores
-	@$(ENV) $$PYTHON -m pytest -q $(ARGS)
+	@$(ENV) $(PYTEST) $(ARGS)
 
 test-slow: ## the tests that take minutes
-	@$(ENV) $$PYTHON -m pytest -q -m slow $(ARGS)
+	@$(ENV) $(PYTEST) -m slow $(ARGS)
 
 fuzz: ## damaged input of every kind for every reader, ROUNDS= times as long as in the tests
 	@$(ENV) FUZZ_ROUNDS=$(or $(ROUNDS),20) $$PYTHON -m pytest -q tests/fuzz $(ARGS)
@@ -28,8 +30,8 @@ eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DAT
 	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.run --benchmarks $* \
 		$(foreach m,$(MODEL),--model "$(m)") $(foreach d,$(DATA),--data "$(d)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
-bench: ## dense against skipping on random weights (DEVICE=cuda SIZE=llama3-8b for true widths)
-	@$(ENV) $$PYTHON -m eval.study.bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
+bench: ## time, memory and FLOPs of every preset (SIZE=width-1024, MODE=growth; MODE=device writes the page of a GPU)
+	@$(ENV) $$PYTHON -m eval.study.bench $(or $(MODE),whole) $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 tradeoff: METHODS ?= all
 tradeoff: BUDGETS ?= 18,12,6

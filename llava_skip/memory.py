@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.flops import head_widths
+from llava_skip.head import rows_at_once
 from llava_skip.step_flops import Load
 from llava_skip.vision import get_front_end
 
 FLOAT = 4
 """Bytes of a float32."""
+INDEX = 8
+"""Bytes of an index."""
 MASTER, MOMENTS = 4, 8
 """Bytes of a parameter's float32 copy and of AdamW's two moments."""
 
@@ -54,14 +57,24 @@ def tower_bytes(config: LlavaSkipConfig, crops: float, element: int = 2) -> int:
 
 
 def block_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
-    """What autograd saves of merging and summaries: the assignment, the R + S tokens, and their norms of each span."""
+    """What autograd saves of merging and summaries: each token's mean, the R + S tokens, and norms of each span."""
     skip, width = config.skip_config, config.text_config.hidden_size
     if skip is None or not load.images:
         return 0
     others = config.visual_tokens(max(1, round(load.crops / load.images))) - skip.retained
     spans = sum(end - first for first, end in skip.spans) if skip.summary_start == "pooled" else 0
-    numbers = (others - skip.skipped) * skip.skipped + (skip.retained + skip.skipped + spans) * width
-    return round(load.images * element * numbers)
+    numbers = skip.skipped + (skip.retained + skip.skipped + spans) * width
+    return round(load.images * (INDEX * others + element * numbers))
+
+
+def head_bytes(text: PreTrainedConfig, tokens: float, element: int = 2) -> int:
+    """The states of the supervised tokens, their logits and the gradient of these; for many tokens, of a part.
+
+    With parts there is a float32 sum of the gradient of the head's weight, see `llava_skip.head`.
+    """
+    at_once, weight = rows_at_once(text.vocab_size), FLOAT * text.hidden_size * text.vocab_size
+    logits = 2 * FLOAT * text.vocab_size * min(tokens, at_once)
+    return round(element * text.hidden_size * tokens + logits + (weight if tokens > at_once else 0))
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Activations:
         decoder: saved of all decoder layers; with checkpointing, their inputs.
         working: of one layer while it is run again; 0 without checkpointing.
         vision: saved of tower, projector, merging and summaries, as far as they are trainable.
-        logits: of the supervised tokens and of their gradient, in float32, with the states that they are made of.
+        logits: of the supervised tokens and of their gradient, see `head_bytes`.
     """
 
     decoder: int
@@ -109,12 +122,11 @@ def activations(
             tower = round(load.crops * patches * vision.hidden_size * element * config.used_tower_layers)
     projector = front_end.projector_bytes(config, load.crops, element) if trains_tower or trains_projector else 0
     block = block_bytes(config, load, element) if projector else 0
-    head = load.head_tokens * (element * text.hidden_size + 2 * FLOAT * text.vocab_size)
     return Activations(
         decoder=text.num_hidden_layers * (states if checkpointing else layer) + last_norm,
         working=layer if checkpointing else 0,
         vision=tower + projector + block,
-        logits=round(head),
+        logits=head_bytes(text, load.head_tokens, element),
     )
 
 

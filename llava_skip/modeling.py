@@ -30,6 +30,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
+from llava_skip.head import Head, summed_loss
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored, supervised_tokens
@@ -37,6 +38,7 @@ from llava_skip.routing import ImageTokens, Route, make_route
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
 from llava_skip.vision.clip import ClipTower
+from llava_skip.vision.stored import Pixels, TowerFeatures
 from llava_skip_base.errors import UserError
 
 
@@ -86,7 +88,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return outputs
 
     def encode_images(
-        self, pixel_values: Tensor, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
+        self, pixel_values: Pixels, crop_counts: Tensor | None = None, config: LlavaSkipConfig | None = None
     ) -> Tensor | list[Tensor]:
         """Images -> the blocks [N, L, D] that replace their image tokens.
 
@@ -94,6 +96,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         `FrontEnd.encode`.
         """
         tower, projector = self.vision_tower, self.multi_modal_projector
+        if isinstance(pixel_values, TowerFeatures):
+            tower, pixel_values = pixel_values.in_place_of(tower)
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:
@@ -136,12 +140,14 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         generated: int = 0,
         use_cache: bool | None = None,
         supervised: Tensor | None = None,
+        vision_features: TowerFeatures | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`."""
+        pixels: Pixels | None = pixel_values if vision_features is None else vision_features.of_images(pixel_values)
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
-        features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
+        features, nothing = self._images(pixels, crop_counts, mm_encoder_outputs, config)
         found, inputs_embeds = self._embed(input_ids, inputs_embeds)
         check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
         route, images = Route(), None
@@ -171,7 +177,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         return use_cache, cache
 
     def _images(
-        self, pixel_values: Tensor | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
+        self, pixel_values: Pixels | None, crop_counts: Tensor | None, encoded: dict | None, config: LlavaSkipConfig
     ) -> tuple[Tensor | None, Tensor | None]:
         """The blocks of all images [N * L, D], encoded now, or before (`generate` does, once for all beams).
 
@@ -318,7 +324,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
         self.model = LlavaSkipModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Head(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def set_reduction(self, reduction: ReductionConfig | None) -> None:
@@ -386,6 +392,5 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             assert labels is not None  # one of them is given
             hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden_states[supervised]).float()
-        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+        total = summed_loss(self.lm_head, hidden_states[supervised], targets[supervised])
         return total / (supervised.sum().clamp(min=1) if items is None else items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +118,15 @@ def preset_config(preset: str, size: str = "tiny", **overrides: Any) -> LlavaSki
     Raises:
         UserError: an unknown preset or size.
     """
-    numbers = _choose(SIZES, size, "size")
+    return config_at(preset, _choose(SIZES, size, "size"), **overrides)
+
+
+def config_at(preset: str, numbers: Mapping[str, Any], **overrides: Any) -> LlavaSkipConfig:
+    """As `preset_config`, at widths that have no name: `numbers` are like an entry of `SIZES`."""
     return LlavaSkipConfig(
         text_config=LlamaConfig(**{**numbers["text"], **overrides}),
         image_token_index=numbers["image_token"],
-        **fields_for_tower(preset, CLIPVisionConfig(**numbers["vision"]), size),
+        **_tower_fields(preset, CLIPVisionConfig(**numbers["vision"]), numbers),
     )
 
 
@@ -136,8 +141,12 @@ def fields_for_tower(preset: str, vision: CLIPVisionConfig, size: str = "vicuna-
     Raises:
         UserError: an unknown preset, or a tower that does not fit the front end.
     """
-    chosen, numbers = _choose(PRESETS, preset, "preset"), _choose(SIZES, size, "size").get
-    own = numbers(chosen.front_end, {})
+    return _tower_fields(preset, vision, _choose(SIZES, size, "size"))
+
+
+def _tower_fields(preset: str, vision: CLIPVisionConfig, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = _choose(PRESETS, preset, "preset")
+    own = numbers.get(chosen.front_end, {})
     if "image_size" in own:
         vision = CLIPVisionConfig(**vision.to_dict() | {"image_size": own["image_size"]})
     fields = {"front_end": chosen.front_end, "preset": preset, "vision_config": vision}

@@ -96,6 +96,30 @@ def image_rows(config: LlavaSkipConfig, crops: int | None = None) -> list[LayerR
     return [LayerRows(tokens, tokens, skip.num_kept if skipping else tokens, kept) for skipping in skips]
 
 
+def prompt_load(config: LlavaSkipConfig, text_tokens: int, head_tokens: int, images: int = 1, samples: int = 1) -> Load:
+    """What goes through a model with equally long samples, none padded; images have the most crops that they can have.
+
+    Args:
+        config: of a model without a reduction.
+        text_tokens: tokens of a sample beside its images.
+        head_tokens: of a sample that reach the head.
+        images: of a sample.
+        samples: of the batch.
+    """
+    rows = image_rows(config)
+    tokens = text_tokens + images * config.image_seq_length
+    return Load(
+        samples=samples,
+        images=samples * images,
+        crops=samples * images * config.most_crops,
+        tokens=samples * tokens,
+        pairs=samples * tokens**2,
+        ffn_tokens=samples * (text_tokens + images * sum(layer.ffn for layer in rows) / len(rows)),
+        head_tokens=samples * head_tokens,
+        gathered=config.skip is not None,
+    )
+
+
 def tower_products(config: LlavaSkipConfig, crops: float) -> Products:
     """Of the tower's layers before the features, on `crops` crops, with the ranking where there is one."""
     vision = config.vision_config
@@ -124,8 +148,8 @@ def block_products(config: LlavaSkipConfig, images: float, crops: float) -> tupl
     matched = linear(others - skip.skipped, width, skip.skipped)
     summed = linear(skip.skipped, others - skip.skipped, width)
     spans = sum(end - first for first, end in skip.spans) if skip.summary_start == "pooled" else 0
-    # `weights`: the assignment has no gradient, so that of the product is one product, as for a frozen weight.
-    return Products(weights=summed, choices=matched) * images, Products(weights=linear(spans, width, 1)) * images
+    # `choices`, both: the gradient of a merge is a look-up, without a product.
+    return Products(choices=matched + summed) * images, Products(weights=linear(spans, width, 1)) * images
 
 
 @dataclass(frozen=True)
@@ -179,7 +203,6 @@ def step_flops(
         backward = (
             tower.backward(sees, False)
             + projector.backward("multi_modal_projector" in trained, sees)
-            + merge.backward(False, visual)
             + summary.backward("summary" in trained, visual)
             + decoder.own.backward(whole, through or factors)
             + decoder.factors.backward(factors, through or factors)

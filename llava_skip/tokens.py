@@ -5,10 +5,15 @@ Shapes: N images, P visual tokens of an image, R retained, S kept by the merge, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from llava_skip_base.errors import UserError
+
+MERGED_AT_ONCE = 32 * 2**20
+"""Bytes of the float32 tokens that are merged at once; an image that has more is merged alone."""
 
 
 def retained_first(tokens: Tensor, scores: Tensor, retained: int) -> Tensor:
@@ -79,12 +84,47 @@ def merge_tokens(tokens: Tensor, keep: int) -> Tensor:
         raise UserError(f"Cannot merge {total} tokens to {keep}: keep must be between 1 and {total}.")
     if keep == total:
         return tokens
+    return _Merge.apply(tokens, keep)
+
+
+class _Merge(torch.autograd.Function):
+    """The merge, a few images at a time: what it needs while it runs does not grow with their number.
+
+    The gradient of a token is that of the mean which it is in, divided by the number of tokens in it: a look-up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, keep: int) -> Tensor:
+        images, total, width = tokens.shape
+        means, sizes = tokens.new_empty(images, keep, width), tokens.new_empty(images, keep, 1)
+        means_of = torch.empty(images, total, dtype=torch.long, device=tokens.device)
+        at_once = max(1, MERGED_AT_ONCE // (4 * total * width))
+        for first in range(0, images, at_once):
+            part = slice(first, first + at_once)
+            means[part], sizes[part], means_of[part] = _merge(tokens[part], keep)
+        ctx.save_for_backward(means_of, sizes)
+        return means
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        means_of, sizes = ctx.saved_tensors
+        means_of = means_of.unsqueeze(-1)
+        shares = grad.gather(1, means_of.expand(-1, -1, grad.shape[-1]))
+        return shares.div_(sizes.gather(1, means_of)), None
+
+
+def _merge(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [n, P, C] -> means [n, S, C], how many tokens are in each [n, S, 1], the mean of each token [n, P]."""
+    images, total, _ = tokens.shape
     _, order, target = merge_choices(tokens, keep)
     ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
     merged, kept = ordered.split([total - keep, keep], dim=1)
-    # A product with the assignment instead of a scatter: its sums have one order on every device.
-    assignment = nn.functional.one_hot(target, keep).transpose(1, 2).to(tokens.dtype)
-    return (kept + assignment @ merged) / (1 + assignment.sum(dim=-1, keepdim=True))
+    # A product with the assignment instead of a scatter of tokens: its sums have one order on every device.
+    assignment = tokens.new_zeros(images, total - keep, keep).scatter_(2, target.unsqueeze(-1), 1).transpose(1, 2)
+    sizes = 1 + assignment.sum(dim=-1, keepdim=True)
+    own = torch.arange(keep, device=tokens.device).expand(images, -1)
+    means_of = torch.empty_like(order).scatter_(1, order, torch.cat([target, own], dim=1))
+    return (kept + assignment @ merged) / sizes, sizes, means_of
 
 
 def free_parameter(values: Tensor) -> nn.Parameter:

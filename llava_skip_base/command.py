@@ -41,7 +41,7 @@ PROGRAMS: dict[str, Program] = {
     "overview": Program("eval.overview", "Write the HTML overview of all results."),
     "analyze": Program("eval.study.analyze", "Measure on a checkpoint why skipping works and what it costs."),
     "tradeoff": Program("eval.tradeoff", "Draw score against FLOPs and time, for rivals at several budgets."),
-    "bench": Program("eval.study.bench", "Time dense against skipping in one run."),
+    "bench": Program("eval.study.bench", "Measure time and memory of presets, their growth, or a GPU."),
     "costs": Program("eval.study.costs", "Write the table of FLOPs and cache sizes of all presets."),
     "conformance": Program("tests.conformance.__main__", "Compare the library with golden tensors (in a checkout)."),
     "data": Program("playground.data.build", "Build the embedded data set."),

@@ -106,23 +106,27 @@ def one_message() -> Iterator[None]:
         fail(error)
 
 
-def make_app(function: Callable[..., Any]) -> typer.Typer:
-    """A typer function as a command line.
+def make_app(*functions: Callable[..., Any]) -> typer.Typer:
+    """Typer functions as a command line; if there are several, the name of each is its first word.
 
     A user's mistake is one message, `--long-option` and `--long_option` are the same, and `~` in paths is expanded.
     """
+    options = {"token_normalize_func": lambda name: name.replace("_", "-")}
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=options
+    )
+    for function in functions:
+        app.command()(_command(function))
+    return app
 
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(**arguments: Any) -> Any:
         with one_message():
             return function(**{name: _expanded(value) for name, value in arguments.items()})
 
-    options = {"token_normalize_func": lambda name: name.replace("_", "-")}
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=options
-    )
-    app.command()(run)
-    return app
+    return run
 
 
 def _expanded(value: Any) -> Any:

@@ -5,12 +5,27 @@ import resource
 import sys
 from pathlib import Path
 
+_SYSTEM, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _PEAK_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def usable_cores() -> int:
     """Cores that this process may use; all of the machine where the system does not say (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that processes may still take, within the limit of a container; None where the system does not say."""
+    try:
+        lines = _SYSTEM.read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:  # cgroup v2; "max" is no limit
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return free
+    return max(0, min(free, limit - used))
 
 
 def restart_peak_memory() -> bool:

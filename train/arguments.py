@@ -16,7 +16,7 @@ from llava_skip_base.errors import UserError
 from train.data.loading import set_workers
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import zero_file
+from train.recipe.recipes import set_checkpointing, zero_file
 from train.resilience.deepspeed_operators import prepare_deepspeed
 from train.resilience.layout import Layout
 from train.training_flags import INHERITED, check_choices, check_zero_file
@@ -169,6 +169,10 @@ class DataArguments:
         metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Records that a stream is shuffled among."})
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the features of a frozen tower: an epoch writes them, later ones read them."},
+    )
     data_processes: int = field(
         default=default_processes(), metadata={"help": "Processes that check and measure a set before the run."}
     )
@@ -229,6 +233,12 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
+    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
+                          "auto: if a batch of the longest samples would not fit the free memory without it.",
+                  "nargs": "?", "const": "true"},
+    )  # fmt: skip
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples of one process in one step."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
@@ -279,10 +289,8 @@ class RunArguments(TrainingArguments):
         default=None, metadata={"help": "bfloat16 peak of a device, for MFU; default: from a table of known GPUs."}
     )
     dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Workers of each process that read its batches; default: 2 to 4 with a GPU, by its cores, "
-                          "and 0 on a CPU."},
-    )  # fmt: skip
+        default=None, metadata={"help": "Workers of a process that read its batches; default: 2 to 4 a GPU, else 0."}
+    )
     dataloader_persistent_workers: bool | None = field(
         default=None, metadata={"help": "Whether workers live for the whole run; default: with a GPU."}
     )
@@ -293,6 +301,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        set_checkpointing(self)
         set_workers(self)
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
@@ -368,7 +377,7 @@ _NOT_IDENTITY = (
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
     "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
-    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit",
+    "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

@@ -22,21 +22,35 @@ from llava_skip.presets import PRESETS
 from llava_skip.processing import LlavaSkipProcessor, find_image_token
 from llava_skip_base.console import one_message, print_next
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import read_json, write_json
+from llava_skip_base.files import write_json
 from llava_skip_base.paths import embedded_tokenizer
 from train.command_line import read_command_line
 from train.data import load_records
 from train.data.parallel import default_processes
+from train.planning.checkpointing import zero_of_file
 from train.planning.estimate import Machine, Training, inference_cost, training_cost
 from train.planning.models import config_for
 from train.planning.published import data_set_of, known_samples
 from train.planning.shape import Shape, assumed, measured
 from train.planning.showing import draw, show
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import FOLDER, RECIPE, read_recipe, take_option, with_underscores, zero_file
+from train.recipe.recipes import (
+    FOLDER,
+    RECIPE,
+    checkpointing_of,
+    read_recipe,
+    take_option,
+    with_underscores,
+    zero_file,
+)
 
 UTILISATION = 0.3
 """About what the paper's dense LLaVA reached (10.2 hours on 8 A100), recomputation counted; see docs/reproduce.md."""
+_RECOMPUTED = {
+    True: "; activations recomputed",
+    False: "",
+    None: "; activations recomputed where they would not fit",
+}
 TEXT_TOKENS = 200
 """Assumed of a sample of LLaVA's 665k mix, whose own mean nobody has measured here."""
 
@@ -81,7 +95,9 @@ class PlanArguments:
     num_train_epochs: float = field(default=1.0, metadata={"help": "Over the data."})
     max_steps: int = field(default=0, metadata={"help": "End earlier."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of a sample; what must fit is a batch of these."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Run layers again instead of keeping them."})
+    activation_checkpointing: str = field(
+        default="true", metadata={"help": "Run layers again instead of keeping them; auto: where they do not fit."}
+    )
     deepspeed: str | None = field(default="zero3", metadata={"help": "zero2, zero3, with _offload, a file, or ''."})
     lora_enable: bool = field(default=False, metadata={"help": "Factors in the language model."})
     lora_r: int = field(default=64, metadata={"help": "Their rank."})
@@ -135,7 +151,7 @@ class PlanArguments:
             epochs=self.num_train_epochs,
             max_steps=self.max_steps,
             max_length=self.max_length,
-            checkpointing=self.activation_checkpointing,
+            checkpointing=checkpointing_of(self.activation_checkpointing),
             zero=zero_of(self.deepspeed),
             lora_rank=self.lora_r if self.lora_enable else 0,
             bits=self.bits,
@@ -153,10 +169,7 @@ def zero_of(name: str | None) -> Zero:
     if not (path := Path(zero_file(name)).expanduser()).is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("zero*.json")))
         raise UserError(f"--deepspeed is {name!r}; expected one of {known}, a file, or ''.")
-    found = read_json(path)
-    settings = found.get("zero_optimization", {}) if isinstance(found, dict) else {}
-    optimizer, weights = ("offload_optimizer" in settings, "offload_param" in settings)
-    return Zero(int(settings.get("stage", 0)), optimizer, weights)
+    return zero_of_file(path)
 
 
 def shape_of(arguments: PlanArguments) -> Shape | None:
@@ -225,7 +238,7 @@ def make_plan(arguments: PlanArguments, shape: Shape | None) -> dict[str, Any]:
             "step": f"{training.samples_per_step} samples, {training.batch} of a GPU at once",
             "trained": " ".join(training.trained) + (f" (LoRA {training.lora_rank})" if training.lora_rank else ""),
             "memory": f"of a batch of samples of {training.max_length} tokens; DeepSpeed: {arguments.deepspeed or 'no'}"
-            + ("; activations recomputed" if training.checkpointing else ""),
+            + _RECOMPUTED[training.checkpointing],
         }
     budgets = {"hours": arguments.budget_hours, "ms": arguments.budget_ms}
     found = {"assumptions": facts, "budgets": budgets, "variants": variants}

@@ -33,6 +33,7 @@ from train.data import (
     unread_columns,
     usable_records,
 )
+from train.recipe.features import check_features
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.plan import check_plan
@@ -48,7 +49,10 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 
 @dataclass
 class Run:
-    """A checked run, before any weight is loaded; `unread` counts the columns of its data that nothing reads."""
+    """A checked run, before any weight is loaded.
+
+    `unread` counts the columns of its data that nothing reads; `features` is where those of its tower are stored.
+    """
 
     model_arguments: ModelArguments
     arguments: RunArguments
@@ -61,11 +65,18 @@ class Run:
     parts: dict[str, tuple[int, int]]
     resolved: dict[str, Any]
     unread: dict[str, int] = field(default_factory=dict)
+    features: Path | None = None
 
     @property
     def output(self) -> Path:
         """The run's folder."""
         return Path(self.arguments.output_dir)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that the run can have; of those that were measured, if they were."""
+        lengths = getattr(self.dataset, "lengths", None)
+        return self.dataset.max_length if lengths is None else int(abs(lengths).max())
 
 
 def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -90,6 +101,16 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     return model, data, run
 
 
+def _check_stream(data: DataArguments, run: RunArguments) -> None:
+    if data.streaming and run.world_size != run.layout.processes:
+        raise UserError(
+            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
+            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
+        )
+    if data.streaming and run.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+
+
 def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     """Everything that can be wrong without weights, in the order in which it is cheap to find.
 
@@ -102,13 +123,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_optimizer(run)
     check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
-    if data.streaming and run.world_size != run.layout.processes:
-        raise UserError(
-            f"OUTPUT {run.output_dir} holds a run that reads a stream, whose records are divided among its processes: "
-            f"continue it with {described(run.layout.processes)}, not {run.world_size}."
-        )
-    if data.streaming and run.max_steps < 1:
-        raise UserError("--streaming needs --max_steps: a stream has no end that a run could stop at.")
+    _check_stream(data, run)
     check_validation(data, run)
     check_benchmarks(model, run)
     sources = read_sources(data.data, data.images)
@@ -117,6 +132,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     config, processor = prepare(model)
     if data.padding_free:
         check_samples_apart(config)
+    check_features(model, data, run, config)
     check_weights(model, config)
     parts = check_plan(model, run, config)
     collator = collate_flat if data.padding_free else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
@@ -146,7 +162,10 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     validation = None
     if held_out is not None:
         validation = ConversationDataset(held_out, processor, data.max_length, as_bytes=as_bytes)
-    return Run(model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread)
+    return Run(
+        model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread,
+        features=None if data.cache_vision_features is None else Path(data.cache_vision_features).expanduser(),
+    )  # fmt: skip
 
 
 def _training_set(

@@ -17,15 +17,20 @@ if __name__ == "__main__":  # before imports that take seconds: Ctrl-C ends each
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from accelerate.utils import gather_object
 from transformers import set_seed
 
 from llava_skip.ends import learn_ends
+from llava_skip.vision.clip import ClipTower
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
 from llava_skip_base.exits import NOT_SAVED, PREEMPTED, TRAINING_ERROR, USER_ERROR
 from llava_skip_base.files import read_json, write_json
 from train.benchmarks import Benchmarks, benchmark_scores
 from train.data import ConversationDataset, RecordError
+from train.data.features import FeatureCollator, FeatureShards, FeatureWriter
+from train.planning.checkpointing import settle_checkpointing
+from train.recipe.features import features_folder, say_size, tower_dtype
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
@@ -59,21 +64,24 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     """
     arguments = run.arguments
     set_seed(arguments.seed)
+    _settle(run)
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
     learn_ends(model, run.processor)
+    features = _stored_features(run, model)
     preemption, watchdog = Preemption(), Watchdog(arguments.hang_timeout_seconds)
     trainer = SkipTrainer(
         model=model,
         args=arguments,
         train_dataset=run.dataset,
         eval_dataset=run.validation,
-        data_collator=run.collator,
+        data_collator=run.collator if features is None else FeatureCollator(run.collator, features.shards),
         processing_class=run.processor,
         callbacks=[preemption, watchdog],
         resolved=run.resolved,
         validation=Validation(run.validation, run.collator, arguments) if run.validation else None,
+        features=features,
     )
     if arguments.eval_benchmarks:
         trainer.add_callback(Benchmarks(arguments, trainer.log, watchdog.mark, preemption))
@@ -82,15 +90,46 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     if preemption.agreed:
         return False
     exported = trainer.export()
-    counts = trainer.throughput()
+    counts: dict[str, Any] = trainer.throughput()
+    if features is not None:
+        counts["vision_features"] = _feature_counts(features)
     if arguments.process_index == 0:
         counts |= {"total_seconds": time.perf_counter() - started}
         _report(run, trainer, counts, outcome, exported)
     return True
 
 
+def _settle(run: Run) -> None:
+    """Decide what the arguments leave open, and look whether there is room; rank 0 says it. Every rank calls it."""
+    said = [settle_checkpointing(run.model_arguments, run.arguments, run.config, run.longest)]
+    if run.features is not None and isinstance(run.dataset, ConversationDataset):
+        said.append(say_size(run.features, run.dataset.records, run.config, tower_dtype(run.arguments)))
+    if run.arguments.process_index == 0:
+        sys.stderr.write("".join(f"{line}\n" for line in said if line))
+
+
+def _stored_features(run: Run, model: Any) -> FeatureWriter | None:
+    """What reads and writes the features of the run's tower; damaged shards are said."""
+    if run.features is None:
+        return None
+    tower = next(module for module in model.modules() if isinstance(module, ClipTower))
+    shards = FeatureShards(
+        features_folder(run.features, tower, run.config, run.processor, run.model_arguments.attn_implementation)
+    )
+    if run.arguments.process_index == 0:
+        damaged = f"; {len(shards.damaged)} shards are damaged, and what they held is made again" * bool(shards.damaged)
+        sys.stderr.write(f"{shards.folder} holds the features of {len(shards):,} crops{damaged}\n")
+    return FeatureWriter(shards, run.arguments.process_index)
+
+
+def _feature_counts(features: FeatureWriter) -> dict[str, int]:
+    """Crops that were read, computed and damaged, of all ranks."""
+    ranks = gather_object([features.counts])
+    return {name: sum(counts[name] for counts in ranks) for name in features.counts}
+
+
 def _report(
-    run: Run, trainer: SkipTrainer, counts: dict[str, float], outcome: Any, exported: str | None
+    run: Run, trainer: SkipTrainer, counts: dict[str, Any], outcome: Any, exported: str | None
 ) -> None:  # fmt: skip
     history, validation = ([e for e in trainer.state.log_history if name in e] for name in ("loss", "eval_loss"))
     preset = run.config.preset or "own"
@@ -114,6 +153,8 @@ def _report(
         "exported": exported or "the last step",
         **counts,
     }
+    if run.resolved["training"]["activation_checkpointing"] == "auto":
+        result["activation_checkpointing"] = run.arguments.activation_checkpointing
     if run.config.reduction is not None:
         result["reduction"] = run.config.reduction
     write_json(run.output / RESULT, result, sort_keys=True)
@@ -153,6 +194,7 @@ def _run(command_line: list[str]) -> int:
     try:
         run = check(*parse(command_line))
         if run.arguments.dry_run:
+            _settle(run)
             if rank == 0:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
                 show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)

@@ -21,6 +21,7 @@ from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
+from train.data.features import FEATURES, FeatureWriter
 from train.data.loading import DataWait
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
@@ -42,6 +43,7 @@ class SkipTrainer(ResumableTrainer):
     Args:
         resolved: the run's arguments, saved with the weights.
         validation: of the run; None if there is none.
+        features: what writes the features of the tower; None: they are not stored.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
@@ -49,10 +51,17 @@ class SkipTrainer(ResumableTrainer):
     control: TrainerControl
 
     def __init__(
-        self, *args: Any, resolved: dict[str, Any], validation: Validation | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        resolved: dict[str, Any],
+        validation: Validation | None = None,
+        features: FeatureWriter | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._resolved, self._validation = resolved, validation
+        self._resolved, self._validation, self._features = resolved, validation, features
+        if features is not None:
+            self.add_callback(features)
         # Trainer would load the best weights into this process; `export` takes them from the checkpoint.
         self._exports_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
         if self.args.loss_normalization == "micro_batch":
@@ -175,6 +184,8 @@ class SkipTrainer(ResumableTrainer):
         if self._values is not None and "pixel_values" in inputs:
             inputs["pixel_values"] = self._values(inputs["pixel_values"], self._inputs_dtype())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._features is not None and FEATURES in inputs:
+            self._features.keep(inputs[FEATURES])
         self._finite.note_loss(loss, self._records)
         return loss
 

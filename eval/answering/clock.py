@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,14 @@ from llava_skip_base.machine import peak_memory, restart_peak_memory
 class Clock(LogitsProcessor):
     """Reads the time now, at the first logits, and at the end; transformers calls it with the logits of each step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, read: Callable[[], float] = time.perf_counter) -> None:
+        """Starts now.
+
+        Args:
+            device: where `generate` runs.
+            read: the clock where that is a CPU, in seconds.
+        """
+        self._device, self._read = device, read
         self._is_cuda = device.type == "cuda"
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -49,7 +56,7 @@ class Clock(LogitsProcessor):
     def _mark(self) -> Any:
         """A point in time of the device: a GPU runs behind, so it is one in its queue."""
         if not self._is_cuda:
-            return time.perf_counter()
+            return self._read()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -1,207 +1,197 @@
-"""Dense against skipping on random weights, in one run: `python -m eval.study.bench`.
+"""How fast models are, on random weights: `llava-skip bench whole`, `bench growth`, `bench device`.
 
-It times everything after the projector: merging, summaries, routing, decoder, head. The ideal is the same ratio
-counted in FLOPs.
+`whole` measures a training step, a prefill, an answer, decoding and memory of every preset, beside the FLOPs and beside
+transformers' own LLaVA. `growth` says how time and memory grow with images, text and batch. `device` writes the page of
+a GPU.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
-from torch import Tensor
-from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from eval.answering.clock import device_name
-from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
-from llava_skip.flops import decoder_flops
-from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.presets import PRESETS, front_end_of, preset_config, preset_skip
-from llava_skip_base.console import chart_label, figure, make_table, output_console, print_next, program
+from eval.study.speed import growth as growing
+from eval.study.speed import page
+from eval.study.speed.device import DEVICE_NOTES, DEVICE_PARTS, DeviceStudy, device_tables, page_name
+from eval.study.speed.measuring import Rounds
+from eval.study.speed.sizes import BENCH_SIZES
+from eval.study.speed.subjects import Shape, build_subjects
+from eval.study.speed.whole import Plan, dtype_on, measure_whole
+from llava_skip_base.console import make_app, make_table, output_console, print_next, run_app
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import write_json
-from llava_skip_base.paths import results, shown
+from llava_skip_base.files import write_json, write_text
+from llava_skip_base.paths import home, results, shown
 
-SMALL = "width-1024"
-"""A decoder of LLaMA3's proportions that a CPU can run: 6 layers, 4 of 16 key-value heads, FFN 3.5 times as wide."""
+WHOLE = "llava,sv-llava-100,sv-llava-256,llava-hd,sv-llava-hd,cos,sv-cos"
+"""The presets of the paper's table 1."""
+ATTENTION = "sdpa,flash_attention_2,flex_attention,eager"
+"""Implementations of transformers; the page says which ones a machine does not have, and why."""
 
-
-def bench_config(preset: str, size: str) -> LlavaSkipConfig:
-    """A preset's model with 576 tokens an image; its vision tower is not timed and as small as possible."""
-    if size == SMALL:
-        widths = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 3584, "max_position_embeddings": 8192}
-        text = LlamaConfig(num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=4, **widths)
-        image_token = 2047
-    else:
-        whole = preset_config("llava", size)
-        text, image_token = whole.text_config, whole.image_token_id
-    tower = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=24, patch_size=1
-    )
-    skip = preset_skip(preset)
-    fields = {"image_token_index": image_token, "skip": skip and skip.to_dict()}
-    return LlavaSkipConfig(vision_config=tower, text_config=text, **fields)
+Size = Annotated[str, typer.Option(help=f"Widths: {', '.join(BENCH_SIZES)}.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Presets = Annotated[str, typer.Option(help="Presets, separated by commas; each is compared with its dense one.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Least rounds in which the models take turns.")]
+Seconds = Annotated[float, typer.Option(min=0, help="Short calls get up to ten times the rounds, for this long.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples of a training step and a prefill.")]
+Text = Annotated[int, typer.Option(min=4, help="Tokens of text of a sample; half of them are supervised.")]
+Output = Annotated[Path | None, typer.Option(help="Folder of JSON, Markdown and chart.")]
 
 
-class Candidate:
-    """One preset's model with inputs for both measurements."""
+def check_device(device: str) -> None:
+    """Use one thread on a CPU; a GPU must be there.
 
-    def __init__(self, preset: str, size: str, batch: int, text_tokens: int, device: str, dtype: torch.dtype) -> None:
-        self.config = bench_config(preset, size)
-        torch.manual_seed(0)
-        with torch.device(device):
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            self.model = LlavaSkipForConditionalGeneration(self.config)
-            torch.set_default_dtype(default)
-        self.model.model.vision_tower.requires_grad_(False)
-        length, width = self.config.image_seq_length, self.config.text_config.hidden_size
-        tokens = torch.randn(batch, self.config.patches, width, device=device, dtype=dtype)
-        self.tokens = tokens.requires_grad_()
-        text = torch.randint(0, 1000, (batch, text_tokens), device=device)
-        image = torch.full((batch, length), self.config.image_token_id, device=device)
-        self.input_ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
-        unsupervised = torch.full_like(self.input_ids[:, : length + 1], IGNORE_INDEX)
-        self.labels = torch.cat([unsupervised, text[:, 1:]], dim=1)
-
-    def _features(self) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=self.model.model.block(self.tokens))}
-
-    def train_step(self) -> None:
-        """Forward and backward of one batch, without an optimizer."""
-        self.model.train()
-        self.model.zero_grad(set_to_none=True)
-        self.model(self.input_ids, mm_encoder_outputs=self._features(), labels=self.labels).loss.backward()
-
-    @torch.no_grad()
-    def prefill(self) -> Tensor:
-        """A prompt into the cache and the logits of the first new token."""
-        self.model.eval()
-        outputs = self.model(self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1)
-        return outputs.logits
-
-    def flops(self, head_tokens: int) -> int:
-        """FLOPs of a forward of the language model."""
-        samples, tokens = self.input_ids.shape
-        skip, text = self.config.skip_config, self.config.text_config
-        ffn_tokens = samples * (tokens - (skip.mean_num_skipping(text.num_hidden_layers) if skip else 0))
-        return decoder_flops(text, tokens, ffn_tokens, head_tokens, samples).total
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens of one image that a layer's cache keeps."""
-        skip = self.config.skip_config
-        return self.config.image_seq_length if skip is None else skip.num_kept
+    Raises:
+        UserError: there is no such device.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)
+    elif device != "cuda":
+        raise UserError(f"--device is {device!r}; it is cpu or cuda.")
+    elif not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA.")
 
 
-def seconds(step: Callable[[], Any], device: str) -> float:
-    """Time of one call; a GPU is synchronised before each reading of the clock."""
-    synchronize = torch.cpu.synchronize if device == "cpu" else torch.cuda.synchronize
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
+def facts_of(device: str, size: str, **others: Any) -> dict[str, Any]:
+    """What the numbers depend on."""
+    facts: dict[str, Any] = {"device": device_name(device), "size": size, **others}
+    facts["dtype"] = str(dtype_on(device)).removeprefix("torch.")
+    return facts | {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def measure(candidates: dict[str, Candidate], kind: str, repeats: int, device: str) -> dict[str, float]:
-    """Fastest time of each candidate; they take turns, so that other load on the machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in tqdm(range(-2, repeats), desc=kind, disable=None):
-        for name, candidate in candidates.items():
-            elapsed = seconds(getattr(candidate, kind), device)
-            if repeat >= 0:  # the first two calls warm up
-                times[name].append(elapsed)
-    return {name: min(values) for name, values in times.items()}
+def write_out(output: Path, name: str, result: dict[str, Any], text: str, tables: dict[str, page.Table]) -> None:
+    """Write JSON and Markdown, and print the tables."""
+    write_json(output / f"{name}.json", result)
+    write_text(output / f"{name}.md", text)
+    for title, table in tables.items():
+        output_console().print(make_table(title, table[0], table[1:], right=len(table[0]) - 1))
+    print_next(f"open {shown(output / name)}.md; the figures are in {shown(output / name)}.json")
 
 
-def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list[dict[str, Any]]:
-    """A row for each measurement and preset: milliseconds, ratio to the dense model, ideal, and how far from it."""
-    rows = []
-    for kind in ("train_step", "prefill"):
-        times = measure(candidates, kind, repeats, device)
-        flops = {
-            name: c.flops(int((c.labels[:, 1:] != IGNORE_INDEX).sum()) if kind == "train_step" else len(c.input_ids))
-            for name, c in candidates.items()
-        }
-        for name, candidate in candidates.items():
-            ratio, ideal = times[name] / times["llava"], flops[name] / flops["llava"]
-            rows.append(
-                {
-                    "measurement": kind,
-                    "preset": name,
-                    "milliseconds": 1000 * times[name],
-                    "ratio": ratio,
-                    "flop_ratio": ideal,
-                    "over_ideal": ratio / ideal,
-                    "cache_rows_a_picture": candidate.cache_tokens,
-                }
-            )
-    return rows
-
-
-def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of the measured ratios next to the ideal ones."""
-    rows = [row for row in rows if row["preset"] != "llava"]
-    centres = range(len(rows))
-    with figure(path, (8, 4)) as axes:
-        axes.bar([c - 0.2 for c in centres], [row["ratio"] for row in rows], 0.4, label="measured")
-        ideal = [row["flop_ratio"] for row in rows]
-        axes.bar([c + 0.2 for c in centres], ideal, 0.4, label="FLOP ideal", color="lightgray")
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_xticks(list(centres), [f"{row['preset']}\n{row['measurement'].replace('_', ' ')}" for row in rows])
-        axes.set(ylabel="time, dense = 1", title=chart_label(title))
-        axes.legend()
-
-
-def run(
-    size: Annotated[str, typer.Option(help=f"{SMALL}, vicuna-7b or llama3-8b.")] = SMALL,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    presets: Annotated[str, typer.Option(help="Skipping presets, separated by commas.")] = "sv-llava-100,sv-llava-256",
-    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 2,
-    text_rows: Annotated[int, typer.Option(min=2, help="Text tokens of a sample.")] = 100,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each kind.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="Folder of the JSON and the chart.")] = None,
+def whole(
+    size: Size = "width-512",
+    device: Device = "cpu",
+    presets: Presets = WHOLE,
+    batch: Batch = 1,
+    text: Text = 100,
+    repeats: Repeats = 3,
+    seconds: Seconds = 1.0,
+    decode: Annotated[str, typer.Option(help="Batches that decode, separated by commas.")] = "1,4,16",
+    steps: Annotated[int, typer.Option(min=2, help="New tokens of an answer and of a decode measurement.")] = 8,
+    budget_mib: Annotated[
+        float | None, typer.Option(help="Memory of the caches that decode together; default: 4 of the largest.")
+    ] = None,
+    output: Output = None,
 ) -> None:
-    """Time a training step and a prefill of the dense and the skipping decoder, as ratios next to the FLOP ideal."""
-    output = output or Path(shown(results() / "bench"))
-    names = ["llava", *presets.split(",")]
-    # Front ends are not timed; presets with another one have another dense model.
-    known = [name for name in PRESETS if front_end_of(name) is front_end_of("llava")]
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"unknown presets {unknown}; known: {', '.join(known)}")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    candidates = {name: Candidate(name, size, batch, text_rows, device, dtype) for name in names}
-    rows = compare(candidates, repeats, device)
-    headings = ("measurement", "preset", "ms", "ratio", "FLOP ideal", "over ideal", "cached tokens of an image")
-    cells = [
-        (
-            row["measurement"].replace("_", " "),
-            row["preset"],
-            f"{row['milliseconds']:.1f}",
-            *(f"{row[name]:.3f}" for name in ("ratio", "flop_ratio", "over_ideal")),
-            row["cache_rows_a_picture"],
-        )
-        for row in rows
-    ]
-    title = f"{size} on {device_name(device)}, batch {batch}, {text_rows} text tokens"
-    output_console().print(make_table(title, headings, cells, right=5))
-    result = {"size": size, "device": device_name(device), "dtype": str(dtype), "batch": batch, "text_rows": text_rows}
-    result |= {"torch": torch.__version__, "repeats": repeats, "rows": rows}
-    write_json(output / f"{size}.json", result)
-    draw(rows, output / f"{size}.png", f"{size}, {device_name(device)}")
-    print_next(f"open {output / size}.png; the figures are in {output / size}.json")
+    """Measure training step, prefill, answer, decoding and memory of presets, beside FLOPs and transformers' LLaVA."""
+    check_device(device)
+    output = output or results() / "bench"
+    budget = None if budget_mib is None else int(budget_mib * page.MIB)
+    plan = Plan(Shape(batch, 1, text), Rounds(repeats, seconds), numbers(decode, "--decode"), steps, budget)
+    subjects = build_subjects(names(presets), size, device, dtype_on(device))
+    outcome = measure_whole(subjects, plan)
+    facts = facts_of(device, size, batch=batch, text_tokens=text, rounds=repeats)
+    result = {**facts, "rows": outcome.rows, "caches": outcome.caches}
+    page.draw_whole(outcome.rows, output / f"{size}.png", size)
+    tables = page.whole_tables(result)
+    text_page = page.markdown_page(f"Speed at {size}", facts, tables, page.NOTES, [f"{size}.png"])
+    write_out(output, size, result, text_page, tables)
+
+
+def growth(
+    size: Size = "tiny",
+    device: Device = "cpu",
+    presets: Presets = "llava,sv-llava-256,llava-hd,sv-llava-hd,cos,sv-cos",
+    text: Text = 100,
+    repeats: Repeats = 3,
+    seconds: Seconds = 1.0,
+    images: Annotated[str, typer.Option(help="Images of a sample, separated by commas.")] = "1,2,4,8",
+    texts: Annotated[str, typer.Option(help="Tokens of text of a sample, separated by commas.")] = "100,200,400,800",
+    batches: Annotated[str, typer.Option(help="Samples of a batch, separated by commas.")] = "1,2,4,8",
+    output: Output = None,
+) -> None:
+    """Measure how time and memory grow with images, text and batch, and fit exponents."""
+    check_device(device)
+    output = output or results() / "bench"
+    found = {"images": numbers(images, "--images"), "text": numbers(texts, "--texts")}
+    values = {
+        name: tuple(sorted(set(own))) for name, own in {**found, "samples": numbers(batches, "--batches")}.items()
+    }
+    subjects = build_subjects(names(presets), size, device, dtype_on(device), stock=False)
+    rows = growing.measure_growth(subjects, growing.Growth(Shape(1, 1, text), values, Rounds(repeats, seconds)))
+    fits = growing.fit(rows)
+    facts = facts_of(device, size, text_tokens=text, rounds=repeats)
+    tables = {"exponents": growing.growth_table(fits), "not measured": page.failed_table(rows)}
+    tables = {title: table for title, table in tables.items() if len(table) > 1}
+    name = f"growth-{size}"
+    growing.draw_growth(rows, output / f"{name}.png")
+    text_page = page.markdown_page(f"Growth at {size}", facts, tables, growing.NOTES, [f"{name}.png"])
+    write_out(output, name, {**facts, "rows": rows, "fits": fits}, text_page, tables)
+
+
+def device(
+    device: Device = "cuda",
+    size: Size = "llama3-8b",
+    presets: Presets = WHOLE,
+    batch: Batch = 1,
+    text: Text = 100,
+    repeats: Repeats = 3,
+    seconds: Seconds = 1.0,
+    steps: Annotated[int, typer.Option(min=2, help="New tokens of an answer and of a decode measurement.")] = 32,
+    attention: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ATTENTION,
+    compared: Annotated[str, typer.Option(help="Presets of attention and cache comparisons.")] = "llava,sv-llava-256",
+    parts: Annotated[str, typer.Option(help="Parts of the page, separated by commas.")] = ",".join(DEVICE_PARTS),
+    output: Annotated[Path | None, typer.Option(help="Folder of the page; default: docs, of a CPU results.")] = None,
+) -> None:
+    """Write the page of a device: agreement, attention, presets at true widths, CUDA graphs, memory, MFU."""
+    check_device(device)
+    if unknown := [part for part in names(parts) if part not in DEVICE_PARTS]:
+        raise UserError(f"--parts has {', '.join(unknown)}; known: {', '.join(DEVICE_PARTS)}.")
+    folder = output or (home() / "docs" if device == "cuda" else results() / "bench")
+    shape, rounds = Shape(batch, 1, text), Rounds(repeats, seconds)
+    study = DeviceStudy(device, size, names(presets), names(compared), names(attention), shape, rounds, steps)
+    facts = facts_of(device, size, batch=batch, text_tokens=text, rounds=repeats)
+    name = page_name(facts["device"], device)
+    sections: dict[str, Any] = {}
+    for part in names(parts):
+        sections[part] = study.measure(part)
+        tables = device_tables(sections)
+        pictures = [f"{name}.png"] if "whole" in sections else []
+        text_page = page.markdown_page(f"Measured on {facts['device']}", facts, tables, DEVICE_NOTES, pictures)
+        if pictures:
+            page.draw_whole(sections["whole"]["rows"], folder / f"{name}.png", size)
+        write_json(folder / f"{name}.json", {**facts, **sections})
+        write_text(folder / f"{name}.md", text_page)
+    write_out(folder, name, {**facts, **sections}, text_page, tables)
+
+
+def names(presets: str) -> list[str]:
+    """The names of an option that separates them by commas."""
+    return [name.strip() for name in presets.split(",") if name.strip()]
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """The positive numbers of an option that separates them by commas.
+
+    Raises:
+        UserError: one is none.
+    """
+    parts = names(text)
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} is {text!r}; give positive numbers, separated by commas.")
+    return tuple(map(int, parts))
+
+
+app = make_app(whole, growth, device)
 
 
 def main() -> None:
     """Run the command line."""
-    program(run)
+    run_app(app)
 
 
 if __name__ == "__main__":

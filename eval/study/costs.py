@@ -14,7 +14,7 @@ from llava_skip.decoder import build_language_model
 from llava_skip.flops import decoder_flops, image_cost
 from llava_skip.presets import PRESETS, SIZES, dense_preset, preset_config
 from llava_skip.routing import Route
-from llava_skip.step_flops import Load, StepFlops, step_flops
+from llava_skip.step_flops import StepFlops, prompt_load, step_flops
 from llava_skip_base.console import print_text, program
 from llava_skip_base.files import write_text
 from llava_skip_base.paths import home, shown
@@ -27,20 +27,33 @@ Made by `llava-skip costs`, from the configurations alone. Tokens are the image 
 the most crops). The cache is that of all layers in bfloat16, after the prefill. FLOPs are those of a prefill of the
 image and {TEXT_TOKENS} tokens of text with the head on the last token, and their share of the dense model with the same
 front end (`llava`, `llava-hd` or `cos`). torch's FlopCounterMode counts the same number on the meta device, at the true
-widths, for every line. Tower and projector come before: their FLOPs are those up to the language model, merging
-included. The step is one of training, forward and backward, tower frozen, half of the text supervised, without
-activation checkpointing; `llava-skip plan` has hours and memory ([plan.md](plan.md)).
+widths, for every line.
+
+The second table of a size has the whole model. The step is one of training on one image and the same text, forward and
+backward, tower frozen, half of the text supervised, without activation checkpointing; its parts are those of the
+forward. The prefill is that of the first table with all that comes before the language model. The last column is the
+step with activation checkpointing, which runs the decoder layers once more. `llava-skip bench` measures how near the
+time comes to these shares ([speed.md](speed.md)); `llava-skip plan` has hours and memory ([plan.md](plan.md)).
 """
 
 HEADINGS = (
     "preset", "retained", "skipped", "tokens", "through the FFN", "in the cache", "cache (MiB)", "prefill TFLOPs",
-    "of dense", "tower, projector TFLOPs", "step of dense",
+    "of dense",
 )  # fmt: skip
 COLUMNS = f"""
 ## {{size}}
 
 | {" | ".join(HEADINGS)} |
 |{"---|" * len(HEADINGS)}
+"""
+
+WHOLE_HEADINGS = (
+    "preset", "tower", "projector, merging, summaries", "decoder", "head", "backward", "step TFLOPs", "step of dense",
+    "prefill TFLOPs", "prefill of dense", "checkpointed step of dense",
+)  # fmt: skip
+WHOLE_COLUMNS = f"""
+| {" | ".join(WHOLE_HEADINGS)} |
+|{"---|" * len(WHOLE_HEADINGS)}
 """
 
 
@@ -60,12 +73,24 @@ def counted_flops(config: LlavaSkipConfig, text_tokens: int) -> int:
     return counter.get_total_flops()
 
 
-def training_step(config: LlavaSkipConfig) -> StepFlops:
+def training_step(config: LlavaSkipConfig, checkpointing: bool = False) -> StepFlops:
     """FLOPs of a training step on one image and `TEXT_TOKENS` tokens of text, with the tower frozen."""
-    cost = image_cost(config, TEXT_TOKENS)
-    tokens, crops = cost.tokens + TEXT_TOKENS, config.most_crops
-    load = Load(1, 1, crops, tokens, tokens**2, cost.ffn_tokens + TEXT_TOKENS, head_tokens=TEXT_TOKENS // 2)
-    return step_flops(config, load, ("multi_modal_projector", "summary", "language_model"))
+    load = prompt_load(config, TEXT_TOKENS, head_tokens=TEXT_TOKENS // 2)
+    return step_flops(config, load, ("multi_modal_projector", "summary", "language_model"), checkpointing)
+
+
+def whole_line(preset: str, size: str) -> str:
+    """One row of the table of the whole model."""
+    own, dense = preset_config(preset, size), preset_config(dense_preset(preset), size)
+    step, dense_step = training_step(own), training_step(dense)
+    prefill, dense_prefill = (
+        step_flops(config, prompt_load(config, TEXT_TOKENS, 1)).forward for config in (own, dense)
+    )
+    again, dense_again = (training_step(config, checkpointing=True).total for config in (own, dense))
+    parts = (step.tower, step.projector, step.decoder, step.head, step.backward, step.model)
+    cells = [*(f"{part / 1e12:.3g}" for part in parts), f"{step.model / dense_step.model:.1%}"]
+    cells += [f"{prefill / 1e12:.3g}", f"{prefill / dense_prefill:.1%}", f"{again / dense_again:.1%}"]
+    return "| " + " | ".join([f"`{preset}`", *cells]) + " |\n"
 
 
 def line(preset: str, size: str) -> str:
@@ -84,9 +109,7 @@ def line(preset: str, size: str) -> str:
     share = cost.prefill_flops / image_cost(dense, TEXT_TOKENS).prefill_flops
     sizes = (skip.retained, skip.skipped) if skip else (cost.tokens, "-")
     numbers = [*sizes, cost.tokens, round(cost.ffn_tokens), cost.cache_tokens]
-    step, dense_step = training_step(config), training_step(dense)
     cells = [f"{cost.cache_bytes / 2**20:.2f}", f"{cost.prefill_flops / 1e12:.3g}", f"{share:.1%}"]
-    cells += [f"{(step.tower + step.projector) / 1e12:.3g}", f"{step.model / dense_step.model:.1%}"]
     return "| " + " | ".join([f"`{preset}`", *(str(number) for number in numbers), *cells]) + " |\n"
 
 
@@ -100,6 +123,7 @@ def run(
     page = HEADER
     for size in SIZES:
         page += COLUMNS.format(size=size) + "".join(line(preset, size) for preset in PRESETS)
+        page += WHOLE_COLUMNS + "".join(whole_line(preset, size) for preset in PRESETS)
     write_text(output, page)
     print_text(f"Open {shown(output)}.")
 

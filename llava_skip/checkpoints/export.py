@@ -57,7 +57,7 @@ def export_llava_hf(
     left_out = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     weights = {_hub_name(name): t.contiguous() for name, t in model.state_dict().items() if name not in left_out}
     save_torch_state_dict(weights, folder)
-    theirs = _their_config(config)
+    theirs = stock_config(config)
     theirs.architectures, theirs.dtype = ["LlavaForConditionalGeneration"], model.dtype
     theirs.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -72,7 +72,8 @@ def export_llava_hf(
         ).save_pretrained(folder)
 
 
-def _their_config(config: LlavaSkipConfig) -> LlavaConfig:
+def stock_config(config: LlavaSkipConfig) -> LlavaConfig:
+    """The configuration of transformers' LLaVA with the weights of a dense model of the front end `llava`."""
     ours = {
         "skip",
         "reduction",

@@ -1,8 +1,10 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llava_skip import tokens as tokens_module
 from llava_skip.tokens import SummaryLayer, merge_choices, merge_tokens, retained_first, retained_order
+from tests.support.allocations import Allocations
 
 
 def reference_merge(x: torch.Tensor, keep: int) -> torch.Tensor:
@@ -39,6 +41,50 @@ def test_merge_to_all_is_the_input_and_gradients_are_those_of_means():
     expected[order[0, 6:]] = 1 / sizes
     expected[order[0, :6]] = (1 / sizes)[target[0]]
     assert torch.allclose(x.grad[0], expected[:, None].expand(9, 4), atol=1e-6)
+
+
+def merge_with_a_map(x: Tensor, keep: int) -> Tensor:
+    """All images at once, with a map of all tokens, and its gradients from autograd."""
+    _, order, target = merge_choices(x, keep)
+    merged, kept = x.gather(1, order.unsqueeze(-1).expand_as(x)).split([x.shape[1] - keep, keep], dim=1)
+    assignment = nn.functional.one_hot(target, keep).transpose(1, 2).to(x.dtype)
+    return (kept + assignment @ merged) / (1 + assignment.sum(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_is_equal_to_the_bit_to_one_of_all_images_at_once(dtype):
+    x, grad = torch.randn(5, 30, 24).to(dtype), torch.randn(5, 12, 24).to(dtype)
+    results = []
+    for merge in (merge_with_a_map, merge_tokens):
+        given = x.clone().requires_grad_()
+        merged = merge(given, 12)
+        merged.backward(grad)
+        results.append((merged, given.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_of_a_merge_does_not_grow_with_the_images(trained, monkeypatch):
+    """Beside its result, the gradient and 20 bytes a token, what it needs is that of two images."""
+    total, keep, width = 96, 24, 64
+    monkeypatch.setattr(tokens_module, "MERGED_AT_ONCE", 2 * total * width * 4)
+    beside = {}
+    for images in (2, 16, 32):
+        x = torch.randn(images, total, width, requires_grad=trained)
+        with Allocations() as seen:
+            merged = merge_tokens(x, keep)
+            if trained:
+                merged.backward(torch.ones_like(merged))
+        results = merged.nbytes + (x.nbytes + merged.nbytes if trained else 0)  # the gradients of both
+        beside[images] = seen.peak - results - 20 * images * total
+    assert beside[16] < 1.1 * beside[2] and beside[32] < 1.1 * beside[2]
+
+
+def test_a_merge_makes_no_map_of_whole_numbers():
+    x = torch.randn(4, 96, 8)
+    with Allocations() as seen:
+        merge_tokens(x, 24)
+    assert seen.largest == 4 * 72 * 24 * 4  # of its largest tensor: similarities, or the assignment in float32
 
 
 def test_merge_survives_a_zero_token():

@@ -57,7 +57,7 @@ class Training:
         epochs: over the data.
         max_steps: ends the run earlier; 0: no.
         max_length: tokens of a sample.
-        checkpointing: of activations.
+        checkpointing: of activations; None: where the longest batch does not fit without it.
         zero: DeepSpeed's division.
         lora_rank: 0 without LoRA.
         bits: of the frozen language model's weights.
@@ -69,7 +69,7 @@ class Training:
     epochs: float = 1.0
     max_steps: int = 0
     max_length: int = 2048
-    checkpointing: bool = True
+    checkpointing: bool | None = True
     zero: Zero = Zero()
     lora_rank: int = 0
     bits: int = 16
@@ -122,16 +122,20 @@ def parameter_counts(config: LlavaSkipConfig, trained: Collection[str], rank: in
 def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, machine: Machine) -> dict[str, Any]:
     """FLOPs, hours and memory of a run."""
     counts = parameter_counts(config, training.trained, training.lora_rank)
+    longest = longest_batch(config, shape, training)
+    if training.checkpointing is None:
+        without = training_memory(config, replace(training, checkpointing=False), machine, counts, longest)
+        training = replace(training, checkpointing=not without["fits"])
     steps = training.steps(shape.samples)
     share = steps * training.samples_per_step / shape.samples
     # An image that --max_length would cut is counted whole, with its text, and does not fit.
     epoch = shape.load(config, max(training.max_length, 2 * config.image_seq_length))
     load = Load(**{name: value * share for name, value in asdict(epoch).items() if name != "gathered"})
     updated = counts["trainable"] * steps
-    flops = step_flops(config, load, training.trained, training.checkpointing, training.lora_rank, updated)
+    flops = step_flops(config, load, training.trained, bool(training.checkpointing), training.lora_rank, updated)
     seconds = machine.seconds(flops.total) + steps * machine.step_seconds
     peak = machine.gpus * machine.gpu.tflops * 1e12
-    memory = training_memory(config, training, machine, counts, longest_batch(config, shape, training))
+    memory = training_memory(config, training, machine, counts, longest)
     mean = {name: value * training.batch / shape.samples for name, value in asdict(epoch).items() if name != "gathered"}
     usual = training_memory(config, training, machine, counts, Load(**mean))
     memory |= {"mean_batch_peak": usual["peak"], "mean_batch_activations": usual["activations"]}
@@ -148,6 +152,7 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
         "hours": seconds / 3600,
         "mfu": flops.model / (seconds * peak),
         "memory": memory,
+        "activation_checkpointing": training.checkpointing,
         "image_is_cut": bool(too_long),
     }
 
@@ -175,24 +180,33 @@ def longest_batch(config: LlavaSkipConfig, shape: Shape, training: Training) -> 
 
 
 def training_memory(
-    config: LlavaSkipConfig, training: Training, machine: Machine, counts: dict[str, int], batch: Load
+    config: LlavaSkipConfig,
+    training: Training,
+    machine: Machine,
+    counts: dict[str, int],
+    batch: Load,
+    element: int = 2,
 ) -> dict[str, Any]:
-    """GiB of one GPU, by what holds them, with and without checkpointing, and whether they fit."""
+    """GiB of one GPU, by what holds them, with and without checkpointing, and whether they fit.
+
+    `element` are the bytes of a number.
+    """
     saved = counts["language_model"] * (1 - training.bits / 16) if training.bits < 16 else 0
     parameters = counts["all"] - round(saved)
-    held = states(parameters, counts["trainable"], counts["gathered"], training.zero, machine.gpus)
+    held = states(parameters, counts["trainable"], counts["gathered"], training.zero, machine.gpus, element)
     parts = set(training.trained)
     tower, projector = "vision_tower" in parts, "multi_modal_projector" in parts
     masked = training.batch > 1
-    kept = {on: activations(config, batch, tower, projector, on, masked=masked).total for on in (True, False)}
-    peak = held.total + max(kept[training.checkpointing], held.update)
+    kept = {on: activations(config, batch, tower, projector, on, element, masked) for on in (True, False)}
+    own = kept[bool(training.checkpointing)]
+    peak = held.total + max(own.total, held.update)
     return {
         "weights": held.weights / GIB,
         "gradients": held.gradients / GIB,
         "optimizer": held.optimizer / GIB,
-        "activations": kept[training.checkpointing] / GIB,
-        "activations_without_checkpointing": kept[False] / GIB,
-        "logits": activations(config, batch, tower, projector, True, masked=masked).logits / GIB,
+        "activations": own.total / GIB,
+        "activations_without_checkpointing": kept[False].total / GIB,
+        "logits": own.logits / GIB,
         "peak": peak / GIB,
         "host_a_process": held.host / GIB,
         "available": machine.gpu.memory * USABLE,

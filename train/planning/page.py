@@ -14,7 +14,7 @@ from train.planning.models import config_for, size_of
 from train.planning.published import BENCHMARKS, DATA_SETS, NEEDS_JUDGE, NO_METHOD, data_set_of, known_samples
 from train.planning.shape import assumed
 from train.recipe.parts import PART_PREFIXES
-from train.recipe.recipes import paper_row, read_recipe, recipe_names
+from train.recipe.recipes import checkpointing_of, paper_row, read_recipe, recipe_names
 
 UTILISATION = 0.3
 """Share of the peak at which the page's hours are estimated, recomputed products included."""
@@ -39,8 +39,9 @@ Hours and memory are estimated by formula ([plan.md](plan.md)) for {gpus} A100 o
 {utilisation:.0%} of the peak ({peak} TFLOPs), those that activation checkpointing repeats included (HFU). They hold for
 the assumed lengths in the table of the data. GiB are those of one GPU for a batch of mean and of longest samples. Steps
 and samples a step are of the whole run. Settings of the LLaMA3-8B rows follow the scripts of the paper's code: 64
-samples a step, learning rate 1e-5 (chain of sight: 2e-5, tower trained), ZeRO-3, activation checkpointing. The paper
-does not say which of its scripts made which row.
+samples a step, learning rate 1e-5 (chain of sight: 2e-5, tower trained), ZeRO-3. Activations are recomputed where the
+longest batch does not fit otherwise; the paper's scripts always do it. The paper does not say which of its scripts made
+which row.
 """
 
 MIXTURE = """
@@ -96,7 +97,7 @@ def cost_of(name: str) -> dict[str, Any] | None:
         samples_per_step=step,
         epochs=recipe["num_train_epochs"],
         max_length=recipe.get("max_length", 2048),
-        checkpointing=recipe["activation_checkpointing"],
+        checkpointing=checkpointing_of(recipe["activation_checkpointing"]),
         zero=Zero(int(recipe["deepspeed"].removeprefix("zero")[0])),
     )
     return training_cost(config, shape, training, MACHINE)

@@ -59,6 +59,29 @@ def zero_file(name: str) -> str:
     return str(path) if name.isidentifier() and path.is_file() else name
 
 
+def checkpointing_of(value: str | bool) -> bool | None:
+    """The value of --activation_checkpointing: true, false, or None for "auto".
+
+    Raises:
+        UserError: it is something else.
+    """
+    known = {"true": True, "false": False, "auto": None}
+    if (word := str(value).lower()) not in known:
+        raise UserError(f"--activation_checkpointing is {value!r}; it must be true, false or auto.")
+    return known[word]
+
+
+def set_checkpointing(run: Any) -> None:
+    """Give a run's `activation_checkpointing` the values that transformers has, and "auto" for what is decided later.
+
+    Raises:
+        UserError: another value.
+    """
+    if run.activation_checkpointing is not None:
+        on = checkpointing_of(run.activation_checkpointing)
+        run.activation_checkpointing = "auto" if on is None else on
+
+
 def recipe_words(
     source: str, given: Iterable[str], known: Iterable[str] | None = None, processes: int | None = None
 ) -> list[str]:

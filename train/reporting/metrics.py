@@ -99,8 +99,8 @@ class Meter:
     def count(self, inputs: dict[str, Tensor]) -> None:
         """Add a micro batch."""
         tokens, squares, samples = _sizes(inputs)
-        counted = inputs.get("crop_counts", inputs.get("pixel_values"))
-        images = 0 if counted is None else counted.shape[0]
+        counted = inputs.get("crop_counts", inputs.get("pixel_values", inputs.get("vision_features")))
+        images = 0 if counted is None else len(counted)
         self._counts["rows"] += tokens
         self._counts["squared_rows"] += squares
         self._counts["ffn_rows"] += tokens - images * self._skipping
