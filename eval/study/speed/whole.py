@@ -11,10 +11,9 @@ import torch
 
 from eval.study.speed import tasks
 from eval.study.speed.measuring import Measured, Rounds, Spread, peak_bytes, take_turns, timed, try_call
+from eval.study.speed.page import Row
 from eval.study.speed.subjects import STOCK, Shape, Subject, cache_bytes
 from llava_skip.step_flops import StepFlops, block_products
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
         failed = {name: reason for name, reason in made.items() if isinstance(reason, str)}
         calls = {name: call for name, call in made.items() if name not in failed}
         found, _ = _turns(calls, kind, plan, subjects[0].device, memory=False)
-        outcome.add(subjects, found | failed, None, partial(_of, batches), calls=plan.steps)
+        outcome.add(subjects, {**found, **failed}, None, partial(_of, batches), calls=plan.steps)
 
 
 def _of(batches: Mapping[str, int], subject: Subject) -> int:
