@@ -8,7 +8,7 @@ from llava_skip.memory import Zero
 from llava_skip_base import machine
 from llava_skip_base.errors import UserError
 from tests.support.small_models import small_config
-from train.arguments import ModelArguments
+from train.arguments import ModelArguments, identity, resolved
 from train.planning import checkpointing
 from train.planning.checkpointing import decide, free_of, settle_checkpointing
 from train.planning.estimate import Training
@@ -79,12 +79,19 @@ def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch, others, on)
     assert settle_checkpointing(ModelArguments(), run, small_config(), 128) is None
 
 
+def test_a_run_may_continue_with_another_choice():
+    """Of a batch that did not fit, after all."""
+    words = ([], ["--activation_checkpointing", "auto"], ["--activation_checkpointing", "true"])
+    assert len({str(identity(resolved(*parse([*GIVEN, *own])))) for own in words}) == 1
+
+
 def test_free_memory_is_shared_and_within_the_limit_of_a_container(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:  4194304 kB\n")
     monkeypatch.setattr(machine, "_SYSTEM", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "_CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1\n")
+    (tmp_path / "memory.current").write_text(f"{2**30 + 1}\n")
+    (tmp_path / "memory.stat").write_text(f"file {2**30}\ninactive_file {2**30}\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_of(torch.device("cpu")) == 2
     (tmp_path / "memory.max").write_text(f"{2**30 + 1}\n")
