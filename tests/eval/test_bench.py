@@ -260,6 +260,12 @@ def test_a_device_that_computes_something_else_does_not_agree(monkeypatch: pytes
     assert [row["agrees"] for row in compare_with_cpu(["llava"], "cpu")] == [False, True]
 
 
+def test_what_is_no_number_does_not_agree() -> None:
+    numbers = {"logits": 1e-5, "loss": 1e-6, "gradient": 1e-4}
+    assert agreement.within(numbers, 1e-3)
+    assert not any(agreement.within(numbers | {name: float("nan")}, 1e-3) for name in numbers)
+
+
 def test_what_an_implementation_cannot_do_is_its_row(subjects: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     own = subjects[2:3]
     monkeypatch.setattr(tasks, "training", lambda *_: lambda: torch.zeros(2) @ torch.zeros(3))
@@ -281,6 +287,8 @@ def test_what_an_implementation_cannot_do_is_its_row(subjects: list[Subject], mo
         (["whole", "--decode", "1,x"], "--decode is '1,x'; give positive numbers"),
         (["growth", "--batches", "0"], "--batches is '0'; give positive numbers"),
         (["device", "--device", "cpu", "--parts", "whole,half"], "--parts has half; known: agreement"),
+        (["device", "--device", "cpu", "--parts", ","], "--parts is ','; give names"),
+        (["whole", "--presets", ""], "--presets is ''; give names"),
     ],
 )
 def test_mistakes_are_one_message(words: list[str], message: str) -> None:
