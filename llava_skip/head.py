@@ -64,7 +64,10 @@ class _SummedLoss(torch.autograd.Function):
             part = slice(first, first + size)
             own = None if grad_states is None else grad_states[part]
             loss += _add_part(states[part], weight, targets[part].unsqueeze(-1), own, grad_weight)
-        ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.dtype = weight.dtype
+        if grad_weight is not None and weight.dtype != torch.float16:  # there, a sum of many tokens is too large
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_states, grad_weight)
         return loss
 
     @staticmethod
@@ -72,7 +75,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_states, grad_weight = ctx.saved_tensors
         given = [None if one is None else one * grad for one in (grad_states, grad_weight)]
-        return given[0], given[1], None, None
+        return given[0], None if given[1] is None else given[1].to(ctx.dtype), None, None
 
 
 def _add_part(

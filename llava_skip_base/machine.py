@@ -23,9 +23,12 @@ def free_memory() -> int | None:
         return None
     try:  # cgroup v2; "max" is no limit
         limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (_CONTAINER / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):
         return free
-    return max(0, min(free, limit - used))
+    # Files that were read count as used, and make room when it is needed.
+    files = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return max(0, min(free, limit - used + files))
 
 
 def restart_peak_memory() -> bool:

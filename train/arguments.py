@@ -378,6 +378,7 @@ _NOT_IDENTITY = (
     "disable_tqdm", "run_name", "local_rank", "deepspeed", "dry_run", "peak_tflops",
     "hang_timeout_seconds", "data_processes", "per_device_eval_batch_size", "eval_steps", "eval_delay",
     "eval_benchmarks", "eval_benchmarks_data", "eval_benchmarks_limit", "cache_vision_features",
+    "activation_checkpointing", "gradient_checkpointing",  # one switch under two names; the losses are the same
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product with the processes is compared
 )  # fmt: skip
 

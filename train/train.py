@@ -49,6 +49,10 @@ FIND_RECORDS = (
     "start, or drops them (--drop_faulty true)."
 )
 """What to do about a record that failed only when it was read."""
+OUT_OF_MEMORY = (
+    "a batch did not fit into the memory, although --activation_checkpointing auto expected it to: the same command "
+    "with --activation_checkpointing true continues the run, and takes less."
+)
 
 
 def train(run: Run, checkpoint: Path | None = None) -> bool:
@@ -217,6 +221,11 @@ def _run(command_line: list[str]) -> int:
 def _train_or_explain(run: Run, checkpoint: Path | None) -> bool:
     try:
         return train(run, checkpoint)
+    except torch.OutOfMemoryError:
+        before = run.resolved["training"]["activation_checkpointing"]
+        if before == "auto" and run.arguments.activation_checkpointing is False:
+            print_error(OUT_OF_MEMORY)
+        raise  # its traceback says what did not fit
     except RecordError as error:  # of one rank
         print_error(f"{error}{FIND_RECORDS}")
         code = USER_ERROR

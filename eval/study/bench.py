@@ -92,7 +92,7 @@ def whole(
     output = output or results() / "bench"
     budget = None if budget_mib is None else int(budget_mib * page.MIB)
     plan = Plan(Shape(batch, 1, text), Rounds(repeats, seconds), numbers(decode, "--decode"), steps, budget)
-    subjects = build_subjects(names(presets), size, device, dtype_on(device))
+    subjects = build_subjects(names(presets, "--presets"), size, device, dtype_on(device))
     outcome = measure_whole(subjects, plan)
     facts = facts_of(device, size, batch=batch, text_tokens=text, rounds=repeats)
     result = {**facts, "rows": outcome.rows, "caches": outcome.caches}
@@ -121,7 +121,7 @@ def growth(
     values = {
         name: tuple(sorted(set(own))) for name, own in {**found, "samples": numbers(batches, "--batches")}.items()
     }
-    subjects = build_subjects(names(presets), size, device, dtype_on(device), stock=False)
+    subjects = build_subjects(names(presets, "--presets"), size, device, dtype_on(device), stock=False)
     rows = growing.measure_growth(subjects, growing.Growth(Shape(1, 1, text), values, Rounds(repeats, seconds)))
     fits = growing.fit(rows)
     facts = facts_of(device, size, text_tokens=text, rounds=repeats)
@@ -149,15 +149,17 @@ def device(
 ) -> None:
     """Write the page of a device: agreement, attention, presets at true widths, CUDA graphs, memory, MFU."""
     check_device(device)
-    if unknown := [part for part in names(parts) if part not in DEVICE_PARTS]:
+    chosen = names(parts, "--parts")
+    if unknown := [part for part in chosen if part not in DEVICE_PARTS]:
         raise UserError(f"--parts has {', '.join(unknown)}; known: {', '.join(DEVICE_PARTS)}.")
     folder = output or (home() / "docs" if device == "cuda" else results() / "bench")
     shape, rounds = Shape(batch, 1, text), Rounds(repeats, seconds)
-    study = DeviceStudy(device, size, names(presets), names(compared), names(attention), shape, rounds, steps)
+    models, pair, ways = names(presets, "--presets"), names(compared, "--compared"), names(attention, "--attention")
+    study = DeviceStudy(device, size, models, pair, ways, shape, rounds, steps)
     facts = facts_of(device, size, batch=batch, text_tokens=text, rounds=repeats)
     name = page_name(facts["device"], device)
     sections: dict[str, Any] = {}
-    for part in names(parts):
+    for part in chosen:
         sections[part] = study.measure(part)
         tables = device_tables(sections)
         pictures = [f"{name}.png"] if "whole" in sections else []
@@ -169,9 +171,16 @@ def device(
     write_out(folder, name, {**facts, **sections}, text_page, tables)
 
 
-def names(presets: str) -> list[str]:
-    """The names of an option that separates them by commas."""
-    return [name.strip() for name in presets.split(",") if name.strip()]
+def names(text: str, option: str) -> list[str]:
+    """The names of an option that separates them by commas.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"{option} is {text!r}; give names, separated by commas.")
+    return found
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -180,8 +189,8 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     Raises:
         UserError: one is none.
     """
-    parts = names(text)
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(f"{option} is {text!r}; give positive numbers, separated by commas.")
     return tuple(map(int, parts))
 

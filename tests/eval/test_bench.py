@@ -18,7 +18,7 @@ from eval.study.speed.measuring import Rounds, Spread, exponent, peak_bytes, tak
 from eval.study.speed.sizes import BENCH_SIZES, bench_config
 from eval.study.speed.subjects import STOCK, Shape, Subject, build_subjects, cache_bytes
 from eval.study.speed.variants import compare_attention, compare_caches
-from eval.study.speed.whole import Outcome
+from eval.study.speed.whole import Outcome, Plan, measure_whole
 from llava_skip.flops import image_cost
 from llava_skip.gpus import Gpu
 from llava_skip.memory import cache_token_bytes
@@ -152,6 +152,26 @@ def test_ratios_are_those_of_a_sample_and_a_failure_is_a_row() -> None:
     assert [own.get("over_ideal") for own in outcome.rows] == [1.0, 1.0, None, None]
 
 
+def test_a_model_that_needs_too_much_memory_is_a_row_and_the_rest_goes_on(
+    subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory() -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for name in ("prefill", "answer"):
+        real = getattr(tasks, name)
+        monkeypatch.setattr(
+            tasks, name, lambda own, *more, real=real: out_of_memory if own.name == "llava" else real(own, *more)
+        )
+    own = [subjects[0], subjects[2]]
+    outcome = measure_whole(own, Plan(SHAPE, ONCE, (1,), 2, parts=("prefill", "answer", "decode")))
+    found = {(row["name"], row["measurement"]) for row in outcome.rows}
+    assert {kind for name, kind in found if name == "llava"} == {"failed"}
+    kinds = {"prefill", "first_token", "next_token", "decode_1", "decode_budget"}
+    assert {kind for name, kind in found if name == "sv-llava-64"} == kinds
+    assert [cache["name"] for cache in outcome.caches] == ["sv-llava-64"]
+
+
 def test_exponents_are_found_and_those_above_the_limit_are_named() -> None:
     assert exponent([1, 2, 4, 8], [3 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
@@ -256,6 +276,12 @@ def test_a_device_that_computes_something_else_does_not_agree(monkeypatch: pytes
     assert [row["agrees"] for row in compare_with_cpu(["llava"], "cpu")] == [False, True]
 
 
+def test_what_is_no_number_does_not_agree() -> None:
+    numbers = {"logits": 1e-5, "loss": 1e-6, "gradient": 1e-4}
+    assert agreement.within(numbers, 1e-3)
+    assert not any(agreement.within(numbers | {name: float("nan")}, 1e-3) for name in numbers)
+
+
 def test_what_an_implementation_cannot_do_is_its_row(subjects: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     own = subjects[2:3]
     monkeypatch.setattr(tasks, "training", lambda *_: lambda: torch.zeros(2) @ torch.zeros(3))
@@ -277,6 +303,8 @@ def test_what_an_implementation_cannot_do_is_its_row(subjects: list[Subject], mo
         (["whole", "--decode", "1,x"], "--decode is '1,x'; give positive numbers"),
         (["growth", "--batches", "0"], "--batches is '0'; give positive numbers"),
         (["device", "--device", "cpu", "--parts", "whole,half"], "--parts has half; known: agreement"),
+        (["device", "--device", "cpu", "--parts", ","], "--parts is ','; give names"),
+        (["whole", "--presets", ""], "--presets is ''; give names"),
     ],
 )
 def test_mistakes_are_one_message(words: list[str], message: str) -> None:

@@ -52,6 +52,14 @@ def test_a_loss_in_parts_is_near_it_in_bfloat16(few_rows):
         assert (found - expected).float().norm() < 0.01 * expected.float().norm()
 
 
+def test_a_gradient_whose_sum_is_beyond_float16_is_finite(few_rows):
+    """400 of each of 512 tokens with one target; their mean is what a step takes."""
+    head = Head(WIDTH, VOCABULARY, bias=False).half()
+    torch.nn.init.zeros_(head.weight)
+    (summed_loss(head, torch.full((512, WIDTH), 400.0).half(), torch.zeros(512, dtype=torch.long)) / 512).backward()
+    assert torch.allclose(head.weight.grad[0].float(), torch.tensor(400 * (1 / VOCABULARY - 1)), rtol=2e-3)
+
+
 def test_few_rows_take_one_product_as_before(few_rows):
     both = [results(loss_of, 8, torch.float32) for loss_of in (summed_loss, of_all_rows)]
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))

@@ -1,5 +1,7 @@
 """`--activation_checkpointing auto`: off where the longest batch fits the free memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,11 +10,12 @@ from llava_skip.memory import Zero
 from llava_skip_base import machine
 from llava_skip_base.errors import UserError
 from tests.support.small_models import small_config
-from train.arguments import ModelArguments
+from train.arguments import ModelArguments, identity, resolved
 from train.planning import checkpointing
 from train.planning.checkpointing import decide, free_of, settle_checkpointing
 from train.planning.estimate import Training
 from train.run import parse
+from train.train import _train_or_explain
 
 STAGE_2 = ("multi_modal_projector", "summary", "language_model")
 GIVEN = ["--data", "x", "--output_dir", "y", "--use_cpu", "true"]
@@ -79,12 +82,34 @@ def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch, others, on)
     assert settle_checkpointing(ModelArguments(), run, small_config(), 128) is None
 
 
+def test_a_run_may_continue_with_another_choice():
+    """Of a batch that did not fit, after all."""
+    words = ([], ["--activation_checkpointing", "auto"], ["--activation_checkpointing", "true"])
+    assert len({str(identity(resolved(*parse([*GIVEN, *own])))) for own in words}) == 1
+
+
+@pytest.mark.parametrize(("decided", "said"), [(False, True), (True, False)])
+def test_a_batch_that_did_not_fit_after_all_is_told_its_cure(monkeypatch, capsys, decided, said):
+    def out_of_memory(run, checkpoint):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = SimpleNamespace(
+        resolved={"training": {"activation_checkpointing": "auto"}},
+        arguments=SimpleNamespace(activation_checkpointing=decided),
+    )
+    monkeypatch.setattr("train.train.train", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        _train_or_explain(run, None)
+    assert ("with --activation_checkpointing true" in capsys.readouterr().err) is said
+
+
 def test_free_memory_is_shared_and_within_the_limit_of_a_container(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:  4194304 kB\n")
     monkeypatch.setattr(machine, "_SYSTEM", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "_CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1\n")
+    (tmp_path / "memory.current").write_text(f"{2**30 + 1}\n")
+    (tmp_path / "memory.stat").write_text(f"file {2**30}\ninactive_file {2**30}\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_of(torch.device("cpu")) == 2
     (tmp_path / "memory.max").write_text(f"{2**30 + 1}\n")

@@ -83,6 +83,23 @@ def test_a_wrong_byte_is_found_counted_and_repaired(shards):
         assert torch.equal(own.find(keys).states["layer2"][damaged], states_of(damaged)["layer2"])
 
 
+def test_a_full_disk_ends_the_storing_and_not_the_run(shards, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    writer = FeatureWriter(shards, rank=0)
+    monkeypatch.setattr(features_module, "write_bytes", full)
+    for number in (7, 8):
+        states = {name: state[None] for name, state in states_of(number).items()}
+        features = TowerFeatures([f"crop{number}"])
+        features.states |= states
+        writer.keep(features)
+        writer.flush()
+    said = capsys.readouterr().err
+    assert said.count("takes no more features, so the tower runs where they are missing") == 1
+    assert "No space left" in said and writer.counts["computed"] == 2 and len(FeatureShards(shards.folder)) == 6
+
+
 def test_a_crop_is_named_by_its_pixels():
     crop = torch.rand(3, 4, 4)
     other = crop.clone()
@@ -206,6 +223,12 @@ def checked(inputs, *more):
 def test_runs_whose_features_cannot_be_stored_are_refused(inputs, more, message):
     with pytest.raises(UserError, match=f"^--cache_vision_features {message}"):
         checked(inputs, *more)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: give a folder"):
+        check(*parse([*inputs, "--output_dir", "unused", "--cache_vision_features", str(tmp_path / "file")]))
 
 
 def test_a_disk_without_room_is_refused_before_the_run(inputs, tmp_path, monkeypatch):

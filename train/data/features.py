@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 import uuid
 import zlib
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_skip.vision.stored import TowerFeatures
@@ -164,12 +166,14 @@ class FeatureCollator:
 class FeatureWriter(TrainerCallback):
     """Writes what the tower gives in training: a shard at a time, and what is left when the run saves or ends.
 
+    A disk that takes no more ends the storing, and not the run.
+
     Attributes:
         counts: crops that were read, computed and damaged, in this process.
     """
 
     def __init__(self, shards: FeatureShards, rank: int) -> None:
-        self.shards, self._rank = shards, rank
+        self.shards, self._rank, self._stores = shards, rank, True
         self.counts = {"read": 0, "computed": 0, "damaged": 0}
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
@@ -178,7 +182,7 @@ class FeatureWriter(TrainerCallback):
         """Take the features of a batch after its forward."""
         self.counts["read" if features.were_stored else "computed"] += len(features)
         self.counts["damaged"] += features.damaged
-        if features.were_stored:
+        if features.were_stored or not self._stores:
             return
         if features.damaged:  # another process may have found it: forget them here, too
             for key in features.keys:
@@ -194,7 +198,12 @@ class FeatureWriter(TrainerCallback):
     def flush(self) -> None:
         """Write what waits."""
         if self._waiting:
-            self.shards.write(self._waiting, f"rank{self._rank}")
+            try:
+                self.shards.write(self._waiting, f"rank{self._rank}")
+            except OSError as error:
+                self._stores = False
+                said = f"warning: {self.shards.folder} takes no more features, so the tower runs where they are missing"
+                tqdm.write(f"{said}: {error}", file=sys.stderr)
         self._waiting, self._bytes = {}, 0
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:

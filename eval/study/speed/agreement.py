@@ -15,6 +15,7 @@ from llava_skip.configuration import IGNORE_INDEX
 LIMITS = {"float32": 1e-3, "bfloat16": 5e-2}
 """The largest difference that is agreement, as a share of the largest logit or of the gradient's norm. One rounding to
 bfloat16 is 2^-9, 0.2%; some tens of them follow each other."""
+COMPARED = ("logits", "loss", "gradient")
 SHAPE = Shape(samples=2, images=1, text=40)
 
 
@@ -34,13 +35,18 @@ def compare_with_cpu(presets: Sequence[str], device: str, size: str = "tiny") ->
                 else _largest(compare_outputs(expected, _outputs(_only(preset, size, "cpu", dtype))))
             )
             row: Row = {"name": preset, "dtype": str(dtype).removeprefix("torch."), **differences, "on_cpu": on_cpu}
-            row["agrees"] = _largest(differences) <= max(LIMITS[row["dtype"]], 2 * on_cpu)
+            row["agrees"] = within(differences, max(LIMITS[row["dtype"]], 2 * on_cpu))
             rows.append(row)
     return rows
 
 
 def _largest(differences: dict[str, Any]) -> float:
-    return max(differences[name] for name in ("logits", "loss", "gradient"))
+    return max(differences[name] for name in COMPARED)
+
+
+def within(differences: dict[str, Any], limit: float) -> bool:
+    """Whether no difference is above a limit, or no number."""
+    return all(differences[name] <= limit for name in COMPARED)  # NaN is below nothing; `max` can pass over it
 
 
 def _only(preset: str, size: str, device: str, dtype: torch.dtype) -> Subject:

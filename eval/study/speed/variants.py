@@ -37,8 +37,8 @@ def compare_attention(
             for kind, found in times.items():
                 own = found[name]
                 row[kind] = own if isinstance(own, str) else own[kind].minimum
-            largest = logits[REFERENCE].abs().max()
-            row["difference"] = float((logits[name] - logits[REFERENCE]).abs().max() / largest)
+            if not isinstance(reference := logits[REFERENCE], str):
+                row["difference"] = float((logits[name] - reference).abs().max() / reference.abs().max())
             rows.append(row)
         subject.model.set_attn_implementation(REFERENCE)
     return rows

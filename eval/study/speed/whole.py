@@ -132,19 +132,26 @@ def _answer(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     """One sample through `generate`, host included."""
     shape = Shape(1, plan.shape.images, plan.shape.text)
     calls: dict[str, Measured] = {s.name: tasks.answer(s, shape, plan.steps) for s in subjects}
-    for call in calls.values():  # a first call prepares what later ones find ready
-        call()
+    first = {name: try_call(call) for name, call in calls.items()}  # it prepares what later ones find ready
+    failed = {name: reason for name, reason in first.items() if isinstance(reason, str)}
+    calls = {name: call for name, call in calls.items() if name not in failed}
 
     def flops(subject: Subject, kind: str) -> StepFlops | None:
         return subject.prefill_flops(shape) if kind == "first_token" else None
 
-    outcome.add(subjects, take_turns(calls, plan.rounds, "answer"), flops, lambda _: 1)
+    outcome.add(subjects, take_turns(calls, plan.rounds, "answer") | failed, flops, lambda _: 1)
 
 
 def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     """Tokens a second at several batches, and at as many samples as a budget of memory holds."""
     shape = Shape(1, plan.shape.images, plan.shape.text)
-    prompts = {subject.name: tasks.prefill(subject, shape)() for subject in subjects}
+    prompts = {subject.name: try_call(tasks.prefill(subject, shape)) for subject in subjects}
+    if failed := {name: reason for name, reason in prompts.items() if isinstance(reason, str)}:
+        outcome.add(subjects, failed, None, lambda _: 1)
+        subjects = [subject for subject in subjects if subject.name not in failed]
+        prompts = {subject.name: prompts[subject.name] for subject in subjects}
+    if not subjects:
+        return
     sizes = {name: cache_bytes(prompt.past_key_values) for name, prompt in prompts.items()}
     for name, (stored, held) in sizes.items():
         outcome.caches.append({"name": name, "stored_bytes": stored, "held_bytes": held})
@@ -156,10 +163,10 @@ def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
             own.name: try_call(partial(tasks.Decoding, own, prompts[own.name], batches[own.name], plan.steps))
             for own in subjects
         }
-        failed = {name: reason for name, reason in made.items() if isinstance(reason, str)}
-        calls = {name: call for name, call in made.items() if name not in failed}
+        too_many = {name: reason for name, reason in made.items() if isinstance(reason, str)}
+        calls = {name: call for name, call in made.items() if name not in too_many}
         found, _ = _turns(calls, kind, plan, subjects[0].device, memory=False)
-        outcome.add(subjects, {**found, **failed}, None, partial(_of, batches), calls=plan.steps)
+        outcome.add(subjects, {**found, **too_many}, None, partial(_of, batches), calls=plan.steps)
 
 
 def _of(batches: Mapping[str, int], subject: Subject) -> int:
