@@ -233,7 +233,7 @@ class RunArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; default: checkpoints/<preset>."})
-    activation_checkpointing: str | None = field(  # type: ignore[assignment]
+    activation_checkpointing: str | None = field(
         default=None,
         metadata={"help": "Run layers again in the backward pass instead of keeping what they made: true, false, or "
                           "auto: if a batch of the longest samples would not fit the free memory without it.",

@@ -184,8 +184,9 @@ class SkipTrainer(ResumableTrainer):
         if self._values is not None and "pixel_values" in inputs:
             inputs["pixel_values"] = self._values(inputs["pixel_values"], self._inputs_dtype())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._features is not None and FEATURES in inputs:
-            self._features.keep(inputs[FEATURES])
+        features: Any = inputs.get(FEATURES)
+        if self._features is not None and features is not None:
+            self._features.keep(features)
         self._finite.note_loss(loss, self._records)
         return loss
 

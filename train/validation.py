@@ -156,7 +156,7 @@ class Validation:
             self._dataset,
             batch_sampler=self._batches,
             collate_fn=self._collator,
-            num_workers=self._arguments.dataloader_num_workers,
+            num_workers=self._arguments.dataloader_num_workers or 0,
             generator=torch.Generator(),  # a loader draws a number; not from the run's own generator
         )
 

@@ -31,7 +31,7 @@ class SquareImageProcessorPil(LlavaImageProcessorPil):
         if type(images) is not LlavaImageProcessorPil:
             return images
         made = cls()
-        vars(made).update(vars(images))
+        made.__dict__.update(images.__dict__)
         return made
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:

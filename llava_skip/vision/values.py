@@ -56,8 +56,8 @@ class PixelValues:
     @classmethod
     def of(cls, processor: Any) -> PixelValues | None:
         """Of a processor's image processor; None if it has no `value_table`, or leaves pixels as bytes by itself."""
-        images = getattr(processor, "image_processor", None)
-        table = images.value_table() if hasattr(images, "value_table") else None
+        make = getattr(getattr(processor, "image_processor", None), "value_table", None)
+        table = None if make is None else make()
         return None if table is None or table.dtype == np.uint8 else cls(table)
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

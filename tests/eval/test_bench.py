@@ -69,21 +69,17 @@ def test_the_ideal_is_what_torch_counts(subjects: list[Subject], name: str) -> N
     subject = next(own for own in subjects if own.name == name)
     shape = replace(SHAPE, images=2)
     inputs = subject.inputs(shape)
-    subject.model.set_attn_implementation("eager")  # torch does not count its fused kernel for CPUs
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            subject.model.eval()
-            prompt = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-            with FlopCounterMode(display=False) as counter:  # it follows modules through their gradients
-                subject.model(**prompt, logits_to_keep=1)
-            assert counter.get_total_flops() == subject.prefill_flops(shape).forward
-            subject.model.train()
-            with FlopCounterMode(display=False) as counter:
-                subject.model(**inputs).loss.backward()
-            assert counter.get_total_flops() == subject.training_flops(shape).model
-    finally:
-        subject.model.set_attn_implementation("sdpa")
-        subject.model.zero_grad(set_to_none=True)
+    subject.model.eval()
+    prompt = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    with sdpa_kernel(SDPBackend.MATH):  # torch does not count its fused kernel for CPUs
+        with FlopCounterMode(display=False) as counter:  # it follows modules through their gradients
+            subject.model(**prompt, logits_to_keep=1)
+        assert counter.get_total_flops() == subject.prefill_flops(shape).forward
+        subject.model.train()
+        with FlopCounterMode(display=False) as counter:
+            subject.model(**inputs).loss.backward()
+        assert counter.get_total_flops() == subject.training_flops(shape).model
+    subject.model.zero_grad(set_to_none=True)
 
 
 def test_a_training_step_leaves_the_weights_and_no_gradients(subjects: list[Subject]) -> None:

@@ -42,14 +42,14 @@ def crop_key(crop: Tensor) -> str:
     """The name of a crop's pixels."""
     content = crop.contiguous()
     digest = hashlib.blake2b(f"{content.dtype} {tuple(content.shape)}".encode(), digest_size=16)
-    digest.update(memoryview(content.view(torch.uint8).numpy()))
+    digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _checksum(states: dict[str, Tensor]) -> int:
     total = 0
     for name in sorted(states):
-        total = zlib.crc32(memoryview(states[name].contiguous().reshape(-1).view(torch.uint8).numpy()), total)
+        total = zlib.crc32(states[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
 

@@ -112,5 +112,6 @@ def settle_checkpointing(model: ModelArguments, run: RunArguments, config: Llava
     )
     element = 2 if run.deepspeed and (run.bf16 or run.fp16) else 4  # else trainable weights are in float32
     decision = decide(config, training, run.world_size, min(free, default=None), element)
-    run.activation_checkpointing = run.gradient_checkpointing = decision.on  # transformers has both names
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers has both
+        setattr(run, name, decision.on)
     return str(decision)

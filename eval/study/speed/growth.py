@@ -92,7 +92,7 @@ def fit(rows: Sequence[Row]) -> list[Row]:
             groups.setdefault((row["axis"], row["measurement"], row["name"]), []).append(row)
     fits = [_fit(axis, kind, name, own, "value") for (axis, kind, name), own in groups.items()]
     for kind in STEPS:
-        first = {}
+        first: dict[str, Row] = {}
         for row in rows:
             if row["measurement"] == kind and row["axis"] == "samples":
                 first.setdefault(row["name"], row)
@@ -116,7 +116,7 @@ def growth_table(fits: Sequence[Row]) -> Table:
     for row in fits:
         numbers = [f"{row[name]:.2f}" for name in ("seconds", "peak_bytes", "flops")]
         above = ", ".join(row["above"]).replace("seconds", "time").replace("peak_bytes", "memory")
-        table.append([AXES.get(row["axis"], row["axis"]), STEPS[row["measurement"]], row["name"], *numbers, above])
+        table.append([AXES.get(row["axis"], PRESETS_AXIS), STEPS[row["measurement"]], row["name"], *numbers, above])
     return table
 
 

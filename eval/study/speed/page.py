@@ -10,7 +10,7 @@ from eval.showing.plain_markdown import markdown_table, markdown_text
 from eval.study.speed.subjects import STOCK
 from llava_skip_base.console import chart_label, figure
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 Table = list[list[str]]
 """Cells, the headings first."""
 MIB = 2**20

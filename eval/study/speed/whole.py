@@ -11,10 +11,9 @@ import torch
 
 from eval.study.speed import tasks
 from eval.study.speed.measuring import Measured, Rounds, Spread, peak_bytes, take_turns, timed, try_call
+from eval.study.speed.page import Row
 from eval.study.speed.subjects import STOCK, Shape, Subject, cache_bytes
 from llava_skip.step_flops import StepFlops, block_products
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _answer(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     def flops(subject: Subject, kind: str) -> StepFlops | None:
         return subject.prefill_flops(shape) if kind == "first_token" else None
 
-    outcome.add(subjects, take_turns(calls, plan.rounds, "answer") | failed, flops, lambda _: 1)
+    outcome.add(subjects, {**take_turns(calls, plan.rounds, "answer"), **failed}, flops, lambda _: 1)
 
 
 def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
@@ -167,7 +166,7 @@ def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
         too_many = {name: reason for name, reason in made.items() if isinstance(reason, str)}
         calls = {name: call for name, call in made.items() if name not in too_many}
         found, _ = _turns(calls, kind, plan, subjects[0].device, memory=False)
-        outcome.add(subjects, found | too_many, None, partial(_of, batches), calls=plan.steps)
+        outcome.add(subjects, {**found, **too_many}, None, partial(_of, batches), calls=plan.steps)
 
 
 def _of(batches: Mapping[str, int], subject: Subject) -> int:
