@@ -67,6 +67,14 @@ def block_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
     return round(load.images * (INDEX * others + element * numbers))
 
 
+def placed_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
+    """What autograd saves where images replace image tokens: the tokens of their blocks, and the places of these."""
+    if not load.images:
+        return 0
+    tokens = load.images * config.image_length(max(1, round(load.crops / load.images)))
+    return round(tokens * (element * config.text_config.hidden_size + INDEX))
+
+
 def head_bytes(text: PreTrainedConfig, tokens: float, element: int = 2) -> int:
     """The states of the supervised tokens, their logits and the gradient of these; for many tokens, of a part.
 
@@ -121,7 +129,7 @@ def activations(
             patches = (vision.image_size // vision.patch_size) ** 2 + 1
             tower = round(load.crops * patches * vision.hidden_size * element * config.used_tower_layers)
     projector = front_end.projector_bytes(config, load.crops, element) if trains_tower or trains_projector else 0
-    block = block_bytes(config, load, element) if projector else 0
+    block = block_bytes(config, load, element) + placed_bytes(config, load, element) if projector else 0
     return Activations(
         decoder=text.num_hidden_layers * (states if checkpointing else layer) + last_norm,
         working=layer if checkpointing else 0,
