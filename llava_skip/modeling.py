@@ -120,7 +120,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             tower, pixel_values = pixel_values.in_place_of(tower)
         elif pixel_values.dtype == torch.uint8:
             raise UserError(
-                "pixel_values are bytes: give values that are rescaled and normalised, as the processor does unless told. "
+                "pixel_values are bytes: give values that are rescaled and normalised, as the processor gives them. "
                 "llava_skip.vision.values.PixelValues.of(processor) makes them of bytes on the device."
             )
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
