@@ -18,17 +18,17 @@ STEPS=${STEPS:-700}
 BENCHMARKS=${BENCHMARKS:-mmstar,mmbench,gqa,pope,textvqa}
 WORK=${WORK:-checkpoints/twins}
 START=${START:-$WORK/llava}
-DATA=$WORK/data
+digits=$WORK/data
 
 [ -f "$START/config.json" ] || PRESET=llava OUTPUT=$START bash scripts/finetune_skip.sh
-"$PYTHON" -m playground.data.build --output "$DATA" --poses 2
+"$PYTHON" -m playground.data.build --output "$digits" --poses 2
 MODELS=()
 for preset in $PRESETS; do
     for seed in $SEEDS; do
         new=$WORK/new/$preset-$seed
         [ -f "$new/config.json" ] ||
             "$PYTHON" -m llava_skip.convert "$START" "$new" --preset "$preset" --new-projector tiny --seed "$seed"
-        RECIPE=embedded MODEL=$new PRESET=$preset DATA=$DATA/train.json IMAGES=$DATA/images NPROC=${NPROC:-1} \
+        RECIPE=embedded MODEL=$new PRESET=$preset DATA=$digits/train.json IMAGES=$digits/images NPROC=${NPROC:-1} \
             BATCH=$((16 / ${NPROC:-1})) LR=5e-4 OUTPUT=$WORK/runs/$preset/seed-$seed bash scripts/finetune_skip.sh \
             --train_parts vision_tower multi_modal_projector summary language_model --max_steps "$STEPS" --seed "$seed"
     done
