@@ -39,6 +39,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Least rounds in which the mod
 Seconds = Annotated[float, typer.Option(min=0, help="Short calls get up to ten times the rounds, for this long.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples of a training step and a prefill.")]
 Text = Annotated[int, typer.Option(min=4, help="Tokens of text of a sample; half of them are supervised.")]
+Steps = Annotated[int, typer.Option(min=2, help="New tokens of an answer and of a decode measurement.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of JSON, Markdown and chart.")]
 
 
@@ -81,7 +82,7 @@ def whole(
     repeats: Repeats = 3,
     seconds: Seconds = 1.0,
     decode: Annotated[str, typer.Option(help="Batches that decode, separated by commas.")] = "1,4,16",
-    steps: Annotated[int, typer.Option(min=2, help="New tokens of an answer and of a decode measurement.")] = 8,
+    steps: Steps = 8,
     budget_mib: Annotated[
         float | None, typer.Option(help="Memory of the caches that decode together; default: 4 of the largest.")
     ] = None,
@@ -141,7 +142,7 @@ def device(
     text: Text = 100,
     repeats: Repeats = 3,
     seconds: Seconds = 1.0,
-    steps: Annotated[int, typer.Option(min=2, help="New tokens of an answer and of a decode measurement.")] = 32,
+    steps: Steps = 32,
     attention: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ATTENTION,
     compared: Annotated[str, typer.Option(help="Presets of attention and cache comparisons.")] = "llava,sv-llava-256",
     parts: Annotated[str, typer.Option(help="Parts of the page, separated by commas.")] = ",".join(DEVICE_PARTS),

@@ -68,7 +68,7 @@ def _place() -> str:
 
 @contextmanager
 def device_reads() -> Iterator[DeviceReads]:
-    """Count what is read inside; on a CPU, where reading costs nothing, it is counted all the same.
+    """Count what is read inside; on a CPU, where reading costs nothing, it is counted, too.
 
     The backward pass belongs to the function that calls `backward`.
     """
