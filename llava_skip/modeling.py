@@ -30,6 +30,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
+from llava_skip.head_rows import HeadRows, next_labels, rows_for_head
 from llava_skip.masking import is_two_dimensional, mask_skipped
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored, supervised_tokens
@@ -136,9 +137,13 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         generated: int = 0,
         use_cache: bool | None = None,
         supervised: Tensor | None = None,
+        head: HeadRows | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`."""
+        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`.
+
+        With `head` those of the tokens that reach the head, see `HeadRows.run`.
+        """
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
@@ -150,7 +155,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
             images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, seen)
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
-            route = make_route(images, _not_padding(attention_mask, images.new))
+            route = make_route(images, _not_padding(attention_mask, images.new)).with_head(head, images)
         runner = make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -359,6 +364,8 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         label (or their sum over `num_items_in_batch`); `shift_labels` [B, T] are the labels of each token's next one.
         In training only these reach the head, and `logits` is None, unless `logits_to_keep` asks for it.
         """
+        targets = next_labels(labels) if shift_labels is None else shift_labels
+        head = rows_for_head(self.config, input_ids, inputs_embeds, targets, self.training, logits_to_keep, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -369,23 +376,25 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             supervised=supervised_tokens(self.config, labels, shift_labels),
+            head=head,
             **kwargs | {"return_dict": True},
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None or shift_labels is not None:
-            loss = self._supervised_loss(hidden_states, labels, shift_labels, num_items_in_batch)
+        if targets is not None:
+            loss = self._supervised_loss(hidden_states, targets, head, num_items_in_batch)
         if loss is None or logits_to_keep is not None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
     def _supervised_loss(
-        self, hidden_states: Tensor, labels: Tensor | None, targets: Tensor | None, items: Tensor | int | None
+        self, hidden_states: Tensor, targets: Tensor, head: HeadRows | None, items: Tensor | int | None
     ) -> Tensor:
         """Next-token cross entropy over the tokens whose next token has a label; 0 if none has."""
-        if targets is None:
-            assert labels is not None  # one of them is given
-            hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden_states[supervised]).float()
-        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
-        return total / (supervised.sum().clamp(min=1) if items is None else items)
+        if head is None:
+            supervised = targets != IGNORE_INDEX
+            hidden_states, targets = hidden_states[supervised], targets[supervised]
+        else:
+            hidden_states, targets = hidden_states.squeeze(0), targets.flatten().index_select(0, head.tokens)
+        logits = self.lm_head(hidden_states).float()
+        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return total / (max(1, len(targets)) if items is None else items)

@@ -86,12 +86,13 @@ class Candidate:
         outputs = self.model(self.input_ids, mm_encoder_outputs=self._features(), use_cache=True, logits_to_keep=1)
         return outputs.logits
 
-    def flops(self, head_tokens: int) -> int:
-        """FLOPs of a forward of the language model."""
+    def flops(self, head_tokens: int, asking: int | None = None) -> int:
+        """FLOPs of a forward of the language model; `asking` as in `decoder_flops`."""
         samples, tokens = self.input_ids.shape
         skip, text = self.config.skip_config, self.config.text_config
         ffn_tokens = samples * (tokens - (skip.mean_num_skipping(text.num_hidden_layers) if skip else 0))
-        return decoder_flops(text, tokens, ffn_tokens, head_tokens, samples).total
+        last = {"asking": asking, "last_ffn_tokens": head_tokens}
+        return decoder_flops(text, tokens, ffn_tokens, head_tokens, samples, **last).total
 
     @property
     def cache_tokens(self) -> int:
@@ -127,7 +128,9 @@ def compare(candidates: dict[str, Candidate], repeats: int, device: str) -> list
     for kind in ("train_step", "prefill"):
         times = measure(candidates, kind, repeats, device)
         flops = {
-            name: c.flops(int((c.labels[:, 1:] != IGNORE_INDEX).sum()) if kind == "train_step" else len(c.input_ids))
+            name: c.flops(int((c.labels[:, 1:] != IGNORE_INDEX).sum()))
+            if kind == "train_step"
+            else c.flops(len(c.input_ids), asking=1)
             for name, c in candidates.items()
         }
         for name, candidate in candidates.items():
