@@ -47,14 +47,20 @@ class HeadRows:
         """The last layer, [B, T, D] -> [B, R, D]; [1, M, D] where `tokens` names them."""
         first = hidden_states.shape[1] - self.number
         states = self._attend(layer, hidden_states, arguments, first)
-        stay = None if self.stay is None else self.stay[:, first:].to(states.device)
         if self.tokens is not None:
             tokens = self.tokens.to(states.device)
             tokens = tokens - first * (tokens // hidden_states.shape[1] + 1)  # among the R of each sample
             states = states.flatten(0, 1).index_select(0, tokens).unsqueeze(0)
-            stay = None if stay is None else stay.flatten().index_select(0, tokens).unsqueeze(0)
         update = layer.mlp(layer.post_attention_layernorm(states))
-        return states + (update if stay is None else update.masked_fill(stay.unsqueeze(-1), 0))
+        if self.stay is not None:
+            update = update.masked_fill(self.take(self.stay.unsqueeze(-1).to(states.device)), 0)
+        return states + update
+
+    def take(self, values: Tensor) -> Tensor:
+        """Of values of all tokens, [B, T, ...], those that `run` gives: [B, R, ...] or [1, M, ...]."""
+        if self.tokens is None:
+            return values[:, values.shape[1] - self.number :]
+        return values.flatten(0, 1).index_select(0, self.tokens.to(values.device)).unsqueeze(0)
 
     def _attend(self, layer: SkippingLayer, hidden_states: Tensor, arguments: dict[str, Any], first: Any) -> Tensor:
         """The last R tokens after attention, [B, R, D]."""
@@ -65,47 +71,50 @@ class HeadRows:
         # On another rank with another mask the same modules must be called in the same order, which ZeRO's collective
         # calls follow: so keys and values of the tokens that ask nothing are made by themselves even if there are none.
         alone = self._ask_alone(layer.self_attn.config, mask, arguments)
-        begin = first if alone else 0
-        tables = arguments["position_embeddings"]
-        cache = _KeysBefore(layer.self_attn, normed[:, :begin], tables, arguments.get("past_key_values"))
-        changed: dict[str, Any] = {"past_key_values": cache}
+        length, begin = normed.shape[1], first if alone else 0
+        # Each part in one piece of memory, which its products share; of views each would make a copy of its own.
+        silent, normed = normed[:, :begin].contiguous(), normed[:, begin:].contiguous()
+        tables, cache = arguments["position_embeddings"], arguments.get("past_key_values")
+        flash = is_flash_attention_requested(layer.self_attn.config)
+        most = length if alone and mask is None and not flash else None
+        changed: dict[str, Any] = {"past_key_values": _KeysBefore(layer.self_attn, silent, tables, cache, most)}
         if alone:
-            cache.most = (
-                normed.shape[1] if mask is None and not is_flash_attention_requested(layer.self_attn.config) else None
-            )
+            is_square = mask is not None and mask.ndim == 4 and mask.shape[2] == length
             changed |= {
-                "attention_mask": mask[:, :, begin:] if mask is not None and mask.ndim == 4 else mask,
+                "attention_mask": mask[:, :, begin:] if is_square else mask,
                 "position_embeddings": tuple(table[:, begin:] for table in tables),
                 "position_ids": None,
             }
-        attended, _ = layer.self_attn(hidden_states=normed[:, begin:], **arguments | changed)
+        attended, _ = layer.self_attn(hidden_states=normed, **arguments | changed)
         return hidden_states[:, first:] + attended[:, first - begin :]
 
     def _ask_alone(self, config: PreTrainedConfig, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
         """Whether the R tokens can ask without the others, and without a mask that would be made for it.
 
         One query sees all keys. Several do without a mask only in a kernel that aligns them with the last keys, and
-        torch's aligns them with the first.
+        torch's aligns them with the first. Flash attention may find several sequences in one where nothing is padded.
         """
         if mask is not None and mask.ndim == 4:
             return True
-        alone = mask is None or is_flash_attention_requested(config)
-        return alone and self.number == 1 and arguments.get("cu_seq_lens_q") is None
+        if is_flash_attention_requested(config):
+            is_one = mask is not None or arguments.get("past_key_values") is not None
+            return self.number == 1 and is_one and arguments.get("cu_seq_lens_q") is None
+        return self.number == 1 and mask is None
 
 
 class _KeysBefore:
     """Stands in for the cache of a layer: puts keys and values of tokens that ask nothing before those of the others.
 
-    Attributes:
-        most: keys that there can be; None: any number. A static cache that is empty gives its whole room, and what
-            masks the rest where all tokens ask is the form of their causal mask.
+    An empty static cache gives its whole room. Where all tokens ask, the form of their causal mask hides the rest; here
+    `most`, the number of keys that there can be, does.
     """
 
-    def __init__(self, attention: Any, normed: Tensor, tables: tuple[Tensor, ...], cache: Cache | None) -> None:
+    def __init__(
+        self, attention: Any, normed: Tensor, tables: tuple[Tensor, ...], cache: Cache | None, most: int | None
+    ) -> None:
         length = normed.shape[1]
         self.keys, self.values = keys_and_values(attention, normed, tuple(table[:, :length] for table in tables))
-        self.cache = cache
-        self.most: int | None = None
+        self.cache, self.most = cache, most
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, R, E] of those that ask -> those of all."""
@@ -157,13 +166,13 @@ def rows_for_head(
         arguments: those that are handed on to the language model.
     """
     text, reduction = config.text_config, config.reduction_config
-    if any(_is_asked(name, arguments, text) for name in READ_BY_USERS) or (
-        reduction is not None and reduction.rule.in_decoder
-    ):
+    if any(_is_asked(name, arguments, text) for name in READ_BY_USERS):
         return None
     last, new = text.num_hidden_layers - 1, _length(input_ids, inputs_embeds)
     if targets is None:
-        some = isinstance(logits_to_keep, int) and 0 < logits_to_keep < new
+        # Behind a cut the last tokens of a sample may be others than those of the forward, but for the very last one.
+        most = 2 if reduction is not None and reduction.rule.in_decoder else new
+        some = isinstance(logits_to_keep, int) and 0 < logits_to_keep < min(most, new)
         return HeadRows(last, logits_to_keep) if some else None
     if not training or logits_to_keep is not None or torch.compiler.is_exporting():  # a graph cannot depend on values
         return None
