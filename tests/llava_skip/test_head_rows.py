@@ -21,6 +21,7 @@ def labels_of(inputs):
     ids = inputs["input_ids"]
     labels = ids.masked_fill((ids >= 80) | (inputs["attention_mask"] == 0), -100)
     labels[:, :3] = -100
+    labels[:, 1:][inputs["attention_mask"][:, :-1] == 0] = -100  # no padding gives the next token
     return labels
 
 
