@@ -25,6 +25,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import SkipConfig
 from llava_skip.reduction.running import check_chunks, own_cache
 from llava_skip.routing import skipped_tokens
+from llava_skip.static_cache import StaticForgettingCache
 from llava_skip_base.errors import UserError
 
 
@@ -86,6 +87,8 @@ class Prompt:
         return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length)}
 
 
+NEW_TOKENS = 20
+"""Tokens that `generate` makes if nothing says how many."""
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments of `generate` that it hands on to the forward, which does not know them."""
 
@@ -149,6 +152,10 @@ class SkippingGenerationMixin(GenerationMixin):
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
+        if self.config.forgets and kind == "static":
+            numbers = (self._chosen(name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
+            own = StaticForgettingCache(next((number for number in numbers if number), NEW_TOKENS))
+            kind = "dynamic"
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
             kwargs["past_key_values"] = own
             if kind is not None:  # transformers takes a cache or a name, not both
@@ -268,6 +275,10 @@ class SkippingGenerationMixin(GenerationMixin):
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, is_first_iteration: bool, **kwargs: Any) -> Any:
         """For a static cache: the mask of a decode step. `forward` makes that of a prompt, from what is skipped."""
-        if is_first_iteration:
+        cache, single = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[1] == 1
+        if isinstance(cache, StaticForgettingCache) and single and not (is_first_iteration or cache.in_chunks):
+            cache.fix()
+            attention_mask = cache.step_mask(len(kwargs["inputs_embeds"]))
+        elif is_first_iteration or isinstance(cache, StaticForgettingCache):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
