@@ -112,7 +112,7 @@ class SkippingGenerationMixin(GenerationMixin):
             # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
             kwargs["prefill_chunk_size"] = None
         check_chunks(self.config, self._chosen("prefill_chunk_size", generation_config, kwargs))
-        self._choose_cache(generation_config, kwargs)
+        self._choose_cache(inputs, generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
         token = _PROMPT.set(prompt)
@@ -145,7 +145,7 @@ class SkippingGenerationMixin(GenerationMixin):
                 ) from error
         kwargs["tokenizer"] = self._tokenizer
 
-    def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    def _choose_cache(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none."""
         if (own := own_cache(self.config)) is None:
             return
@@ -153,13 +153,20 @@ class SkippingGenerationMixin(GenerationMixin):
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
         if self.config.forgets and kind == "static":
-            numbers = (self._chosen(name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
-            own = StaticForgettingCache(next((number for number in numbers if number), NEW_TOKENS))
-            kind = "dynamic"
+            own, kind = StaticForgettingCache(self._count_new(inputs, generation_config, kwargs)), "dynamic"
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
             kwargs["past_key_values"] = own
             if kind is not None:  # transformers takes a cache or a name, not both
                 kwargs["cache_implementation"] = None
+
+    def _count_new(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> int:
+        """The most tokens that `generate` will make."""
+        new = self._chosen("max_new_tokens", generation_config, kwargs)
+        if new is not None:
+            return new
+        most = self._chosen("max_length", generation_config, kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        return NEW_TOKENS if most is None else max(1, most - (0 if ids is None else ids.shape[1]))
 
     def _read_prompt(self, inputs: Tensor | None, is_assistant: bool, kwargs: dict[str, Any]) -> Prompt:
         """The prompt in the arguments of `generate`; completes them in place."""

@@ -32,6 +32,11 @@ class FixedLayer(GrowingLayer):
         super().__init__()
         self.growth, self.position = room, None
 
+    def _stored(self, name: str) -> Tensor | None:
+        if self.position is not None and name in self._buffers:
+            return self._buffers[name][..., : int(self.position), :]
+        return super()._stored(name)
+
     def fix(self, places: int) -> None:
         """Let the buffers have so many places, C, from now on."""
         for name, buffer in self._buffers.items():
