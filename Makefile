@@ -1,4 +1,6 @@
 SHELL := /bin/bash
+JOBS ?= 2# tests run in so many processes, whole files in each
+PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile
 ENV := set -euo pipefail; . scripts/env.sh;
 
 .PHONY: help setup test test-slow fuzz check format bench tradeoff conformance
@@ -10,10 +12,10 @@ setup: ## install the project and what it needs (activated environment, else .ve
 	@bash scripts/setup.sh
 
 test: ## the tests, under 8 minutes on 2 cores
-	@$(ENV) $$PYTHON -m pytest -q $(ARGS)
+	@$(ENV) $(PYTEST) $(ARGS)
 
 test-slow: ## the tests that take minutes
-	@$(ENV) $$PYTHON -m pytest -q -m slow $(ARGS)
+	@$(ENV) $(PYTEST) -m slow $(ARGS)
 
 fuzz: ## damaged input of every kind for every reader, ROUNDS= times as long as in the tests
 	@$(ENV) FUZZ_ROUNDS=$(or $(ROUNDS),20) $$PYTHON -m pytest -q tests/fuzz $(ARGS)

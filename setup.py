@@ -34,7 +34,7 @@ REQUIRED = [
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
 GGUF = ["gguf>=0.17,<1"]
-DEV = ["mypy>=1.15", "pytest>=8", "ruff>=0.11"]
+DEV = ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.11"]
 
 setup(
     name="llava-skip",

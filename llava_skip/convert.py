@@ -10,7 +10,10 @@ import torch
 import typer
 
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
+from llava_skip.checkpoints.front_end import with_new_front_end
 from llava_skip.ends import learn_ends
+from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.presets import preset_config
 from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.reduction import ReductionConfig
 from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
@@ -50,6 +53,32 @@ def new_folder(output: Path) -> Path:
     return folder
 
 
+def _check_new_projector(size: str | None, preset: str | None, rival: ReductionConfig | None) -> None:
+    if size is None:
+        return
+    if preset is None or rival is not None:
+        raise UserError("--new-projector goes with --preset, which says which front end, and without --reduction.")
+    preset_config(preset, size)  # both are known
+
+
+def _write(
+    model: LlavaSkipForConditionalGeneration, source: str, output: Path, template: str | None, to: Target
+) -> bool:
+    """Write the model, and its processor if the source has a tokenizer; whether it has."""
+    processor = None
+    if has_tokenizer(folder := find_folder(source)):
+        tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
+        processor = LlavaSkipProcessor.for_config(model.config, tokenizer, template)
+        learn_ends(model, processor)
+    if to is Target.llava_hf:
+        export_llava_hf(model, output, processor)
+        return processor is not None
+    model.save_pretrained(output)
+    if processor is not None:
+        processor.save_pretrained(output)
+    return processor is not None
+
+
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub name, of any layout.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.")],
@@ -62,6 +91,15 @@ def convert(
         str | None, typer.Option(help="Rival method instead of skipping: METHOD:TOKENS[,NAME=VALUE...].")
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights that are written.")] = Precision.same,
+    new_projector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Give the model the preset's front end, with a projector that has to be trained; tower and language "
+            "model stay. SIZE, such as tiny, has the front end's numbers.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights that --new-projector makes.")] = 0,
     template: Annotated[str | None, typer.Option(help="Conversation template of the processor.")] = None,
     language_model_type: Annotated[
         str | None, typer.Option(help="What the language model is, such as llama, where config.json does not say it.")
@@ -70,10 +108,11 @@ def convert(
     """Read a checkpoint of any known layout, say what did not fit, and write it (see docs/checkpoints.md)."""
     output = new_folder(output)
     rival = None if reduction is None else ReductionConfig.parse(reduction)
+    _check_new_projector(new_projector, preset, rival)
     hide_bars_in_files()
     model = load_checkpoint(
         source,
-        preset,
+        None if new_projector else preset,
         dtype.torch_dtype,
         vision_tower=vision_tower,
         projector=projector,
@@ -83,21 +122,14 @@ def convert(
         log=False,
     )
     print_text(model.load_report)
-    processor = None
-    if has_tokenizer(folder := find_folder(source)):
-        tokenizer = load_tokenizer(folder, model.config.text_config, add_image_token=True)
-        processor = LlavaSkipProcessor.for_config(model.config, tokenizer, template)
-        learn_ends(model, processor)
-    if to is Target.llava_hf:
-        export_llava_hf(model, output, processor)
-    else:
-        model.save_pretrained(output)
-        if processor is not None:
-            processor.save_pretrained(output)
-    if processor is None:
+    if new_projector:
+        model = with_new_front_end(model, str(preset), new_projector, seed)
+        print_text("The projector is new: train the model before it is used.")
+    if not _write(model, source, output, template, to):
         print_text(f"{source} has no tokenizer: no processor is written.")
     print_text(f"written to {output}")
-    print_next(f"llava-skip eval --model {output}, or llava-skip train --recipe finetune --model {output}")
+    train = f"llava-skip train --recipe finetune --model {output}"
+    print_next(train if new_projector else f"llava-skip eval --model {output}, or {train}")
 
 
 def main() -> None:

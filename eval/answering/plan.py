@@ -229,7 +229,7 @@ def checked_models(folders: Sequence[Path], reductions: Sequence[str] = (), need
     A folder of seeds stands for the model of each.
 
     Raises:
-        UserError: one is not whole, or a reduction is unknown or does not fit.
+        UserError: one is not whole, or a reduction is unknown, given twice, or does not fit.
     """
     if not folders and not needed:
         return []
@@ -239,6 +239,8 @@ def checked_models(folders: Sequence[Path], reductions: Sequence[str] = (), need
     from llava_skip.reduction import ReductionConfig  # slow to import
 
     parsed = [ReductionConfig.parse(text) for text in reductions]
+    if doubled := sorted({str(one) for one in parsed if parsed.count(one) > 1}):
+        raise UserError(f"--reduction names {first_few(doubled)} twice: give each method once.")
     return [model.reduced(reduction) for model in models for reduction in parsed]
 
 

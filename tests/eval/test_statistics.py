@@ -279,7 +279,8 @@ def test_intervals_over_seeds_hold_the_truth() -> None:
         found, _ = estimate(float(seeds.mean() + question), rng.normal(0, 1, 2000), [seeds], 300)
         held.append(found.low <= 60 <= found.high)
     assert 0.92 <= np.mean(held) <= 0.99
-    assert estimate(1.0, np.zeros(10), [np.array([1.0])], 5)[1] == 0.0
+    assert estimate(1.0, np.zeros(10), [np.array([1.0])], 5)[1] == 1 / 11
+    assert estimate(0.0, np.zeros(10), [np.array([1.0])], 5)[1] == 1.0
 
 
 def test_seeds_are_a_group_in_overview_and_comparison(tmp_path: Path, pope: Path) -> None:

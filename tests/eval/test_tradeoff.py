@@ -121,6 +121,9 @@ def test_models_are_refused_before_one_loads(
     other = shutil.copytree(saved_dense, tmp_path / "foreign")
     (other / "config.json").write_text('{"model_type": "llava"}')
     assert "convert it: llava-skip convert" in compare("--model", saved_dense, "--model", other).stderr
+    twice = ["--model", str(saved), "--reduction", "random:6", "--reduction", "random:6", "--benchmarks", "mmstar"]
+    done = CliRunner().invoke(eval_app, twice)
+    assert done.exit_code == 2 and "--reduction names 1 (random:6) twice" in done.stderr
     done = CliRunner().invoke(eval_app, ["--model", str(saved), "--reduction", "random:6", "--benchmarks", "mmstar"])
     assert (
         done.exit_code == 2 and "--reduction random:6 is for a dense model, and its config.json has skip" in done.stderr

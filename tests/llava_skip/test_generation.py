@@ -59,11 +59,14 @@ def test_every_way_to_generate_gives_the_same_logits(model, way):
 
 @pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_every_attention_masks_what_no_cache_has_forgotten(attention):
+    """Of the last sample torch's flex attention on a CPU at times gives other numbers, for stock LLaMA, too."""
     model = small_model()
-    inputs = batch_of(mixed_samples(model), "left")
+    samples = mixed_samples(model)
+    inputs = batch_of([*samples, samples[0]], "left")
     expected = logits(model, inputs)
     model.set_attn_implementation(attention)
-    torch.testing.assert_close(logits(model, inputs, use_cache=False), expected, atol=1e-5, rtol=1e-4)
+    found = logits(model, inputs, use_cache=False)
+    torch.testing.assert_close(found[:-1], expected[:-1], atol=1e-5, rtol=1e-4)
 
 
 def test_flash_attention_is_refused_where_a_mask_is_needed():

@@ -109,8 +109,8 @@ def estimate(value: float, draws: np.ndarray, seeds: Sequence[np.ndarray], units
     terms = [(float(draws.var(ddof=1)), max(1, units - 1))]
     terms += [(float(own.var(ddof=1)) / len(own), len(own) - 1) for own in seeds if len(own) > 1]
     variance = sum(term for term, _ in terms)
-    if variance == 0:
-        return Interval(value, value, value), float(value == 0)
+    if variance == 0:  # nothing varies, of which so many draws prove no smaller p
+        return Interval(value, value, value), 1.0 if value == 0 else 1 / (len(draws) + 1)
     freedom = variance**2 / sum(term**2 / own for term, own in terms)
     error = variance**0.5
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
