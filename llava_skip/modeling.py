@@ -140,10 +140,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         head: HeadRows | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `make_runner`.
-
-        With `head` those of the tokens that reach the head, see `HeadRows.run`.
-        """
+        """States [B, T, D], or as `head` gives them; arguments as in LLaVA, `ImageTokens.of_forward`, `make_runner`."""
         config = read_arguments(self.config, kwargs)
         use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
@@ -151,8 +148,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
         route, images = Route(), None
         if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            seen = _num_seen(past_key_values)
-            images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, seen)
+            images = ImageTokens.of_forward(
+                found, config.skip_config, prompt_images, generated, _num_seen(past_key_values)
+            )
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new)).with_head(head, images)
@@ -379,12 +377,17 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             head=head,
             **kwargs | {"return_dict": True},
         )
-        hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if targets is not None:
-            loss = self._supervised_loss(hidden_states, targets, head, num_items_in_batch)
-        if loss is None or logits_to_keep is not None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
+        loss, logits = self._read(outputs.last_hidden_state, targets, head, logits_to_keep, num_items_in_batch)
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
+
+    def _read(
+        self, states: Tensor, targets: Tensor | None, head: HeadRows | None, keep: int | Tensor | None, items: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss and logits, each None where nothing asks for it."""
+        loss = None if targets is None else self._supervised_loss(states, targets, head, items)
+        if self.training and loss is not None and keep is None:
+            return loss, None
+        return loss, self.lm_head(slice_logits_to_keep(states, 0 if keep is None else keep))
 
     def _supervised_loss(
         self, hidden_states: Tensor, targets: Tensor, head: HeadRows | None, items: Tensor | int | None
