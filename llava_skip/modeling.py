@@ -142,24 +142,22 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
     ) -> LlavaModelOutputWithPast:
         """States [B, T, D], or as `head` gives them; arguments as in LLaVA, `ImageTokens.of_forward`, `make_runner`."""
         config = read_arguments(self.config, kwargs)
-        use_cache, past_key_values = self._default_cache(use_cache, past_key_values)
+        use_cache, cache = self._default_cache(use_cache, past_key_values)
         features, nothing = self._images(pixel_values, crop_counts, mm_encoder_outputs, config)
         found, inputs_embeds = self._embed(input_ids, inputs_embeds)
-        check_forward(config, past_key_values, attention_mask, position_ids, found.shape[1], kwargs)
+        check_forward(config, cache, attention_mask, position_ids, found.shape[1], kwargs)
         route, images = Route(), None
-        if prompt_images is not None or not _is_decode_step(past_key_values, inputs_embeds, features):
-            images = ImageTokens.of_forward(
-                found, config.skip_config, prompt_images, generated, _num_seen(past_key_values)
-            )
+        if prompt_images is not None or not _is_decode_step(cache, inputs_embeds, features):
+            images = ImageTokens.of_forward(found, config.skip_config, prompt_images, generated, _num_seen(cache))
             self._check_images(images, found, features, input_ids is None, prompt_images is None)
             inputs_embeds = _place(features, inputs_embeds, images, nothing)
             route = make_route(images, _not_padding(attention_mask, images.new)).with_head(head, images)
         runner = make_runner(self.config, self.language_model, route, images, attention_mask, supervised)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=self._mask(attention_mask, past_key_values, inputs_embeds, route, images, position_ids),
+            attention_mask=self._mask(attention_mask, cache, inputs_embeds, route, images, position_ids),
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             use_cache=use_cache,
             route=route if runner is None else replace(route, runner=runner),
             **kwargs | {"return_dict": True},
@@ -398,6 +396,5 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             hidden_states, targets = hidden_states[supervised], targets[supervised]
         else:
             hidden_states, targets = hidden_states.squeeze(0), targets.flatten().index_select(0, head.tokens)
-        logits = self.lm_head(hidden_states).float()
-        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        total = nn.functional.cross_entropy(self.lm_head(hidden_states).float(), targets, reduction="sum")
         return total / (max(1, len(targets)) if items is None else items)
