@@ -64,7 +64,7 @@ def decoder_flops(
     ffn_tokens = (layers - 1) * ffn_tokens + (ffn_tokens if last_ffn_tokens is None else last_ffn_tokens)
     return DecoderFlops(
         projections=2 * samples * width * (asking * 2 * queries + layers * tokens * 2 * key_values),
-        attention=2 * 2 * samples * asking * keys * queries,
+        attention=round(2 * 2 * samples * asking * keys * queries),
         ffn=round(ffn_tokens) * 2 * 3 * width * text.intermediate_size,
         head=2 * head_tokens * width * text.vocab_size,
     )

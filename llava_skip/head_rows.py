@@ -79,9 +79,10 @@ class HeadRows:
         most = length if alone and mask is None and not flash else None
         changed: dict[str, Any] = {"past_key_values": _KeysBefore(layer.self_attn, silent, tables, cache, most)}
         if alone:
-            is_square = mask is not None and mask.ndim == 4 and mask.shape[2] == length
+            if mask is not None and mask.ndim == 4 and mask.shape[2] == length:
+                mask = mask[:, :, begin:]
             changed |= {
-                "attention_mask": mask[:, :, begin:] if is_square else mask,
+                "attention_mask": mask,
                 "position_embeddings": tuple(table[:, begin:] for table in tables),
                 "position_ids": None,
             }

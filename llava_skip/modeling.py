@@ -391,7 +391,7 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         self, hidden_states: Tensor, targets: Tensor, head: HeadRows | None, items: Tensor | int | None
     ) -> Tensor:
         """Next-token cross entropy over the tokens whose next token has a label; 0 if none has."""
-        if head is None:
+        if head is None or head.tokens is None:
             supervised = targets != IGNORE_INDEX
             hidden_states, targets = hidden_states[supervised], targets[supervised]
         else:

@@ -30,7 +30,8 @@ class FixedLayer(GrowingLayer):
 
     def __init__(self, room: int) -> None:
         super().__init__()
-        self.growth, self.position = room, None
+        self.growth = room
+        self.position: Tensor | None = None
 
     def _stored(self, name: str) -> Tensor | None:
         if self.position is not None and name in self._buffers:
