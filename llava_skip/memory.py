@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import head_widths
+from llava_skip.flops import head_widths, image_rows
 from llava_skip.head import rows_at_once
 from llava_skip.step_flops import Load
 from llava_skip.vision import get_front_end
@@ -72,6 +72,14 @@ def block_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
     return round(load.images * (INDEX * others + element * numbers))
 
 
+def placed_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
+    """What autograd saves where the blocks of images replace their tokens: the blocks, and their places."""
+    if not load.images:
+        return 0
+    tokens = image_rows(config, max(1, round(load.crops / load.images)))[0].keys
+    return round(load.images * tokens * (element * config.text_config.hidden_size + INDEX))
+
+
 def head_bytes(text: PreTrainedConfig, tokens: float, element: int = 2) -> int:
     """The states of the supervised tokens, their logits and the gradient of these; for many tokens, of a part.
 
@@ -89,7 +97,7 @@ class Activations:
     Attributes:
         decoder: saved of all decoder layers; with checkpointing, their inputs.
         working: of one layer while it is run again; 0 without checkpointing.
-        vision: saved of tower, projector, merging and summaries, as far as they are trainable.
+        vision: saved of tower, projector, merging, summaries and their blocks, as far as they are trainable.
         logits: of the supervised tokens and of their gradient, see `head_bytes`.
     """
 
@@ -127,7 +135,7 @@ def activations(
             patches = (vision.image_size // vision.patch_size) ** 2 + 1
             tower = round(load.crops * patches * vision.hidden_size * element * config.used_tower_layers)
     projector = front_end.projector_bytes(config, load.crops, element) if trains_tower or trains_projector else 0
-    block = block_bytes(config, load, element) if projector else 0
+    block = block_bytes(config, load, element) + placed_bytes(config, load, element) if projector else 0
     return Activations(
         decoder=(text.num_hidden_layers - 1) * (states if checkpointing else layer)
         + (states if checkpointing else last)
