@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import head_widths, image_rows
+from llava_skip.flops import head_widths
 from llava_skip.head import rows_at_once
 from llava_skip.step_flops import Load
 from llava_skip.vision import get_front_end
@@ -73,11 +73,11 @@ def block_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
 
 
 def placed_bytes(config: LlavaSkipConfig, load: Load, element: int = 2) -> int:
-    """What autograd saves where the blocks of images replace their tokens: the blocks, and their places."""
+    """What autograd saves where images replace image tokens: the tokens of their blocks, and the places of these."""
     if not load.images:
         return 0
-    tokens = image_rows(config, max(1, round(load.crops / load.images)))[0].keys
-    return round(load.images * tokens * (element * config.text_config.hidden_size + INDEX))
+    tokens = load.images * config.image_length(max(1, round(load.crops / load.images)))
+    return round(tokens * (element * config.text_config.hidden_size + INDEX))
 
 
 def head_bytes(text: PreTrainedConfig, tokens: float, element: int = 2) -> int:

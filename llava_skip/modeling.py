@@ -111,11 +111,19 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
 
         It is a list of N tensors [L, D] where images have different lengths. Arguments as those of
         `FrontEnd.encode`; `crop_counts` that is a tensor is read.
+
+        Raises:
+            UserError: pixels that are bytes still.
         """
         crop_counts = crop_counts.tolist() if isinstance(crop_counts, Tensor) else crop_counts
         tower, projector = self.vision_tower, self.multi_modal_projector
         if isinstance(pixel_values, TowerFeatures):
             tower, pixel_values = pixel_values.in_place_of(tower)
+        elif pixel_values.dtype == torch.uint8:
+            raise UserError(
+                "pixel_values are bytes: give values that are rescaled and normalised, as the processor gives them. "
+                "llava_skip.vision.values.PixelValues.of(processor) makes them of bytes on the device."
+            )
         groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
         blocks = [self.block(group.tokens) for group in groups]
         if len(groups) == 1:

@@ -6,7 +6,8 @@
 #   bash scripts/compare_twins.sh                 about an hour and a half on 2 cores; what is finished is not repeated
 #   PRESETS="cos sv-cos" SEEDS="42" STEPS=1400 bash scripts/compare_twins.sh
 #
-# Variables: PRESETS, SEEDS, STEPS, START (a trained dense llava; trained if it is not there), WORK (folder of it all).
+# Variables: PRESETS (pairs, the dense one first), SEEDS, STEPS, BENCHMARKS, START (a trained dense llava; trained if it
+# is not there), WORK (folder of it all), NPROC.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -14,6 +15,7 @@ cd "$(dirname "$0")/.."
 PRESETS=${PRESETS:-llava-hd sv-llava-hd cos sv-cos}
 SEEDS=${SEEDS:-42 43 44}
 STEPS=${STEPS:-700}
+BENCHMARKS=${BENCHMARKS:-mmstar,mmbench,gqa,pope,textvqa}
 WORK=${WORK:-checkpoints/twins}
 START=${START:-$WORK/llava}
 DATA=$WORK/data
@@ -32,5 +34,9 @@ for preset in $PRESETS; do
     done
     MODELS+=(--model "$WORK/runs/$preset")
 done
-"$PYTHON" -m eval.run "${MODELS[@]}" --output "$WORK/results"
-"$PYTHON" -m eval.compare "$WORK/results"
+"$PYTHON" -m eval.run "${MODELS[@]}" --benchmarks "$BENCHMARKS" --output "$WORK/results"
+set -- $PRESETS
+while [ $# -ge 2 ]; do
+    "$PYTHON" -m eval.compare --models "$1" "$2" --results "$WORK/results" --json "$WORK/results/$1-$2.json"
+    shift 2
+done

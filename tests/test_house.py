@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "playground")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
@@ -131,6 +133,7 @@ for _ in range(running):
 """
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first():
     """Each in a fresh copy of one process, in which only packages of others are loaded."""
     loaded = "import torch, transformers, peft, datasets, accelerate, matplotlib, scipy.stats, setuptools, typer\n"

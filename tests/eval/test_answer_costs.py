@@ -91,10 +91,9 @@ def test_lines_that_are_no_costs_are_left_out(tmp_path: Path, line: str) -> None
     assert CostLog(tmp_path, keep=True).batches == [COST]
 
 
-def test_the_clock_is_read_at_the_first_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_is_read_at_the_first_logits() -> None:
     times = iter((1.0, 3.0, 10.0))
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    clock, scores = Clock(torch.device("cpu")), torch.ones(2, 3)
+    clock, scores = Clock(torch.device("cpu"), lambda: next(times)), torch.ones(2, 3)
     assert all(clock(torch.zeros(2, 1), scores) is scores for _ in range(3))
     assert clock.stop() == (2.0, 7.0)
 

@@ -65,7 +65,7 @@ def test_two_processes_write_one_path_at_once(target):
     contents = [OLD, *(letter * 200_000 for letter in (b"a", b"b"))]
 
     def write(content):
-        for _ in range(100):
+        for _ in range(30):
             files.write_bytes(target, content)
 
     writers = [multiprocessing.get_context("fork").Process(target=write, args=(c,)) for c in contents[1:]]

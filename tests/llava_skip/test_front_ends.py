@@ -49,6 +49,7 @@ def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_front_end_from_outside_is_trained_and_evaluated(folder):
     data = ["--data", "digits/train.json", "--images", "digits/images", "--tokenizer", "digits/tokenizer"]
     options = ["--preset", "sv-pooled", "--template", "v1", "--max_steps", "3", "--per_device_train_batch_size", "4"]

@@ -12,8 +12,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from llava_skip.vision.square import SquareImageProcessorPil, resize_padded
 from llava_skip.vision.tiling import PADDING_COLOUR, TilingImageProcessorPil, choose_grid
 from llava_skip.vision.values import AS_BYTES, PixelValues
+from llava_skip_base.errors import UserError
 from tests.llava_skip.test_processor_contracts import processor_of
 from tests.support.conversations import random_image
+from tests.support.small_models import mixed_samples, small_model
 
 SIDE = 24
 SIZES = [(1, 1), (40, 20), (20, 40), (SIDE, 9), (9, SIDE), (SIDE, SIDE), (37, 61), (61, 37), (7, 123), (123, 7)]
@@ -139,3 +141,11 @@ def test_other_processors_give_their_own_values():
     assert PixelValues.of(processor) is None and PixelValues.of(processor.tokenizer) is None
     processor.image_processor = SquareImageProcessorPil(**AS_BYTES)
     assert PixelValues.of(processor) is None  # its pixels are bytes for everybody
+
+
+def test_a_model_refuses_bytes():
+    model = small_model()
+    inputs = mixed_samples(model)[0].alone()
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.uint8)
+    with pytest.raises(UserError, match="pixel_values are bytes"):
+        model(**inputs)

@@ -79,6 +79,7 @@ def test_the_vocabulary_can_grow(model):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_flex_attention_agrees_with_sdpa(model):
     batch = batch_of(mixed_samples(model), "right")
     real = batch["attention_mask"].bool()
@@ -97,6 +98,7 @@ def test_hidden_states_and_attentions_of_every_layer(model):
     assert outputs.attentions[0].shape[-2:] == (length, length)
 
 
+@pytest.mark.slow
 def test_compiled_decoding_gives_the_same_text():
     model = small_model(architecture="sv-llava")
     inputs = mixed_samples(model)[0].alone()

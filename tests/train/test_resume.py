@@ -182,6 +182,7 @@ def test_ctrl_c_ends_a_process_without_a_traceback(given, tmp_path):
     assert process.returncode == -signal.SIGINT and "Traceback" not in said, said
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_ended_and_shows_where(attempt, given):
     end = attempt([*given, "--hang_timeout_seconds", "2"], "encode_conversation", 9, "HANG")
     assert end["code"] == HUNG, end["output"]

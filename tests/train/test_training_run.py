@@ -92,8 +92,13 @@ def test_the_same_run_again_has_nothing_to_do(finished, digits):
     [
         (("--max_steps", "5"), {}, "holds another run (training.max_steps was 4 and is 5)"),
         ((), {"DATA": "nowhere.json"}, "error: DATA nowhere.json does not exist"),
-        ((), {"IMAGES": "nowhere"}, "error: IMAGES nowhere does not exist"),
-        ((), {"PRESET": "sv-llava"}, "error: Unknown preset 'sv-llava'; known: llava, sv-llava-64"),
+        pytest.param((), {"IMAGES": "nowhere"}, "error: IMAGES nowhere does not exist", marks=pytest.mark.slow),
+        pytest.param(
+            (),
+            {"PRESET": "sv-llava"},
+            "error: Unknown preset 'sv-llava'; known: llava, sv-llava-64",
+            marks=pytest.mark.slow,
+        ),
         (("--bogus", "1"), {}, "--bogus"),
         ((), {"NPROC": "0"}, "error: NPROC is '0'; it must be a number of processes, 1 or more."),
         ((), {"ZERO": "7"}, "error: ZERO is '7'; it must be 2, 3, 2_offload or 3_offload."),

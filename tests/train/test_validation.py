@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_skip import LlavaSkipForConditionalGeneration
+from llava_skip.vision.values import PixelValues
 from llava_skip_base.exits import PREEMPTED
 from tests.support.interrupted import launch_and_wait, outcome, write_inputs
 from tests.support.runs import ROOT, losses, train
@@ -47,11 +48,14 @@ def by_hand(model_folder, given):
     """The mean loss of the supervised tokens of the validation set, one sample at a time."""
     run = check(*parse([*given, "--output_dir", "nowhere"]))
     model = LlavaSkipForConditionalGeneration.from_pretrained(model_folder).eval()
+    values = PixelValues.of(run.processor)
     total, tokens = 0.0, 0
     for index in range(len(run.validation)):
         sample = run.validation[index]
         ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
-        pixels = {"pixel_values": torch.as_tensor(np.array(sample["pixel_values"]))} if "pixel_values" in sample else {}
+        pixels = {}
+        if "pixel_values" in sample:
+            pixels = {"pixel_values": values(torch.as_tensor(np.array(sample["pixel_values"])))}
         with torch.no_grad():
             logits = model(input_ids=ids, **pixels).logits[0, :-1]
         kept = labels[0, 1:] != -100
@@ -235,6 +239,7 @@ def test_an_interrupted_run_has_the_validations_of_a_whole_one(attempt, argument
     )
 
 
+@pytest.mark.slow
 def test_lora_exports_its_best_adapter(arguments, tmp_path):
     given = [*arguments, *BEST, *WORSE, "--lora_enable", "true", "--lora_r", "4"]
     result = train(tmp_path / "run", *given)

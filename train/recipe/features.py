@@ -17,7 +17,7 @@ from llava_skip.processing import LlavaSkipProcessor
 from llava_skip.reduction.method import Selection
 from llava_skip.vision.stored import crop_bytes
 from llava_skip_base.errors import UserError
-from train.planning.checkpointing import zero_of_file
+from llava_skip_base.files import read_json
 
 if TYPE_CHECKING:
     from train.arguments import DataArguments, ModelArguments, RunArguments
@@ -52,7 +52,7 @@ def check_features(model: ModelArguments, data: DataArguments, run: RunArguments
         raise UserError(f"{_FLAG} does not go with --reduction {reduction}, which reads more of the tower.")
     if data.streaming:
         raise UserError(f"{_FLAG} needs a set whose size is known: leave out --streaming.")
-    if run.deepspeed and zero_of_file(Path(run.deepspeed)).stage == 3:
+    if run.deepspeed and read_json(Path(run.deepspeed)).get("zero_optimization", {}).get("stage") == 3:
         raise UserError(f"{_FLAG} does not go with ZeRO-3, whose processes must run the tower together: use zero2.")
 
 

@@ -139,7 +139,7 @@ def _answer(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
     def flops(subject: Subject, kind: str) -> StepFlops | None:
         return subject.prefill_flops(shape) if kind == "first_token" else None
 
-    outcome.add(subjects, take_turns(calls, plan.rounds, "answer") | failed, flops, lambda _: 1)
+    outcome.add(subjects, {**take_turns(calls, plan.rounds, "answer"), **failed}, flops, lambda _: 1)
 
 
 def _decode(subjects: Sequence[Subject], plan: Plan, outcome: Outcome) -> None:
