@@ -23,7 +23,7 @@ class GrowingLayer(DynamicLayer):
     """One layer's keys and values [B, H, K, E], at the front of buffers with room to grow."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.length = 0
+        self.length, self.growth = 0, GROWTH
         self._buffers: dict[str, Tensor] = {}
         super().__init__(**kwargs)
 
@@ -63,7 +63,7 @@ class GrowingLayer(DynamicLayer):
         # With gradients a fresh buffer each time: writing into one that a graph has read would break its backward.
         if end <= buffer.shape[-2] and not new.requires_grad and not buffer.requires_grad:
             return buffer
-        room = new.new_empty(*new.shape[:2], end + GROWTH, new.shape[3])
+        room = new.new_empty(*new.shape[:2], end + self.growth, new.shape[3])
         room[..., : self.length, :] = buffer[..., : self.length, :]
         return room
 

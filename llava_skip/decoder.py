@@ -45,10 +45,13 @@ class SkippingLayer(nn.Module):
     def forward(self, hidden_states: Tensor, route: Route | None = None, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; without a route, or where it names all tokens, the stock layer.
 
-        A route with a runner leaves to it how many tokens come and go.
+        A route with a runner leaves to it how many tokens come and go; the last layer of one with `head` gives the
+        tokens that reach the head.
         """
         if route is not None and route.runner is not None:
             return route.runner.run(self, hidden_states, kwargs)
+        if route is not None and route.head is not None and route.head.layer == self.self_attn.layer_idx:
+            return route.head.run(self, hidden_states, kwargs)
         return self.run(hidden_states, None if route is None else route.ffn_tokens_in(self.self_attn.layer_idx), kwargs)
 
     def run(self, hidden_states: Tensor, tokens: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

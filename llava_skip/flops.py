@@ -39,23 +39,33 @@ def decoder_flops(
     head_tokens: int,
     samples: int = 1,
     keys: float | None = None,
+    asking: float | None = None,
+    last_ffn_tokens: float | None = None,
 ) -> DecoderFlops:
     """FLOPs of a forward through all layers and the head.
+
+    The last two arguments are for a forward of which the head reads some tokens, see `llava_skip.head_rows`.
 
     Args:
         text: the language model's configuration.
         tokens: tokens of a sample that attend, T (padding included).
-        ffn_tokens: tokens of the whole batch that take the FFN, averaged over the layers.
+        ffn_tokens: tokens of the whole batch that take the FFN, averaged over the layers; without the last one if that
+            has its own number.
         head_tokens: tokens of the whole batch that reach the head.
         samples: B.
         keys: keys that each token is multiplied with; default T, a prefill.
+        asking: tokens of a sample that have a query in the last layer; default T.
+        last_ffn_tokens: tokens of the whole batch that take the last layer's FFN; default as in the others.
     """
     width, layers = text.hidden_size, text.num_hidden_layers
     queries, key_values = head_widths(text)
+    keys = tokens if keys is None else keys
+    asking = (layers - 1) * tokens + (tokens if asking is None else asking)  # in all layers
+    ffn_tokens = (layers - 1) * ffn_tokens + (ffn_tokens if last_ffn_tokens is None else last_ffn_tokens)
     return DecoderFlops(
-        projections=layers * 2 * samples * tokens * width * (2 * queries + 2 * key_values),
-        attention=layers * 2 * 2 * samples * tokens * (tokens if keys is None else keys) * queries,
-        ffn=round(layers * ffn_tokens) * 2 * 3 * width * text.intermediate_size,
+        projections=2 * samples * width * (asking * 2 * queries + layers * tokens * 2 * key_values),
+        attention=round(2 * 2 * samples * asking * keys * queries),
+        ffn=round(ffn_tokens) * 2 * 3 * width * text.intermediate_size,
         head=2 * head_tokens * width * text.vocab_size,
     )
 
@@ -69,7 +79,8 @@ def head_widths(text: PreTrainedConfig) -> tuple[int, int]:
 def prefill_flops(text: PreTrainedConfig, layers: Sequence[LayerRows], text_tokens: int, head_tokens: int = 1) -> int:
     """FLOPs of a prefill of a sample whose image has other tokens in each layer, and of its text.
 
-    Tokens that ask have a query and an output projection, tokens that are asked a key and a value.
+    Tokens that ask have a query and an output projection, tokens that are asked a key and a value. In the last layer
+    only those that reach the head ask and take the FFN (`llava_skip.head_rows`).
 
     Args:
         text: the language model's configuration.
@@ -78,12 +89,30 @@ def prefill_flops(text: PreTrainedConfig, layers: Sequence[LayerRows], text_toke
         head_tokens: tokens that reach the head.
     """
     width, (query_width, key_width), total = text.hidden_size, head_widths(text), 0
-    for rows in layers:
-        queries, keys, ffn = (number + text_tokens for number in (rows.queries, rows.keys, rows.ffn))
+    for number, rows in enumerate(layers, 1):
+        queries, keys, ffn = (count + text_tokens for count in (rows.queries, rows.keys, rows.ffn))
+        if number == len(layers):
+            queries, ffn = min(queries, head_tokens), min(ffn, head_tokens)
         total += 2 * 2 * width * (queries * query_width + keys * key_width)  # projections
         total += 2 * 2 * queries * keys * query_width
         total += 2 * 3 * ffn * width * text.intermediate_size
     return total + 2 * head_tokens * width * text.vocab_size
+
+
+def image_rows(config: LlavaSkipConfig, crops: int | None = None) -> list[LayerRows]:
+    """For each decoder layer the tokens of an image with `crops` crops; default: the most that it can have.
+
+    They are those of a forward of which all tokens are read.
+    """
+    crops, layers = crops or config.most_crops, config.text_config.num_hidden_layers
+    if (reduction := config.reduction_config) is not None:
+        return reduction.rule.layer_rows(reduction, config, crops)
+    tokens, skip = config.image_length(crops), config.skip_config
+    if skip is None:
+        return [LayerRows(tokens, tokens, tokens, tokens)] * layers
+    kept = skip.num_kept if skip.forget_cache else tokens
+    skips = [skip.layers is None or layer in skip.layers for layer in range(layers)]
+    return [LayerRows(tokens, tokens, skip.num_kept if skipping else tokens, kept) for skipping in skips]
 
 
 @dataclass(frozen=True)
@@ -122,7 +151,7 @@ def image_cost(config: LlavaSkipConfig, text_tokens: int = 100) -> ImageCost:
         ffn_tokens=ffn_tokens,
         cache_tokens=cache_tokens,
         cache_bytes=text.num_hidden_layers * cache_tokens * token_bytes,
-        prefill_flops=decoder_flops(text, tokens + text_tokens, ffn_tokens + text_tokens, head_tokens=1).total,
+        prefill_flops=prefill_flops(text, image_rows(config), text_tokens),
     )
 
 

@@ -26,6 +26,7 @@ from llava_skip.configuration import SkipConfig
 from llava_skip.counts import TokenCounts, count_tokens
 from llava_skip.reduction.running import check_chunks, own_cache
 from llava_skip.routing import ImageTokens, skipped_tokens
+from llava_skip.static_cache import StaticForgettingCache
 from llava_skip_base.errors import UserError
 
 
@@ -100,6 +101,8 @@ class Prompt:
         return {"prompt_images": self.is_image[:, :end], "generated": max(0, end - self.length), "counts": counts}
 
 
+NEW_TOKENS = 20
+"""Tokens that `generate` makes if nothing says how many."""
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments of `generate` that it hands on to the forward, which does not know them."""
 
@@ -123,7 +126,7 @@ class SkippingGenerationMixin(GenerationMixin):
             # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
             kwargs["prefill_chunk_size"] = None
         check_chunks(self.config, self._chosen("prefill_chunk_size", generation_config, kwargs))
-        self._choose_cache(generation_config, kwargs)
+        self._choose_cache(inputs, generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
         token = _PROMPT.set(prompt)
@@ -156,17 +159,28 @@ class SkippingGenerationMixin(GenerationMixin):
                 ) from error
         kwargs["tokenizer"] = self._tokenizer
 
-    def _choose_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    def _choose_cache(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none."""
         if (own := own_cache(self.config)) is None:
             return
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
+        if self.config.forgets and kind == "static":
+            own, kind = StaticForgettingCache(self._count_new(inputs, generation_config, kwargs)), "dynamic"
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
             kwargs["past_key_values"] = own
             if kind is not None:  # transformers takes a cache or a name, not both
                 kwargs["cache_implementation"] = None
+
+    def _count_new(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> int:
+        """The most tokens that `generate` will make."""
+        new = self._chosen("max_new_tokens", generation_config, kwargs)
+        if new is not None:
+            return new
+        most = self._chosen("max_length", generation_config, kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        return NEW_TOKENS if most is None else max(1, most - (0 if ids is None else ids.shape[1]))
 
     def _read_prompt(self, inputs: Tensor | None, is_assistant: bool, kwargs: dict[str, Any]) -> Prompt:
         """The prompt in the arguments of `generate`; completes them in place."""
@@ -293,6 +307,10 @@ class SkippingGenerationMixin(GenerationMixin):
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, is_first_iteration: bool, **kwargs: Any) -> Any:
         """For a static cache: the mask of a decode step. `forward` makes that of a prompt, from what is skipped."""
-        if is_first_iteration:
+        cache, single = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[1] == 1
+        if isinstance(cache, StaticForgettingCache) and single and not (is_first_iteration or cache.in_chunks):
+            cache.fix()
+            attention_mask = cache.step_mask(len(kwargs["inputs_embeds"]))
+        elif is_first_iteration or isinstance(cache, StaticForgettingCache):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)

@@ -24,7 +24,7 @@ MASTER, MOMENTS = 4, 8
 """Bytes of a parameter's float32 copy and of AdamW's two moments."""
 
 
-def layer_bytes(text: PreTrainedConfig, load: Load, element: int = 2, masked: bool = True) -> int:
+def layer_bytes(text: PreTrainedConfig, load: Load, element: int = 2, masked: bool = True, last: bool = False) -> int:
     """What autograd saves of one decoder layer (Llama, Mistral, Qwen2, Qwen3) with attention that forms no map.
 
     Norms keep their input in float32, the input divided by its norm, and their output. Attention keeps q, k, v, its
@@ -36,15 +36,20 @@ def layer_bytes(text: PreTrainedConfig, load: Load, element: int = 2, masked: bo
         load: of a micro batch; its `tokens` and `pairs` include padding, its `ffn_tokens` do not.
         element: bytes of a number.
         masked: whether attention gets a mask, as for a padded batch.
+        last: whether it is the last layer, in which fewer tokens ask and take the FFN (`llava_skip.head_rows`).
     """
     width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
     queries, key_values = head_widths(text)
     norm = FLOAT * width + FLOAT + 2 * element * width
-    attention = element * (2 * queries + 2 * (queries if masked else key_values)) + FLOAT * heads
+    asks, asked = element * 2 * queries + FLOAT * heads, element * 2 * (queries if masked else key_values)
     if text.model_type == "qwen3":  # norms of each head's query and key
-        attention += (FLOAT + element) * (queries + key_values) + FLOAT * (heads + text.num_key_value_heads)
-    ffn = norm + 4 * element * inner + (element * width if load.gathered else 0)
-    return round(load.tokens * (norm + attention) + load.ffn_tokens * ffn + (element * load.pairs if masked else 0))
+        asks += (FLOAT + element) * queries + FLOAT * heads
+        asked += (FLOAT + element) * key_values + FLOAT * text.num_key_value_heads
+    ffn = norm + 4 * element * inner + (element * width if load.gathered and not last else 0)
+    asking = load.asking if last and load.asking is not None else load.tokens
+    in_ffn = load.head_tokens if last else load.ffn_tokens
+    seen = element * load.pairs * asking / load.tokens if masked and load.tokens else 0
+    return round(load.tokens * (norm + asked) + asking * asks + in_ffn * ffn + seen)
 
 
 def tower_bytes(config: LlavaSkipConfig, crops: float, element: int = 2) -> int:
@@ -92,7 +97,7 @@ class Activations:
     Attributes:
         decoder: saved of all decoder layers; with checkpointing, their inputs.
         working: of one layer while it is run again; 0 without checkpointing.
-        vision: saved of tower, projector, merging and summaries, as far as they are trainable.
+        vision: saved of tower, projector, merging, summaries and their blocks, as far as they are trainable.
         logits: of the supervised tokens and of their gradient, see `head_bytes`.
     """
 
@@ -119,7 +124,8 @@ def activations(
     """Of a micro batch; arguments as those of `layer_bytes` and `step_flops`."""
     text, front_end = config.text_config, get_front_end(config.front_end)
     layer = layer_bytes(text, load, element, masked)
-    last_norm = round(load.tokens * (FLOAT * text.hidden_size + FLOAT + element * text.hidden_size))
+    last = layer_bytes(text, load, element, masked, last=True)
+    last_norm = round(load.head_tokens * (FLOAT * text.hidden_size + FLOAT + element * text.hidden_size))
     states = round(load.tokens * text.hidden_size * element)
     tower = 0
     if trains_tower:
@@ -131,7 +137,9 @@ def activations(
     projector = front_end.projector_bytes(config, load.crops, element) if trains_tower or trains_projector else 0
     block = block_bytes(config, load, element) + placed_bytes(config, load, element) if projector else 0
     return Activations(
-        decoder=text.num_hidden_layers * (states if checkpointing else layer) + last_norm,
+        decoder=(text.num_hidden_layers - 1) * (states if checkpointing else layer)
+        + (states if checkpointing else last)
+        + last_norm,
         working=layer if checkpointing else 0,
         vision=tower + projector + block,
         logits=head_bytes(text, load.head_tokens, element),

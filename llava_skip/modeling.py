@@ -33,6 +33,7 @@ from llava_skip.counts import TokenCounts, check_images, next_labels, num_superv
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.head import Head, summed_loss
+from llava_skip.head_rows import HeadRows, rows_for_head
 from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
@@ -168,9 +169,10 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         counts: TokenCounts | None = None,
         padded: bool | None = None,
         vision_features: TowerFeatures | None = None,
+        head: HeadRows | None = None,
         **kwargs: Any,
     ) -> SkippingModelOutput:
-        """Hidden states [B, T, D]; arguments as in transformers' LLaVA, `ImageTokens.of_forward` and `with_counts`.
+        """States [B, T, D], or as `head` gives them; arguments as in LLaVA, `ImageTokens.of_forward`, `with_counts`.
 
         In a decode step `padded` says whether `attention_mask` has padding; None: it is not known.
         """
@@ -187,8 +189,9 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         features, nothing = self._images(pixels, crop_counts, encoded, config, images)
         embeds = self._embed(input_ids, inputs_embeds, features, nothing, images, whole=prompt_images is None)
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
-        outputs = self._run(embeds, images, attention_mask, cache, supervised, padded, kwargs)
         rows = None if supervised is None else true_indices(supervised, num_supervised(images))
+        head = None if head is None or images is None else head.counted(images.counts, rows)
+        outputs = self._run(embeds, images, attention_mask, cache, supervised, padded, head, kwargs)
         return SkippingModelOutput(image_hidden_states=features, supervised=rows, **outputs)
 
     def _run(
@@ -199,10 +202,11 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         cache: Cache | None,
         supervised: Tensor | None,
         padded: bool | None,
+        head: HeadRows | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """What the language model gives for embeddings [B, T, D] that hold the images."""
-        route = Route() if images is None else make_route(images, find_real(mask, images))
+        route = Route() if images is None else make_route(images, find_real(mask, images)).with_head(head, images)
         runner = make_runner(self.config, self.language_model, route, images, mask, supervised)
         config, position_ids = self.language_model.config, kwargs["position_ids"]
         mask = forward_mask(config, embeds, mask, cache, route, images, position_ids, padded)
@@ -357,6 +361,9 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         label (or their sum over `num_items_in_batch`); `shift_labels` [B, T] are the labels of each token's next one.
         In training only these reach the head, and `logits` is None, unless `logits_to_keep` asks for it.
         """
+        targets = next_labels(labels) if shift_labels is None else shift_labels
+        supervised = supervised_tokens(labels, targets)
+        head = rows_for_head(self.config, input_ids, inputs_embeds, supervised, self.training, logits_to_keep, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -366,26 +373,22 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            supervised=supervised_tokens(labels, shift_labels),
+            supervised=supervised,
+            head=head,
             **kwargs | {"return_dict": True},
         )
-        hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if outputs.supervised is not None:
-            loss = self._supervised_loss(hidden_states, labels, shift_labels, outputs.supervised, num_items_in_batch)
+        states, loss, logits = outputs.last_hidden_state, None, None
+        if targets is not None:
+            loss = self._supervised_loss(states, targets, outputs.supervised, num_items_in_batch)
         if loss is None or logits_to_keep is not None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep))
+            logits = self.lm_head(slice_logits_to_keep(states, 0 if logits_to_keep is None else logits_to_keep))
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **_without_last(outputs))
 
-    def _supervised_loss(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor | None,
-        targets: Tensor | None,
-        tokens: Tensor,
-        items: Tensor | int | None,
-    ) -> Tensor:
-        """Next-token cross entropy over the tokens [M] whose next token has a label; 0 if none has."""
-        targets = next_labels(labels) if targets is None else targets
-        assert targets is not None  # one of them is given
-        total = summed_loss(self.lm_head, take_tokens(hidden_states, tokens), take_tokens(targets, tokens))
+    def _supervised_loss(self, states: Tensor, targets: Tensor, tokens: Tensor, items: Tensor | int | None) -> Tensor:
+        """Next-token cross entropy over the tokens [M] whose next token has a label; 0 if none has.
+
+        `states` are those of all tokens, [B, T, D], or of these alone, [1, M, D].
+        """
+        own = take_tokens(states, tokens) if states.shape[:2] == targets.shape else states.squeeze(0)
+        total = summed_loss(self.lm_head, own, take_tokens(targets, tokens))
         return total / ((targets != IGNORE_INDEX).sum().clamp(min=1) if items is None else items)

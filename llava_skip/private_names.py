@@ -54,4 +54,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         used_in="llava_skip.modeling",
         reason="tie_weights and save_pretrained read which weight is the embedding from this class attribute alone",
     ),
+    PrivateName(
+        "torch._dynamo.mark_static_address",
+        used_in="llava_skip.static_cache",
+        reason="without it a CUDA graph is not made of a step that writes into the cache; transformers' static cache "
+        "uses it, and torch.compiler has no name for it",
+        parameters=("t",),
+    ),
 )

@@ -6,7 +6,7 @@ cache keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_skip.configuration import SkipConfig
+from llava_skip.head_rows import HeadRows
 from llava_skip_base.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Route:
         real: [B, T] False on padding; None if nothing is padded.
         layers: the layers that the route is for; None: all. The others run all tokens.
         runner: runs each layer instead of all this, for a reduction inside the decoder; None without one.
+        head: what the last layer computes alone; None: all tokens.
     """
 
     ffn_tokens: Tensor | None = None
@@ -122,6 +124,15 @@ class Route:
     real: Tensor | None = None
     layers: tuple[int, ...] | None = None
     runner: LayerRunner | None = None
+    head: HeadRows | None = None
+
+    def with_head(self, head: HeadRows | None, images: ImageTokens) -> Route:
+        """The route with a last layer for the head alone, in which the same tokens leave out the FFN as before."""
+        if head is None or (self.layers is not None and head.layer not in self.layers):
+            return replace(self, head=head)
+        skipped, real = images.skipped_in_new, self.real
+        stay = skipped if real is None else ~real if skipped is None else skipped | ~real
+        return replace(self, head=replace(head, stay=stay))
 
     def ffn_tokens_in(self, layer: int) -> Tensor | None:
         """`ffn_tokens` in this layer; None if all tokens take its FFN."""

@@ -8,12 +8,11 @@ no product, and is counted by a rule of thumb.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import decoder_flops, head_widths
+from llava_skip.flops import decoder_flops, head_widths, image_rows
 from llava_skip.products import Products, linear
-from llava_skip.reduction import LayerRows
 from llava_skip.vision import get_front_end
 
 ADAMW_FLOPS = 15
@@ -30,9 +29,11 @@ class Load:
         crops: of all images.
         tokens: that attend, averaged over the layers. Where fewer ask than are asked: the number with equal products.
         pairs: query and key of one sample: the sum of squared numbers of tokens, averaged over the layers.
-        ffn_tokens: that take the FFN, averaged over the layers.
-        head_tokens: that reach the head: the supervised ones in training.
+        ffn_tokens: that take the FFN, averaged over the layers before the last one.
+        head_tokens: that reach the head, and take the last layer's FFN: the supervised ones in training.
         gathered: whether the FFN's tokens are gathered, as in a skipping model and in a padded batch.
+        asking: that have a query in the last layer: in a batch with a mask, those of each sample from the first column
+            on in which a token of any sample reaches the head; None: all, as in a batch without.
     """
 
     samples: float
@@ -43,6 +44,12 @@ class Load:
     ffn_tokens: float
     head_tokens: float
     gathered: bool = True
+    asking: float | None = None
+
+    def times(self, number: float) -> Load:
+        """What `number` of such loads are."""
+        amounts = {name: value * number for name, value in asdict(self).items() if name != "gathered" and value}
+        return replace(self, **amounts)
 
 
 @dataclass(frozen=True)
@@ -83,19 +90,6 @@ class StepFlops:
         return self.model + self.recomputed + self.optimizer
 
 
-def image_rows(config: LlavaSkipConfig, crops: int | None = None) -> list[LayerRows]:
-    """For each decoder layer the tokens of an image with `crops` crops; default: the most that it can have."""
-    crops, layers = crops or config.most_crops, config.text_config.num_hidden_layers
-    if (reduction := config.reduction_config) is not None:
-        return reduction.rule.layer_rows(reduction, config, crops)
-    tokens, skip = config.image_length(crops), config.skip_config
-    if skip is None:
-        return [LayerRows(tokens, tokens, tokens, tokens)] * layers
-    kept = skip.num_kept if skip.forget_cache else tokens
-    skips = [skip.layers is None or layer in skip.layers for layer in range(layers)]
-    return [LayerRows(tokens, tokens, skip.num_kept if skipping else tokens, kept) for skipping in skips]
-
-
 def prompt_load(config: LlavaSkipConfig, text_tokens: int, head_tokens: int, images: int = 1, samples: int = 1) -> Load:
     """What goes through a model with equally long samples, none padded; images have the most crops that they can have.
 
@@ -117,6 +111,7 @@ def prompt_load(config: LlavaSkipConfig, text_tokens: int, head_tokens: int, ima
         ffn_tokens=samples * (text_tokens + images * sum(layer.ffn for layer in rows) / len(rows)),
         head_tokens=samples * head_tokens,
         gathered=config.skip is not None,
+        asking=samples if head_tokens == 1 else None,
     )
 
 
@@ -161,15 +156,19 @@ class _Decoder:
 
 
 def _decoder(config: LlavaSkipConfig, load: Load, rank: int) -> _Decoder:
-    text = config.text_config
+    text, before = config.text_config, config.text_config.num_hidden_layers - 1
     keys = load.pairs / load.tokens if load.tokens else 0
-    flops = decoder_flops(text, load.tokens, load.ffn_tokens, 0, keys=keys)
+    flops = decoder_flops(
+        text, load.tokens, load.ffn_tokens, 0, keys=keys, asking=load.asking, last_ffn_tokens=load.head_tokens
+    )
     last = 0 if load.gathered else round(flops.ffn / 3)
     own = Products(round(flops.projections) + flops.ffn, states=round(flops.attention), last=last)
     width, (queries, key_values) = text.hidden_size, head_widths(text)
-    factors = linear(load.tokens, rank, 2 * (width + queries) + 2 * (width + key_values))
-    factors += linear(load.ffn_tokens, rank, 3 * (width + text.intermediate_size))
-    return _Decoder(own, Products(factors) * text.num_hidden_layers)
+    asking = before * load.tokens + (load.tokens if load.asking is None else load.asking)
+    factors = linear(asking, rank, 2 * (width + queries))
+    factors += linear((before + 1) * load.tokens, rank, 2 * (width + key_values))
+    factors += linear(before * load.ffn_tokens + load.head_tokens, rank, 3 * (width + text.intermediate_size))
+    return _Decoder(own, Products(factors))
 
 
 def step_flops(

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.decoder import build_language_model
-from llava_skip.flops import decoder_flops, image_cost
+from llava_skip.flops import image_cost
+from llava_skip.head_rows import HeadRows
 from llava_skip.presets import PRESETS, SIZES, dense_preset, preset_config
 from llava_skip.routing import Route
 from llava_skip.step_flops import StepFlops, prompt_load, step_flops
@@ -66,7 +67,8 @@ def counted_flops(config: LlavaSkipConfig, text_tokens: int) -> int:
         embeddings = torch.empty(1, tokens, text.hidden_size)
         mask = torch.empty(1, 1, tokens, tokens)  # given, since making one looks at values
         ffn = torch.empty(tokens - skip.num_skipping, dtype=torch.long) if skip else None
-    route = Route(ffn_tokens=ffn, layers=skip.layers if skip else None)
+    head = HeadRows(text.num_hidden_layers - 1, number=1)
+    route = Route(ffn_tokens=ffn, layers=skip.layers if skip else None, head=head)
     model.set_attn_implementation("eager")  # torch does not count its fused attention kernel for CPUs
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, route=route)
@@ -102,8 +104,7 @@ def line(preset: str, size: str) -> str:
     config = preset_config(preset, size)
     dense = preset_config(dense_preset(preset), size)
     cost, skip = image_cost(config, TEXT_TOKENS), config.skip_config
-    tokens, ffn_tokens = cost.tokens + TEXT_TOKENS, cost.ffn_tokens + TEXT_TOKENS
-    expected = decoder_flops(config.text_config, tokens, ffn_tokens, head_tokens=0).total
+    expected = cost.prefill_flops - 2 * config.text_config.hidden_size * config.text_config.vocab_size  # no head
     if (counted := counted_flops(config, TEXT_TOKENS)) != expected:
         raise RuntimeError(f"{preset} at {size}: torch counts {counted} FLOPs, the formula gives {expected}.")
     share = cost.prefill_flops / image_cost(dense, TEXT_TOKENS).prefill_flops

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.generic import is_flash_attention_requested
 
+from llava_skip.head_rows import HeadRows, keys_and_values
 from llava_skip.routing import add_to_tokens, align_right, take_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ class FrozenTokens:
     """
 
     def __init__(
-        self, layers: tuple[int, ...], config: PreTrainedConfig, moving: Tensor, ffn_tokens: Tensor | None
+        self,
+        layers: tuple[int, ...],
+        config: PreTrainedConfig,
+        moving: Tensor,
+        ffn_tokens: Tensor | None,
+        head: HeadRows | None = None,
     ) -> None:
         """Before the first layer.
 
@@ -37,8 +42,10 @@ class FrozenTokens:
             config: of the language model.
             moving: [B, T] bool, the tokens that are not frozen: text, without padding.
             ffn_tokens: flat indices of the tokens that take the FFN in the other layers; None if all do.
+            head: what the last layer computes; None: all tokens.
         """
         self.layers, self.ffn_tokens = frozenset(layers), ffn_tokens
+        self.head, self.moving = head, moving
         self.uses_flash = is_flash_attention_requested(config)
         self.tokens = moving.flatten().nonzero().squeeze(1)
         self.packed, valid = align_right(moving)
@@ -47,8 +54,15 @@ class FrozenTokens:
         self.order = _order(moving, self.packed.shape[1], self.frozen.shape[1])
 
     def run(self, layer: SkippingLayer, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """A decoder layer: [B, T, D] -> [B, T, D]."""
-        if layer.self_attn.layer_idx not in self.layers:
+        """A decoder layer: [B, T, D] -> [B, T, D]; of the last one, what reaches the head."""
+        index = layer.self_attn.layer_idx
+        if self.head is not None and index == self.head.layer:
+            moved = self.head.run(layer, hidden_states, arguments)
+            if index not in self.layers:
+                return moved
+            moves = self.head.take(self.moving.unsqueeze(-1).to(moved.device))
+            return torch.where(moves, moved, self.head.take(hidden_states))
+        if index not in self.layers:
             return layer.run(hidden_states, self.ffn_tokens, arguments)
         tokens = self.tokens.to(hidden_states.device)
         update = self._attend(layer, layer.input_layernorm(hidden_states), arguments)
@@ -57,7 +71,7 @@ class FrozenTokens:
         return add_to_tokens(hidden_states, tokens, layer.mlp(taken))
 
     def restore(self, hidden_states: Tensor) -> Tensor:
-        """All tokens are there."""
+        """All tokens are there, or those that reach the head."""
         return hidden_states
 
     def _attend(self, layer: SkippingLayer, normed: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -97,12 +111,7 @@ class _Frozen:
         self, attention: Any, normed: Tensor, tables: tuple[Tensor, ...], order: Tensor, cache: Cache | None
     ) -> None:
         self.order, self.cache = order, cache
-        heads = -1, attention.head_dim
-        keys = attention.k_proj(normed).unflatten(-1, heads)
-        if hasattr(attention, "k_norm"):
-            keys = attention.k_norm(keys)
-        self.keys = apply_rotary_pos_emb(keys.transpose(1, 2), keys.transpose(1, 2), *tables)[0]
-        self.values = attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
+        self.keys, self.values = keys_and_values(attention, normed, tables)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, R, E] of the others -> those of all, in the order of the sequence."""

@@ -85,14 +85,14 @@ def make_runner(
             return None
         moving = ~images.in_new if route.real is None else ~images.in_new & route.real
         layers = rule.frozen(reduction, config.text_config.num_hidden_layers)
-        return FrozenTokens(layers, language_model.config, moving, route.ffn_tokens)
+        return FrozenTokens(layers, language_model.config, moving, route.ffn_tokens, route.head)
     if not cuts:
         return None
     prompt = None
     if images is not None:
         real = torch.ones_like(images.in_new) if route.real is None else route.real
         prompt = PromptTokens(images.in_new, real, supervised, images.generated)
-    return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens, mask)
+    return Stages(reduction, cuts, language_model, prompt, has_images, route.ffn_tokens, mask, route.head)
 
 
 def _any_new(images: ImageTokens) -> bool:

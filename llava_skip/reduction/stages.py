@@ -19,6 +19,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from llava_skip.cache import join_masks, unless_all
+from llava_skip.head_rows import HeadRows
 from llava_skip.reduction.cache import StagedCache, Stored
 from llava_skip.reduction.in_decoder import Choice, Cut, DropRule
 from llava_skip.reduction.scoring import CutView, KeyRecorder, keys_of, rows_of, wide
@@ -172,6 +173,7 @@ class Stages:
         has_images: bool,
         ffn_tokens: Tensor | None,
         mask: Tensor | None,
+        head: HeadRows | None = None,
     ) -> None:
         """Before the first layer.
 
@@ -183,6 +185,7 @@ class Stages:
             has_images: whether image tokens are among them.
             ffn_tokens: flat indices of the tokens that take the FFN before the first cut; None if all do.
             mask: [B, K + T] of the forward, False or 0 on padding; None if nothing is padded.
+            head: what the last layer computes; None: all tokens.
         """
         assert isinstance(reduction.rule, DropRule)
         self.rule, self.reduction = reduction.rule, reduction
@@ -191,6 +194,7 @@ class Stages:
         self.rotary = language_model.rotary_emb
         self.prompt, self.has_images, self.ffn_tokens = prompt, has_images, ffn_tokens
         self._mask, self._before = mask, {0: Stored()}
+        self.head = head
         self._stages: dict[int, Stage] = {}
         self._asking: Tensor | None = None
         self._stays: Tensor | None = None
@@ -206,6 +210,8 @@ class Stages:
             hidden_states = self._stages[index].take(hidden_states)
         stage, behind = self._stage_of(index), index + 1
         arguments = arguments | _on(hidden_states.device, stage.arguments or {})
+        if self.head is not None and index == self.head.layer:
+            return self._head_of(self.head, stage).run(layer, hidden_states, arguments)
         if self.rule.scores_before or behind not in self.cuts:
             return layer.run(hidden_states, stage.ffn_tokens, arguments)
         recorder = KeyRecorder(arguments.get("past_key_values"))
@@ -215,9 +221,12 @@ class Stages:
         return self._stages[behind].take(outputs)
 
     def restore(self, hidden_states: Tensor) -> Tensor:
-        """The tokens of the last stage at their places: [B, N, D] -> [B, T, D], zeros where one was dropped."""
+        """The tokens of the last stage at their places: [B, N, D] -> [B, T, D], zeros where one was dropped.
+
+        Those that reach the head are there, in their order.
+        """
         stage = self._stage_of(max(self._stages))
-        if stage.whole:
+        if stage.whole or self.head is not None:
             return hidden_states
         first = self._stages[0]
         length = first.places.shape[1]
@@ -225,6 +234,23 @@ class Stages:
         place = torch.where(stays, stage.places, length).to(hidden_states.device)
         room = hidden_states.new_zeros(len(place), length + 1, hidden_states.shape[2])
         return room.scatter(1, wide(place, hidden_states), hidden_states)[:, :length]
+
+    def _head_of(self, head: HeadRows, stage: Stage) -> HeadRows:
+        """What the last layer computes, among the tokens of its stage. None of them has been dropped."""
+        if stage.whole:
+            return head
+        stay = None if stage.ffn_tokens is None else ~stage.live
+        if head.tokens is None:
+            return replace(head, stay=stay)
+        batch, length = self._stages[0].places.shape
+        width = stage.places.shape[1]
+        own = stage.live if stage.is_new is None else stage.live & ~stage.is_new
+        order = torch.arange(width, device=own.device).expand(batch, -1)
+        room = torch.zeros(batch, length + 1, dtype=torch.long, device=own.device)
+        here = room.scatter(1, torch.where(own, stage.places, length), order)[:, :length]
+        tokens = head.tokens.to(own.device)
+        tokens = tokens // length * width + here.flatten().index_select(0, tokens)
+        return replace(head, number=width, tokens=tokens, stay=stay)  # where the first of them is, the device knows
 
     def _stage_of(self, layer: int) -> Stage:
         return self._stages[max(start for start in self._stages if start <= layer)]

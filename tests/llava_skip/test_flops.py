@@ -24,7 +24,8 @@ def test_padding_costs_no_ffn_and_counted_flops_equal_the_formula(skip, side):
     with FlopCounterMode(display=False) as counter:
         model(**inputs, mm_encoder_outputs={"image": encoded}, use_cache=False, logits_to_keep=1)
     samples, tokens = inputs["input_ids"].shape
-    expected = decoder_flops(model.config.text_config, tokens, ffn_tokens, head_tokens=samples, samples=samples)
+    last = {"asking": 1, "last_ffn_tokens": samples}
+    expected = decoder_flops(model.config.text_config, tokens, ffn_tokens, samples, samples, **last)
     assert counter.get_total_flops() == expected.total
 
 

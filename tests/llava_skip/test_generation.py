@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, StaticCach
 
 from llava_skip import ForgettingCache, SkipConfig
 from llava_skip.routing import skipped_tokens
+from llava_skip.static_cache import StaticForgettingCache
 from tests.support.small_models import (
     ARCHITECTURES,
     IMAGE_TOKEN_ID,
@@ -35,6 +36,7 @@ WAYS = {
 CACHES = {
     "forgetting": lambda model: ForgettingCache(),
     "dynamic": lambda model: DynamicCache(config=model.config.text_config),
+    "forgetting, static": lambda model: StaticForgettingCache(40),
     "static": lambda model: StaticCache(config=model.config.text_config, max_cache_len=200),
 }
 
@@ -116,7 +118,7 @@ def test_a_call_that_fails_leaves_no_prompt(model):
         ({}, ForgettingCache),
         ({"cache_implementation": "dynamic"}, ForgettingCache),
         ({"generation_config": GenerationConfig(cache_implementation="dynamic", max_new_tokens=2)}, ForgettingCache),
-        ({"cache_implementation": "static"}, StaticCache),
+        ({"cache_implementation": "static"}, StaticForgettingCache),
         ({"use_cache": False}, type(None)),
     ],
     ids=["default", "dynamic", "dynamic in a configuration", "static", "none"],

@@ -88,7 +88,7 @@ def test_what_generate_takes_for_itself_is_not_refused(model):
 def test_what_is_kept_of_the_logits(model):
     inputs = batch_of(mixed_samples(model), "left")
     logits = model(**inputs).logits
-    assert torch.equal(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])  # other sums in the last layer
     assert torch.equal(model(**inputs, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
 
 

@@ -26,6 +26,7 @@ def labelled(model, samples):
     rows, columns = labels.shape
     counts = [sample.crop_counts for sample in images]
     crops = sum(sample.pixel_values.shape[0] for sample in images)
+    first = int((labels[:, 1:] != -100).any(dim=0).to(int).argmax())  # no token before it reaches the head
     load = Load(
         samples=rows,
         images=crops if counts[0] is None else sum(len(count) for count in counts),
@@ -35,6 +36,7 @@ def labelled(model, samples):
         ffn_tokens=real - (0 if skip is None else int(skipped_tokens(is_image, skip).sum())),
         head_tokens=int((labels[:, 1:] != -100).sum()),
         gathered=skip is not None or real < rows * columns,
+        asking=rows * (columns - first),
     )
     return inputs | {"labels": labels}, load
 

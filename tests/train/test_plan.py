@@ -65,7 +65,7 @@ def test_a_sample_of_a_dense_model_costs_what_the_decoder_formula_says():
     config = preset_config("llava", "llama3-8b")
     load = assumed(1, 100, 50, 1.0).load(config, 2048)
     found = step_flops(config, load)
-    expected = decoder_flops(config.text_config, 676, 676, 50)
+    expected = decoder_flops(config.text_config, 676, 676, 50, last_ffn_tokens=50)
     assert found.decoder + found.head == pytest.approx(expected.total)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import image_cost
+from llava_skip.flops import image_cost, image_rows
 from llava_skip.gpus import Gpu
 from llava_skip.memory import Zero, activations, cache_token_bytes, states
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
-from llava_skip.step_flops import Load, image_rows, step_flops
+from llava_skip.step_flops import Load, step_flops
 from train.planning.shape import Shape
 from train.recipe.parts import choose_trained, count_parameters, freeze_unused
 
@@ -130,14 +130,13 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
     share = steps * training.samples_per_step / shape.samples
     # An image that --max_length would cut is counted whole, with its text, and does not fit.
     epoch = shape.load(config, max(training.max_length, 2 * config.image_seq_length))
-    load = Load(**{name: value * share for name, value in asdict(epoch).items() if name != "gathered"})
+    load = epoch.times(share)
     updated = counts["trainable"] * steps
     flops = step_flops(config, load, training.trained, bool(training.checkpointing), training.lora_rank, updated)
     seconds = machine.seconds(flops.total) + steps * machine.step_seconds
     peak = machine.gpus * machine.gpu.tflops * 1e12
     memory = training_memory(config, training, machine, counts, longest)
-    mean = {name: value * training.batch / shape.samples for name, value in asdict(epoch).items() if name != "gathered"}
-    usual = training_memory(config, training, machine, counts, Load(**mean))
+    usual = training_memory(config, training, machine, counts, epoch.times(training.batch / shape.samples))
     memory |= {"mean_batch_peak": usual["peak"], "mean_batch_activations": usual["activations"]}
     if too_long := shape.images.any() and config.image_seq_length >= training.max_length:
         memory["fits"] = False

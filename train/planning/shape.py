@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.flops import head_widths
+from llava_skip.flops import head_widths, image_rows
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.step_flops import Load, image_rows
+from llava_skip.step_flops import Load
 from llava_skip_base.errors import UserError
 from train.data import RecordSet
 from train.data.measure import measure

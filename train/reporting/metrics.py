@@ -135,7 +135,8 @@ class Meter:
         """Matrix products of the language model in the forward and backward pass, without padding and recomputation."""
         tokens = round(counts["rows"])
         keys = round(counts["squared_rows"] / max(tokens, 1))
-        once = decoder_flops(self._text, tokens, counts["ffn_rows"], round(counts["supervised"]), keys=keys)
+        read = round(counts["supervised"])
+        once = decoder_flops(self._text, tokens, counts["ffn_rows"], read, keys=keys, last_ffn_tokens=read)
         return self._passes * once.total
 
     def so_far(self) -> dict[str, float]:
