@@ -116,6 +116,7 @@ class SkippingGenerationMixin(GenerationMixin):
     config: Any
     model: Any
     _tokenizer: PreTrainedTokenizerBase | None = None
+    _most_places = 0  # of the static caches of earlier calls: one of the same size needs no new compiled step
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +127,7 @@ class SkippingGenerationMixin(GenerationMixin):
             # before a prompt, gives each chunk all of them. What a prompt becomes does not depend on its chunks.
             kwargs["prefill_chunk_size"] = None
         check_chunks(self.config, self._chosen("prefill_chunk_size", generation_config, kwargs))
-        self._choose_cache(inputs, generation_config, kwargs)
+        made = self._choose_cache(inputs, generation_config, kwargs)
         self._give_tokenizer(generation_config, kwargs)
         prompt = self._read_prompt(inputs, is_assistant, kwargs)
         token = _PROMPT.set(prompt)
@@ -135,6 +136,7 @@ class SkippingGenerationMixin(GenerationMixin):
                 return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             _PROMPT.reset(token)
+            self._most_places = max(self._most_places, 0 if made is None else made.places)
 
     def _chosen(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """A setting of `generate`: its argument, else that of the given configuration, else that of the model's own."""
@@ -159,19 +161,30 @@ class SkippingGenerationMixin(GenerationMixin):
                 ) from error
         kwargs["tokenizer"] = self._tokenizer
 
-    def _choose_cache(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none."""
+    def _choose_cache(
+        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]
+    ) -> StaticForgettingCache | None:
+        """Add the model's own kind of cache to the arguments of `generate`, unless they ask for another one or none.
+
+        Returns:
+            The cache, if it is a new static one.
+        """
+        if isinstance(given := kwargs.get("past_key_values"), StaticForgettingCache):
+            given.give_room(self._count_new(inputs, generation_config, kwargs))
         if (own := own_cache(self.config)) is None:
-            return
+            return None
         kind = self._chosen("cache_implementation", generation_config, kwargs)
         uses_cache = self._chosen("use_cache", generation_config, kwargs) is not False
         uses_cache = uses_cache or kwargs.get("inputs_embeds") is not None
         if self.config.forgets and kind == "static":
-            own, kind = StaticForgettingCache(self._count_new(inputs, generation_config, kwargs)), "dynamic"
+            least = max(self._most_places, self._chosen("max_cache_len", generation_config, kwargs) or 0)
+            own, kind = StaticForgettingCache(self._count_new(inputs, generation_config, kwargs), least), "dynamic"
         if uses_cache and kwargs.get("past_key_values") is None and kind in (None, "dynamic"):
             kwargs["past_key_values"] = own
             if kind is not None:  # transformers takes a cache or a name, not both
                 kwargs["cache_implementation"] = None
+            return own if isinstance(own, StaticForgettingCache) else None
+        return None
 
     def _count_new(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> int:
         """The most tokens that `generate` will make."""

@@ -1,7 +1,8 @@
 """The last decoder layer for the tokens that reach the head alone: nobody reads what it gives the others.
 
-Keys and values are made of all tokens. Queries, output projection and FFN are those of the last token in a prefill, of
-the supervised ones in training, at any length of the sequence.
+Keys and values are made of all tokens. In a prefill, queries, output projection and FFN are those of the last token
+alone. In training the FFN is that of the supervised tokens alone; queries and output projection begin at the first of
+them where the forward has a mask that is a tensor of four dimensions, and are those of all tokens elsewhere.
 
 Shapes: B batch, T new tokens of a sample, R those from the first one on that reaches the head, M tokens that reach the
 head, K tokens that a layer has stored, H key-value heads, E head width, D width.
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama import modeling_llama
 from transformers.utils.generic import is_flash_attention_requested
 
 from llava_skip.configuration import LlavaSkipConfig
@@ -38,12 +39,15 @@ class HeadRows:
             reach it, and `counted` says how many these are.
         tokens: [M] flat indices into [B * T] of those that do; None: all of the R.
         stay: [B, T] bool, tokens whose FFN this layer leaves out: skipped ones and padding; None if there are none.
+        gone: [M], or [B, R] without `tokens`, bool, those that were dropped before this layer or are padding that was,
+            and get zeros; None if there are none.
     """
 
     layer: int
     number: Any
     tokens: Tensor | None = None
     stay: Tensor | None = None
+    gone: Tensor | None = None
 
     def counted(self, counts: TokenCounts | None, supervised: Tensor | None) -> HeadRows | None:
         """Complete: with the `supervised` tokens [M], flat indices, if they reach the head; None if nobody counted."""
@@ -66,7 +70,12 @@ class HeadRows:
         update = layer.mlp(layer.post_attention_layernorm(states))
         if self.stay is not None:
             update = update.masked_fill(self.take(self.stay.unsqueeze(-1).to(states.device)), 0)
-        return states + update
+        states = states + update
+        return (
+            states
+            if self.gone is None
+            else states.masked_fill(self.gone.to(states.device).view(*states.shape[:2], 1), 0)
+        )
 
     def take(self, values: Tensor) -> Tensor:
         """Of values of all tokens, [B, T, ...], those that `run` gives: [B, R, ...] or [1, M, ...]."""
@@ -106,9 +115,12 @@ class HeadRows:
 
         One query sees all keys. Several do without a mask only in a kernel that aligns them with the last keys, and
         torch's aligns them with the first. Flash attention may find several sequences in one where nothing is padded.
+        In training an attention without a mask may share a sequence between processes, and needs the queries of all.
         """
         if mask is not None and mask.ndim == 4:
             return True
+        if self.tokens is not None:
+            return False
         if is_flash_attention_requested(config):
             is_one = mask is not None or arguments.get("past_key_values") is not None
             return self.number == 1 and is_one and arguments.get("cu_seq_lens_q") is None
@@ -118,8 +130,9 @@ class HeadRows:
 class _KeysBefore:
     """Stands in for the cache of a layer: puts keys and values of tokens that ask nothing before those of the others.
 
-    An empty static cache gives its whole room. Where all tokens ask, the form of their causal mask hides the rest; here
-    `most`, the number of keys that there can be, does.
+    An empty static cache gives its whole room, and no mask stands for the causal one. Where all tokens ask, its form
+    hides the rest; here `most`, the number of their keys, does. A cache that grows gives what it has, and may have
+    tokens of earlier forwards where there is no mask.
     """
 
     def __init__(
@@ -129,12 +142,14 @@ class _KeysBefore:
         self.keys, self.values = keys_and_values(attention, normed, tuple(table[:, :length] for table in tables))
         self.cache, self.most = cache, most
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, R, E] of those that ask -> those of all."""
         keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, *args, **kwargs)
-        return keys[:, :, : self.most], values[:, :, : self.most]
+        if self.cache is None:
+            return keys, values
+        keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        most = self.most if self.cache.layers[layer_idx].is_compileable else None
+        return keys[:, :, :most], values[:, :, :most]
 
 
 def keys_and_values(attention: Any, normed: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -149,12 +164,15 @@ def keys_and_values(attention: Any, normed: Tensor, tables: tuple[Tensor, ...]) 
     keys = attention.k_proj(normed).unflatten(-1, heads)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    keys = apply_rotary_pos_emb(keys.transpose(1, 2), keys.transpose(1, 2), *tables)[0]
+    keys = keys.transpose(1, 2)
+    # A query that nobody reads, of its own: a kernel in place of this function may write into what it gets.
+    _, keys = modeling_llama.apply_rotary_pos_emb(torch.zeros_like(keys[:, :1]), keys, *tables)
     return keys, attention.v_proj(normed).unflatten(-1, heads).transpose(1, 2)
 
 
 def rows_for_head(
     config: LlavaSkipConfig,
+    language_model: Any,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     supervised: Tensor | None,
@@ -166,6 +184,7 @@ def rows_for_head(
 
     Args:
         config: of the model.
+        language_model: its decoder.
         input_ids: [B, T].
         inputs_embeds: [B, T, D]; one of both is given.
         supervised: [B, T] bool, the tokens whose next one has a label; None without labels.
@@ -174,17 +193,24 @@ def rows_for_head(
         arguments: those that are handed on to the language model.
     """
     text, reduction = config.text_config, config.reduction_config
-    if any(_is_asked(name, arguments, text) for name in READ_BY_USERS):
+    # The number of tokens that an exported graph takes must not be bound by what the last layer leaves out.
+    if torch.compiler.is_exporting() or any(_is_asked(name, arguments, text) for name in READ_BY_USERS):
         return None
-    last, new = text.num_hidden_layers - 1, _length(input_ids, inputs_embeds)
+    last, new = _last_layer(language_model), _length(input_ids, inputs_embeds)
     if supervised is None:
         # Behind a cut the last tokens of a sample may be others than those of the forward, but for the very last one.
         most = 2 if reduction is not None and reduction.rule.in_decoder else new
         some = isinstance(logits_to_keep, int) and 0 < logits_to_keep < min(most, new)
         return HeadRows(last, logits_to_keep) if some else None
-    if not training or logits_to_keep is not None or torch.compiler.is_exporting():  # a graph cannot depend on values
+    if not training or logits_to_keep is not None:
         return None
     return HeadRows(last, None)
+
+
+def _last_layer(language_model: Any) -> int:
+    """Index of the last layer that runs; some may have been taken off behind it."""
+    layers = language_model.layers
+    return layers[min(len(layers), language_model.config.num_hidden_layers) - 1].self_attn.layer_idx
 
 
 def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Any:

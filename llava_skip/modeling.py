@@ -363,7 +363,8 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         """
         targets = next_labels(labels) if shift_labels is None else shift_labels
         supervised = supervised_tokens(labels, targets)
-        head = rows_for_head(self.config, input_ids, inputs_embeds, supervised, self.training, logits_to_keep, kwargs)
+        decoder, trains = self.model.language_model, self.training
+        head = rows_for_head(self.config, decoder, input_ids, inputs_embeds, supervised, trains, logits_to_keep, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

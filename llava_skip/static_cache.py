@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from llava_skip.cache import ForgettingCache, GrowingLayer
 from llava_skip.routing import Route
-from llava_skip_base.errors import UserError
 
 
 class FixedLayer(GrowingLayer):
@@ -25,8 +24,6 @@ class FixedLayer(GrowingLayer):
     Until `fix` it is a `GrowingLayer`. From then on the number of stored tokens, `position`, is on the device, so that
     a step neither reads it nor depends on it.
     """
-
-    is_compileable = True
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -46,13 +43,13 @@ class FixedLayer(GrowingLayer):
                 self._buffers[name][..., : self.length, :] = buffer[..., : self.length, :]
             else:
                 buffer[..., self.length :, :] = 0  # a masked value counts zero times, but not if it is not finite
-        self.position = torch.tensor(self.length, device=self.device)
+        self.position, self.is_compileable = torch.tensor(self.length, device=self.device), True
         for tensor in (*self._buffers.values(), self.position):
             torch._dynamo.mark_static_address(tensor)
 
     def release(self, length: int) -> None:
         """Be a `GrowingLayer` again, with so many stored tokens."""
-        self.length, self.position = length, None
+        self.length, self.position, self.is_compileable = length, None, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens [B, H, T, E] after the stored ones; returns all, once fixed all places [B, H, C, E]."""
@@ -72,19 +69,24 @@ class FixedLayer(GrowingLayer):
 class StaticForgettingCache(ForgettingCache):
     """A `ForgettingCache` that has room for `new_tokens` more tokens than the prompts keep, and no more.
 
-    `generate(cache_implementation="static")` makes one. A step with one token a sample, once there is a prompt, fixes
-    it: buffers and positions then stay where they are. Any other forward or change releases it, which reads the device
-    once.
+    `generate(cache_implementation="static")` makes one, and makes room in one that it is given. A step with one token
+    a sample, once there is a prompt, fixes it: buffers and positions then stay where they are. Any other forward or
+    change releases it, which reads the device once.
+
+    A step does not read how full it is. One token too many is torch's own error: an IndexError on a CPU; on a CUDA
+    device an assertion, after which the process can use that device no more. A step writes in place, so that it has no
+    gradients that could go back through an earlier one: `ForgettingCache` is for these.
 
     Args:
         new_tokens: that will be generated after a prompt.
+        least: places that it has at least once it is fixed, so that steps compiled for a larger one serve it too.
     """
 
     is_compileable = True
 
-    def __init__(self, new_tokens: int) -> None:
+    def __init__(self, new_tokens: int, least: int = 0) -> None:
         super().__init__()
-        self.new_tokens = new_tokens
+        self.new_tokens, self.least = new_tokens, least
         self.layer_class_to_replicate = partial(FixedLayer, new_tokens)
         self.is_fixed = False
         self.places = 0
@@ -92,17 +94,27 @@ class StaticForgettingCache(ForgettingCache):
         self._order: Tensor | None = None
         self._forgotten = 0
 
+    def give_room(self, new_tokens: int) -> None:
+        """Have room for so many tokens, or more, after the next prompt."""
+        self.release()
+        self.new_tokens = max(new_tokens, self.new_tokens)
+        self.layer_class_to_replicate = partial(FixedLayer, self.new_tokens)
+        for layer in self.layers:
+            layer.growth = self.new_tokens
+
     def fix(self) -> None:
         """From now on one token a sample comes in each forward."""
         if self.is_fixed:
             return
         stored = super().get_query_offset()
-        self.places, self._forgotten, self.is_fixed = stored + self.new_tokens, self.seen - stored, True
+        self.places, self._forgotten = max(stored + self.new_tokens, self.least), self.seen - stored
+        self.is_fixed = True
         for layer in self.layers:
             layer.fix(self.places)
         device = self.layers[0].device
         self._order = torch.arange(self.places, device=device)
-        self._real = None if self.mask is None else nn.functional.pad(self.mask, (0, self.new_tokens), value=True)
+        room = self.places - stored
+        self._real = None if self.mask is None else nn.functional.pad(self.mask, (0, room), value=True)
         for tensor in (self._order, self._real):
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
@@ -112,8 +124,6 @@ class StaticForgettingCache(ForgettingCache):
         if not self.is_fixed:
             return
         stored, self.is_fixed = int(self.layers[0].position), False
-        if stored > self.places:
-            raise UserError(_full(self.new_tokens))
         for layer in self.layers:
             layer.release(stored)
         self.seen = stored + self._forgotten
@@ -180,7 +190,3 @@ class StaticForgettingCache(ForgettingCache):
         for layer in self.layers:
             layer.release(0)
         super().reset()
-
-
-def _full(new_tokens: int) -> str:
-    return f"The cache has room for {new_tokens} new tokens, and more came: give StaticForgettingCache a larger number."

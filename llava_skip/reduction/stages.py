@@ -236,21 +236,24 @@ class Stages:
         return room.scatter(1, wide(place, hidden_states), hidden_states)[:, :length]
 
     def _head_of(self, head: HeadRows, stage: Stage) -> HeadRows:
-        """What the last layer computes, among the tokens of its stage. None of them has been dropped."""
+        """What the last layer computes, among the tokens of its stage; what is not among them gives zeros."""
         if stage.whole:
             return head
         stay = None if stage.ffn_tokens is None else ~stage.live
-        if head.tokens is None:
-            return replace(head, stay=stay)
         batch, length = self._stages[0].places.shape
         width = stage.places.shape[1]
         own = stage.live if stage.is_new is None else stage.live & ~stage.is_new
+        if head.tokens is None:  # the last one alone
+            return replace(head, stay=stay, gone=~own[:, -1:] | (stage.places[:, -1:] < length - 1))
         order = torch.arange(width, device=own.device).expand(batch, -1)
-        room = torch.zeros(batch, length + 1, dtype=torch.long, device=own.device)
+        room = torch.full((batch, length + 1), -1, device=own.device)
         here = room.scatter(1, torch.where(own, stage.places, length), order)[:, :length]
         tokens = head.tokens.to(own.device)
-        tokens = tokens // length * width + here.flatten().index_select(0, tokens)
-        return replace(head, number=width, tokens=tokens, stay=stay)  # where the first of them is, the device knows
+        here = here.flatten().index_select(0, tokens)
+        tokens = tokens // length * width + here.clamp(min=0)
+        return replace(
+            head, number=width, tokens=tokens, stay=stay, gone=here < 0
+        )  # where the first of them is, the device knows
 
     def _stage_of(self, layer: int) -> Stage:
         return self._stages[max(start for start in self._stages if start <= layer)]

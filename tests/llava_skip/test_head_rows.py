@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llava_skip import SkipConfig, modeling
+from llava_skip import ForgettingCache, SkipConfig, head_rows, modeling
 from llava_skip.reduction.config import ReductionConfig
+from llava_skip.static_cache import StaticForgettingCache
 from tests.support.small_models import ARCHITECTURES, Sample, batch_of, mixed_samples, small_model
 
 INSIDE = ["fastv:9", "pyramiddrop:9", "sparsevlm:9", "shortv:2", "shortv:layers=0+1"]
@@ -72,13 +74,39 @@ def test_also_with_a_reduction_inside_the_decoder(text, monkeypatch):
         inputs = inputs_of(model.eval(), shape)
         with torch.no_grad():
             found, expected = both(monkeypatch, lambda: model(**inputs, logits_to_keep=1).logits)  # noqa: B023
-        real = inputs["attention_mask"][:, -1].bool()
-        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert_same_step(monkeypatch, model, inputs, labels_of(inputs))
 
 
-def test_a_skipped_token_that_reaches_the_head_takes_no_ffn(monkeypatch):
-    model = small_model(SkipConfig(5, 7, summaries=()))
+@pytest.mark.parametrize("text", INSIDE[:3])
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images too"])
+def test_labels_of_padding_and_of_dropped_tokens_give_what_all_tokens_give(text, images, monkeypatch):
+    model = small_model(architecture="llava")
+    model.set_reduction(ReductionConfig.parse(text))
+    for shape in SHAPES:
+        labels = inputs_of(model, shape)["input_ids"]
+        labels = labels if images else labels.masked_fill(labels >= 80, -100)
+        assert_same_step(monkeypatch, model, inputs_of(model, shape), labels)
+
+
+@pytest.mark.parametrize("text", ["fastv:9", None])
+def test_layers_that_were_taken_off_are_not_waited_for(text, monkeypatch):
+    model = small_model(architecture="llava")
+    model.set_reduction(text and ReductionConfig.parse(text))
+    model.model.language_model.layers = model.model.language_model.layers[:2]
+    inputs = inputs_of(model, "right")
+    with torch.no_grad():
+        found, expected = both(monkeypatch, lambda: model(**inputs, logits_to_keep=1).logits)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_same_step(monkeypatch, model, inputs, labels_of(inputs))
+    with torch.no_grad():
+        rows = rows_seen(model.eval(), lambda: model(**inputs, logits_to_keep=1))
+    assert rows[-1] == ("down_proj", 4)  # one token of each sample
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1)], ids=["all layers", "not the last"])
+def test_a_skipped_token_that_reaches_the_head_takes_the_ffn_as_before(layers, monkeypatch):
+    model = small_model(SkipConfig(5, 7, summaries=(), layers=layers))
     sample = Sample(model, 1, (3, 2), seed=1)
     sample.input_ids = sample.input_ids[:-2]  # the image ends the prompt, with a skipped token
     inputs = sample.alone()
@@ -150,7 +178,8 @@ def test_who_asks_for_all_tokens_gets_them():
         outputs = model(**inputs, logits_to_keep=1, output_hidden_states=True)
         assert [state.shape[1] for state in outputs.hidden_states] == [tokens] * 4
         model.config.text_config.output_hidden_states = True
-        assert model(**inputs, logits_to_keep=1).logits.shape[1] == 1
+        outputs = model(**inputs, logits_to_keep=1)
+        assert [state.shape[1] for state in outputs.hidden_states] == [tokens] * 4
         del model.config.text_config.output_hidden_states
         assert model(**inputs, labels=labels).logits.shape[1] == tokens
         assert model(**inputs, labels=labels, logits_to_keep=1).loss == model(**inputs, labels=labels).loss
@@ -159,6 +188,65 @@ def test_who_asks_for_all_tokens_gets_them():
     trained = model.train()(**inputs, labels=labels, output_hidden_states=True)
     assert trained.hidden_states[-1].shape[1] == tokens and trained.logits is None
     torch.testing.assert_close(trained.loss, model(**inputs, labels=labels).loss)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model.eval()(**inputs, logits_to_keep=1, output_attentions=True).attentions
+    assert [one.shape[2:] for one in attentions] == [(tokens, tokens)] * 3
+
+
+def aligned_with_the_last(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of an implementation for which transformers makes no mask."""
+    assert attention_mask is None
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    return sdpa_attention_forward(module, query, key, value, seen, scaling=scaling)
+
+
+def queries_of_all_keys(module, query, key, value, attention_mask, **kwargs):
+    """Attention that shares a sequence between processes: each has as many queries as keys."""
+    assert query.shape[2] == key.shape[2]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, ForgettingCache, StaticForgettingCache])
+@torch.no_grad()
+def test_a_cache_that_has_tokens_gives_them_all_to_an_attention_without_masks(kind, monkeypatch):
+    AttentionInterface.register("aligned_with_the_last", aligned_with_the_last)
+    model = small_model(architecture="llava" if kind is DynamicCache else "sv-llava")
+    model.set_attn_implementation({"text_config": "aligned_with_the_last"})
+    inputs = inputs_of(model, "alone")
+
+    def second_turn():
+        cache = kind(6) if kind is StaticForgettingCache else kind()
+        model(**inputs, past_key_values=cache)
+        return model(torch.arange(5, 10)[None], past_key_values=cache, logits_to_keep=1).logits
+
+    found, expected = both(monkeypatch, second_turn)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_in_training_all_tokens_ask_where_there_is_no_mask(monkeypatch):
+    AttentionInterface.register("queries_of_all_keys", queries_of_all_keys)
+    model = small_model(architecture="llava").train()
+    model.set_attn_implementation({"text_config": "queries_of_all_keys"})
+    ids = mixed_samples(model)[2].input_ids[None]
+    nothing = {"input_ids": ids, "shift_labels": torch.full_like(ids, -100)}
+    assert model(**nothing, position_ids=torch.arange(ids.shape[1])[None]).loss == 0
+    monkeypatch.setattr(head_rows, "is_flash_attention_requested", lambda _: True)
+    model.set_attn_implementation("sdpa")
+    cache = DynamicCache(config=model.config.text_config)
+    rows = rows_seen(model, lambda: model(**nothing, past_key_values=cache))
+    assert dict(rows)["q_proj"] == ids.shape[1]
+
+
+def test_an_exported_graph_takes_prompts_of_any_length():
+    model = small_model(architecture="llava")
+    length = {"input_ids": {1: torch.export.Dim("T", min=2, max=200)}, "use_cache": None, "logits_to_keep": None}
+    options = {"use_cache": False, "logits_to_keep": 1}
+    example = {"input_ids": torch.arange(2, 9)[None], **options}
+    graph = torch.export.export(model, (), kwargs=example, dynamic_shapes={"kwargs": length}, strict=False).module()
+    for ids in (torch.arange(2, 4)[None], torch.arange(2, 30)[None]):
+        with torch.no_grad():
+            torch.testing.assert_close(graph(input_ids=ids, **options).logits, model(ids, **options).logits)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

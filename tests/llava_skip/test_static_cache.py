@@ -1,13 +1,16 @@
 """The forgetting cache of static shape: its size, that it stays in place, and that it can be continued."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation import CompileConfig
 
 from llava_skip import ForgettingCache
 from llava_skip.static_cache import StaticForgettingCache
-from tests.support.small_models import SKIP, Sample, batch_of, mixed_samples, small_model
+from tests.support.small_models import IMAGE_TOKEN_ID, SKIP, Sample, batch_of, mixed_samples, small_model
 
 NEW = 6
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
@@ -49,7 +52,11 @@ def test_it_holds_what_is_kept_and_the_new_tokens_and_stays_in_place(side):
     for each in (cache, growing):
         model(**inputs, past_key_values=each, logits_to_keep=1)
     kept = growing.get_query_offset()
-    assert kept == (len(samples[0].input_ids) - SKIP.num_skipping if side == "alone" else kept)
+    of_each = [
+        len(sample.input_ids) - SKIP.num_skipping * (0 if sample.pixel_values is None else len(sample.pixel_values))
+        for sample in samples
+    ]
+    assert kept == (of_each[0] if side == "alone" else max(of_each))
     mask, seen = inputs["attention_mask"], []
     for number in range(NEW):
         logits, longer = step(model, cache, mask, number)
@@ -116,6 +123,79 @@ def test_beams_and_samples_are_those_of_the_growing_one(options):
         torch.manual_seed(0)
         found.append(model.generate(**inputs, **way, **options, max_new_tokens=NEW, pad_token_id=0))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("least", [0, 200], ids=["places as they are", "more places"])
+@torch.no_grad()
+def test_what_places_held_before_is_not_seen(least):
+    model = small_model()
+    inputs, cache = batch_of(mixed_samples(model), "left"), StaticForgettingCache(NEW, least)
+    growing = ForgettingCache()
+    for each in (cache, growing):
+        model(**inputs, past_key_values=each)
+    for layer in cache.layers:
+        for buffer in layer._buffers.values():
+            assert buffer.shape[2] == layer.length + NEW
+            buffer[:, :, layer.length :] = torch.nan
+    logits, _ = step(model, cache, inputs["attention_mask"], 0)
+    torch.testing.assert_close(logits, step(model, growing, inputs["attention_mask"], 0)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_samples_change_places_with_their_padding():
+    model, found, order = small_model(), [], torch.tensor([2, 0, 1, 3])
+    inputs = batch_of(mixed_samples(model), "left")
+    for cache in (StaticForgettingCache(NEW), ForgettingCache()):
+        model(**inputs, past_key_values=cache)
+        _, mask = step(model, cache, inputs["attention_mask"], 0)
+        cache.reorder_cache(order)
+        found.append(step(model, cache, mask[order], 1)[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [NEW, 2 * NEW])
+@pytest.mark.parametrize("words", [0, 4], ids=["the same text goes on", "a second question"])
+def test_another_generate_goes_on_after_it(number, words):
+    model = small_model()
+    inputs, found = mixed_samples(model)[3].alone(), []
+    options = {"do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE_TOKEN_ID]}
+    for way in ({"cache_implementation": "static"}, {}):
+        outputs = model.generate(**inputs, **options, **way, max_new_tokens=NEW, return_dict_in_generate=True)
+        ids = torch.cat([outputs.sequences, torch.arange(10, 10 + words)[None]], dim=1)
+        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": outputs.past_key_values}
+        found.append(model.generate(**more, **options, max_new_tokens=number))
+    assert found[0].shape[1] == ids.shape[1] + number
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_an_assistant_gives_the_same_text_with_it_and_a_static_cache_of_all_tokens_is_refused():
+    model = small_model()
+    inputs, options = mixed_samples(model)[0].alone(), {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    proposed = {"assistant_model": copy.deepcopy(model), "cache_implementation": "static"}
+    assert torch.equal(model.generate(**inputs, **options, **proposed), model.generate(**inputs, **options))
+    dense = small_model(None)
+    inputs = mixed_samples(dense)[0].alone()
+    with pytest.raises(ValueError, match="not supported with Static cache"):
+        dense.generate(**inputs, **options, **proposed | {"assistant_model": copy.deepcopy(dense)})
+
+
+def test_a_shorter_prompt_is_decoded_by_the_graph_of_a_longer_one():
+    model = small_model()
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True  # transformers compiles for accelerators alone, otherwise
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"cache_implementation": "static", "return_dict_in_generate": True, "pad_token_id": 0}
+    places = []
+    for text in ((1, 24), (3, 9), (2, 17)):
+        inputs = Sample(model, 1, text, seed=1).alone()
+        outputs = model.generate(**inputs, **options, compile_config=compiled, max_new_tokens=NEW)
+        places.append(outputs.past_key_values.places)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert places == [25 + SKIP.length - SKIP.num_skipping + NEW] * 3
+    outputs = model.generate(**inputs, **options, max_cache_len=100, max_new_tokens=NEW)
+    assert outputs.past_key_values.places == 100
 
 
 def test_generate_sizes_it():
