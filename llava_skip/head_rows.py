@@ -39,8 +39,8 @@ class HeadRows:
             reach it, and `counted` says how many these are.
         tokens: [M] flat indices into [B * T] of those that do; None: all of the R.
         stay: [B, T] bool, tokens whose FFN this layer leaves out: skipped ones and padding; None if there are none.
-        gone: [M], or [B, R] without `tokens`, bool, those that were dropped before this layer or are padding that was,
-            and get zeros; None if there are none.
+        gone: [M], or [B, R] without `tokens`, bool, those that were dropped before this layer and get zeros; None if
+            there are none.
     """
 
     layer: int
@@ -71,11 +71,9 @@ class HeadRows:
         if self.stay is not None:
             update = update.masked_fill(self.take(self.stay.unsqueeze(-1).to(states.device)), 0)
         states = states + update
-        return (
-            states
-            if self.gone is None
-            else states.masked_fill(self.gone.to(states.device).view(*states.shape[:2], 1), 0)
-        )
+        if self.gone is not None:
+            states = states.masked_fill(self.gone.to(states.device).view(*states.shape[:2], 1), 0)
+        return states
 
     def take(self, values: Tensor) -> Tensor:
         """Of values of all tokens, [B, T, ...], those that `run` gives: [B, R, ...] or [1, M, ...]."""

@@ -250,10 +250,9 @@ class Stages:
         here = room.scatter(1, torch.where(own, stage.places, length), order)[:, :length]
         tokens = head.tokens.to(own.device)
         here = here.flatten().index_select(0, tokens)
-        tokens = tokens // length * width + here.clamp(min=0)
-        return replace(
-            head, number=width, tokens=tokens, stay=stay, gone=here < 0
-        )  # where the first of them is, the device knows
+        tokens, gone = tokens // length * width + here.clamp(min=0), here < 0
+        # All are asked: where the first of these is, the device knows.
+        return replace(head, number=width, tokens=tokens, stay=stay, gone=gone)
 
     def _stage_of(self, layer: int) -> Stage:
         return self._stages[max(start for start in self._stages if start <= layer)]
