@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama import modeling_llama
 
 from llava_skip import ForgettingCache, SkipConfig, head_rows, modeling
 from llava_skip.reduction.config import ReductionConfig
@@ -236,6 +237,23 @@ def test_in_training_all_tokens_ask_where_there_is_no_mask(monkeypatch):
     cache = DynamicCache(config=model.config.text_config)
     rows = rows_seen(model, lambda: model(**nothing, past_key_values=cache))
     assert dict(rows)["q_proj"] == ids.shape[1]
+
+
+@torch.no_grad()
+def test_a_kernel_in_place_of_the_rotary_embedding_turns_all_keys_once(monkeypatch):
+    model, turn, lengths = small_model(), modeling_llama.apply_rotary_pos_emb, []
+    inputs = inputs_of(model, "alone")
+    expected = model(**inputs, logits_to_keep=1).logits
+
+    def kernel(query, key, cosine, sine):
+        """As a fused one: it writes into what it gets."""
+        lengths.append(key.shape[2])
+        return tuple(one.copy_(turn(one, one, cosine, sine)[0]) for one in (query, key))
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", kernel)
+    torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, expected, atol=1e-5, rtol=1e-5)
+    tokens = inputs["input_ids"].shape[1]
+    assert lengths == [tokens, tokens, tokens - 1, 1]
 
 
 class Prefill(torch.nn.Module):
