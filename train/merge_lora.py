@@ -44,7 +44,7 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
     training = run["training"]
     trained = torch.bfloat16 if training["bf16"] else torch.float16 if training["fp16"] else torch.float32
     set_seed(training["seed"])  # what a join initialises is the same again
-    config = AutoConfig.from_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     check_weights(arguments, config)  # --base may name another model
