@@ -60,6 +60,7 @@ setup(
         "flash-attn": ["flash-attn>=2.7"],
         "qlora": ["bitsandbytes>=0.46.1,<1"],
         "gguf": GGUF,
+        "trl": ["trl>=1.16,<2"],
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
         "all": [*TRAIN, *GGUF, *DEV],

@@ -243,7 +243,6 @@ class LlavaSkipConfig(LlavaConfig):
     preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # of the folder that it was read from; saving names the own module
         super().__post_init__(**kwargs)
         self.check()
 
@@ -280,9 +279,18 @@ class LlavaSkipConfig(LlavaConfig):
             fields.pop("reduction", None)
         return fields
 
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The classes of the module in saved folders, by the Auto class that takes them."""
+        return config_map()
+
+    @auto_map.setter
+    def auto_map(self, value: Any) -> None:
+        """Takes the map of a saved configuration, which may name other code."""
+
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers; with the classes of the module that `to_json_file` writes."""
-        return super().to_diff_dict() | {"auto_map": config_map()}
+        return super().to_diff_dict() | {"auto_map": self.auto_map}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """As in transformers; with the module by which the folder is read without `import llava_skip`."""
