@@ -207,17 +207,11 @@ class Answerer:
         common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         removed = len(self._seen) - common
         is_same = len(self._pictures) <= len(pictures) and all(map(is_, self._pictures, pictures))
-        if not common or not is_same or not self._can_go_on(removed):
+        if not common or not is_same or not _can_go_on(self._cache, removed):
             self.clear()
             return 0
         self._cache.crop(-removed)
         return common
-
-    def _can_go_on(self, removed: int) -> bool:
-        """Whether the cache serves a next turn, without its last `removed` tokens."""
-        if not isinstance(self._cache, ForgettingCache) and type(self._cache) is not DynamicCache:
-            return False  # a reduction inside the decoder keeps what an earlier question asked for
-        return not removed or not any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
     def _without_known(self, inputs: dict[str, Any], known: list[int]) -> dict[str, Any]:
         """The inputs without the images whose tokens are in the cache."""
@@ -248,3 +242,10 @@ class Answerer:
         shown = list(takewhile(lambda token: token not in stops, new))
         text = self._loaded.processor.tokenizer.decode(shown, skip_special_tokens=True)
         return self._loaded.ends.cut(text).strip()
+
+
+def _can_go_on(cache: Cache, removed: int) -> bool:
+    """Whether a cache serves a next turn, without its last `removed` tokens."""
+    if not isinstance(cache, ForgettingCache) and type(cache) is not DynamicCache:
+        return False  # a reduction inside the decoder keeps what an earlier question asked for
+    return not removed or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)

@@ -105,7 +105,8 @@ class Conversation:
         if not turns:
             raise UserError("there is no answer to save yet: ask first.")
         folder = file.with_name(f"{file.stem}_images")
-        names, said = [], []
+        names: list[str] = []
+        said: list[dict[str, str]] = []
         with writing(file):
             for turn in turns:
                 for picture in turn.pictures:

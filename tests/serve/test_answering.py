@@ -5,6 +5,7 @@ import torch
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor
 from llava_skip.ends import Ends
+from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
 from serve.answering import Answerer, VisibleText
 from serve.conversation import Conversation, Picture
@@ -78,6 +79,14 @@ def test_the_cache_of_another_image_is_not_gone_on_with(tmp_path):
         answer, cost = answerer.answer(conversation, lambda piece: None)
         assert cost.reused == 0
     assert answer == talk(model, False, [("What is this?", pictures((20, 20)))])[0][0]
+
+
+def test_a_reduction_inside_the_decoder_reads_all_turns_again(tmp_path):
+    model = loaded(tmp_path, "llava")
+    whole = talk(model, True, TURNS[:2])[1][1]
+    model.model.set_reduction(ReductionConfig.parse("fastv:6"))
+    cost = talk(model, True, TURNS[:2])[1][1]
+    assert whole.reused > 0 and cost.reused == 0 and cost.kept < cost.seen
 
 
 def test_a_stopped_answer_is_kept_and_the_next_turn_goes_on(tmp_path):
