@@ -1,5 +1,7 @@
 """The chat as its users have it: a real terminal, Ctrl-C and Ctrl-D, and a pipe; what it saves is training data."""
 
+import fcntl
+import io
 import os
 import pty
 import re
@@ -7,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
 from serve.answering import Answerer
 from serve.chat import Chat, interruptible
+from serve.chat import chat as start
 from serve.loading import choose_device, choose_dtype, load
 from tests.support.hostile import ALL, lacking
 from train.data import ConversationDataset, load_records
@@ -48,13 +52,18 @@ class Terminal:
         self._own, theirs = pty.openpty()
         environment = os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llava_skip", *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
-            start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
+            [sys.executable, "-m", "llava_skip", *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C then reaches it
+        )
         os.close(theirs)
         self.text = ""
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, seconds: float = 180) -> str:
         """What is shown until a pattern is; later calls look behind it."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
@@ -93,25 +102,23 @@ def test_a_terminal(saved, image, tmp_path):
         terminal.type(f"/save {tmp_path / 'talk.json'}\n")
         terminal.wait_for("written to .*talk.json[^>]*> ")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(60) == 0
     finally:
         terminal.close()
     assert (tmp_path / "talk_images/1.png").read_bytes() == image.read_bytes()
 
 
-def test_a_pipe(saved, image):
+def test_a_pipe(saved, image, monkeypatch, capsys):
     lines = f"What?\n\n{image}\nAnd?\n/image {image}\nThis?\n/nothing\n/clear\nAgain?\n/exit\nnever asked\n"
-    words = [sys.executable, "-m", "llava_skip", "chat", str(saved), "--max-new-tokens", "3", "--image", str(image)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, input=lines, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    costs = re.findall(COST, result.stdout)
-    dropped = [int(seen) - int(kept) for kept, seen in costs]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    capsys.readouterr()
+    start(str(saved), image=[image], max_new_tokens=3)
+    shown = capsys.readouterr()
+    dropped = [int(seen) - int(kept) for kept, seen in re.findall(COST, shown.out)]
     assert dropped == [SKIPPED, 2 * SKIPPED, 3 * SKIPPED, 0]
-    assert "never asked" not in result.stdout and "\x1b" not in result.stdout
-    assert [line for line in result.stderr.splitlines() if line.startswith("error")] == [
-        "error: there is no command /nothing; /help lists them."
-    ]
+    assert "> Again?" in shown.out and "never asked" not in shown.out and "\x1b" not in shown.out
+    errors = [line for line in shown.err.splitlines() if line.startswith("error")]
+    assert errors == ["error: there is no command /nothing; /help lists them."]
 
 
 def test_what_is_saved_is_training_data(chat, image, saved, tmp_path, capsys):
