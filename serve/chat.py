@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +155,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def lines() -> Iterator[str]:
     """The lines that a user types, or those of a pipe, which are shown, as a terminal would have done."""
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     if is_terminal:
         try:
             import readline  # noqa: F401  lines can then be edited, and earlier ones come back
@@ -199,7 +202,8 @@ def chat(
     for path in image or []:
         session.attach(path)
     print_aside(f"{loaded.folder.resolve().name} on {place}; /help says what can be typed")
-    for line in lines():
+    for typed in lines():
+        line = typed.replace("\0", "")  # no path has it
         if line.strip() and not session.take(line):
             return
 

@@ -13,6 +13,7 @@ from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes, write_json, writing
 from llava_skip_base.images import ImageError, open_image
+from llava_skip_base.texts import shortened
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,13 @@ class Picture:
             UserError: it cannot be read, is no image, or would become too large for the processor.
         """
         try:
+            if path.exists() and not path.is_file():  # a device would be read without an end
+                raise UserError(f"{shortened(path, 300)} is no file: give the path of an image.")
             content = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give the path of an image.") from error
+            raise UserError(
+                f"{shortened(path, 300)} cannot be read ({error.strerror}): give the path of an image."
+            ) from error
         try:
             with open_image(content) as opened:
                 processor.check_image_size(*opened.size)
