@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from llava_skip.ends import learn_ends
+from llava_skip.model_card import write_card
 from llava_skip.vision.clip import ClipTower
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
@@ -34,6 +35,7 @@ from train.recipe.features import features_folder, say_size, tower_dtype
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
+from train.reporting.card import run_facts
 from train.reporting.result import draw_loss, show_result
 from train.resilience.finite import NotFinite
 from train.resilience.preemption import Preemption
@@ -161,6 +163,7 @@ def _report(
         result["activation_checkpointing"] = run.arguments.activation_checkpointing
     if run.config.reduction is not None:
         result["reduction"] = run.config.reduction
+    write_card(run.output, run.config, run_facts(run.resolved, result, run.model_arguments.lora_enable))
     write_json(run.output / RESULT, result, sort_keys=True)
     draw_loss(history, validation, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)
