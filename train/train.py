@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from llava_skip.ends import learn_ends
+from llava_skip.packing import set_attention_per_sample
 from llava_skip.vision.clip import ClipTower
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
@@ -72,6 +73,8 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
+    if run.per_sample:
+        set_attention_per_sample(model)
     learn_ends(model, run.processor)
     features = _stored_features(run, model)
     preemption, watchdog = Preemption(), Watchdog(arguments.hang_timeout_seconds)
@@ -86,6 +89,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         resolved=run.resolved,
         validation=Validation(run.validation, run.collator, arguments) if run.validation else None,
         features=features,
+        packs=run.packs,
     )
     if arguments.eval_benchmarks:
         trainer.add_callback(Benchmarks(arguments, trainer.log, watchdog.mark, preemption))
@@ -106,6 +110,8 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
 def _settle(run: Run) -> None:
     """Decide what the arguments leave open, and look whether there is room; rank 0 says it. Every rank calls it."""
     said = [settle_checkpointing(run.model_arguments, run.arguments, run.config, run.longest)]
+    if run.packs is not None:
+        said.append(str(run.packs))
     if run.features is not None and isinstance(run.dataset, ConversationDataset):
         said.append(say_size(run.features, run.dataset.records, run.config, tower_dtype(run.arguments)))
     if run.arguments.process_index == 0:
@@ -201,7 +207,7 @@ def _run(command_line: list[str]) -> int:
             _settle(run)
             if rank == 0:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
-                show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)
+                show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples, run.packs)
             return 0
         check_same_records(run)
         folder = RunFolder(run.arguments, run.resolved, run.dropped)
