@@ -93,14 +93,24 @@ def test_a_batch_with_padding_and_a_prompt_go_the_way_of_sdpa():
     assert torch.equal(model.generate(**sample, max_new_tokens=3, do_sample=False), expected[1])
 
 
-def test_one_supervised_token_at_the_end_of_a_row_sees_its_own_sample_alone():
-    model = small_model().train()
+def test_the_last_token_of_a_row_sees_its_own_sample_alone():
+    model = small_model()
     batch, _ = batch_of(model)
-    batch["labels"][:, :-1] = -100
-    del batch["counts"]
-    expected = model(**batch).loss
+    del batch["labels"], batch["counts"]
+    expected = model(**batch, use_cache=False, logits_to_keep=1).logits
     set_attention_per_sample(model)
-    assert torch.allclose(model(**batch).loss, expected, atol=1e-6)
+    assert torch.allclose(model(**batch, use_cache=False, logits_to_keep=1).logits, expected, atol=1e-5)
+
+
+def test_a_row_in_which_nothing_is_supervised_has_the_loss_0():
+    model = small_model().train()
+    set_attention_per_sample(model)
+    batch, _ = batch_of(model)
+    batch["labels"][:] = -100
+    del batch["counts"]
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss == 0
 
 
 @pytest.mark.parametrize("method", ["shortv:2", "fastervlm:8"])
