@@ -35,6 +35,7 @@ from train.data import (
 )
 from train.data.packing import PackSampler
 from train.recipe.features import check_features
+from train.recipe.liger import check_liger
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
 from train.recipe.packing import attends_per_sample, check_packing
@@ -142,6 +143,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
+    check_liger(run, config)
     per_sample = attends_per_sample(model, data, config)
     check_features(model, data, run, config)
     check_weights(model, config)

@@ -32,6 +32,7 @@ from train.data import ConversationDataset, RecordError
 from train.data.features import FeatureCollator, FeatureShards, FeatureWriter
 from train.planning.checkpointing import settle_checkpointing
 from train.recipe.features import features_folder, say_size, tower_dtype
+from train.recipe.liger import use_liger
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
@@ -75,6 +76,8 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     model = make_trainable_model(run.model_arguments, arguments, run.config)
     if run.per_sample:
         set_attention_per_sample(model)
+    if arguments.use_liger_kernel:
+        use_liger(model, arguments)
     learn_ends(model, run.processor)
     features = _stored_features(run, model)
     preemption, watchdog = Preemption(), Watchdog(arguments.hang_timeout_seconds)
