@@ -35,7 +35,7 @@ from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.head import Head, summed_loss
 from llava_skip.head_rows import SEQUENCE_LENGTHS, HeadRows, rows_for_head
 from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
-from llava_skip.packing import lengths_for_layers
+from llava_skip.per_sample import lengths_for_layers
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
 from llava_skip.routing import ImageTokens, Route, make_route, place_images, take_tokens, true_indices

@@ -36,7 +36,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "transformers.PreTrainedConfig._attn_implementation",
-        used_in="llava_skip.packing",
+        used_in="llava_skip.per_sample",
         reason="transformers' guide to attention functions reads the name of the chosen one from it, and there is no "
         "public reader",
     ),

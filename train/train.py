@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from llava_skip.ends import learn_ends
-from llava_skip.packing import set_attention_per_sample
+from llava_skip.per_sample import set_attention_per_sample
 from llava_skip.vision.clip import ClipTower
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError

@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import MistralConfig
 
-from llava_skip.packing import PER_SAMPLE, set_attention_per_sample
+from llava_skip.per_sample import PER_SAMPLE, set_attention_per_sample
 from llava_skip_base.errors import UserError
 from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import launch_and_wait, outcome, write_inputs

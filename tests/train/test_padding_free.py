@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_skip import SkipConfig
-from llava_skip.packing import PER_SAMPLE
+from llava_skip.per_sample import PER_SAMPLE
 from tests.support.small_models import ARCHITECTURES, SKIP, mixed_samples, small_model
 from train.data import collate, collate_counted, collate_flat
 from train.data.dataset import COUNTED

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llava_skip.configuration import LlavaSkipConfig
-from llava_skip.decoder import SkippingModel
+from llava_skip.decoder import language_models
 from llava_skip.head import Head
 from llava_skip_base.errors import UserError
 
@@ -61,13 +61,13 @@ def use_liger(model: nn.Module, run: RunArguments) -> None:
     gradient, a sum of many tokens, can be too large for it: there the project's own loss stays.
     """
     liger: Any = importlib.import_module(f"{PACKAGE}.transformers")
+    for language_model in language_models(model):
+        apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")
+        # Its own fused cross entropy would replace the forward of a whole model of transformers.
+        apply(model=language_model, rope=True, rms_norm=True, swiglu=True,
+              cross_entropy=False, fused_linear_cross_entropy=False)  # fmt: skip
     for module in model.modules():
-        if isinstance(module, SkippingModel):
-            apply = getattr(liger, f"apply_liger_kernel_to_{module.config.model_type}")
-            # Its own fused cross entropy would replace the forward of a whole model of transformers.
-            apply(model=module, rope=True, rms_norm=True, swiglu=True,
-                  cross_entropy=False, fused_linear_cross_entropy=False)  # fmt: skip
-        elif isinstance(module, Head) and not run.fp16:
+        if isinstance(module, Head) and not run.fp16:
             # As a function: a module in the head would be one more that ZeRO-3 looks after.
             loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
             module.fused = partial(loss)

@@ -50,7 +50,7 @@ def check_packing(data: DataArguments, run: RunArguments) -> None:
 
 
 def attends_per_sample(model: ModelArguments, data: DataArguments, config: LlavaSkipConfig) -> bool:
-    """Whether a run attends to each sample of a row by itself (`llava_skip.packing`).
+    """Whether a run attends to each sample of a row by itself (`llava_skip.per_sample`).
 
     Flash and flex attention separate samples themselves.
 

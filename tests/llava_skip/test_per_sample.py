@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_skip.counts import lengths_in_row
-from llava_skip.packing import PER_SAMPLE, set_attention_per_sample
+from llava_skip.per_sample import PER_SAMPLE, set_attention_per_sample
 from llava_skip.reduction.config import ReductionConfig
 from tests.support.device_reads import device_reads
 from tests.support.small_models import SKIP, Sample, small_model

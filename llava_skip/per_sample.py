@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_skip.counts import TokenCounts, lengths_in_row
-from llava_skip.decoder import SkippingModel
+from llava_skip.decoder import language_models
 from llava_skip.masking import attends_in_window
 
 PER_SAMPLE = "sdpa_per_sample"
@@ -57,9 +57,8 @@ AttentionMaskInterface.register(PER_SAMPLE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 def set_attention_per_sample(model: nn.Module) -> None:
     """Have the language model of a model attend to each sample of a row by itself, where nothing else needs a mask."""
-    for module in model.modules():
-        if isinstance(module, SkippingModel) and isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(PER_SAMPLE)
+    for language_model in language_models(model):
+        language_model.set_attn_implementation(PER_SAMPLE)
 
 
 def lengths_for_layers(
