@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llava_skip.counts import TokenCounts
     from llava_skip.decoder import SkippingLayer
 
+OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments of transformers for several samples in one row under flash attention: their starts, the longest length."""
 SEQUENCE_LENGTHS = "sequence_lengths"
 """Argument of a layer: tokens of each sample, where several lie in one row and no mask separates them."""
 READ_BY_USERS = ("output_hidden_states", "output_attentions")

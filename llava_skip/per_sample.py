@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of the row, H heads, E head width.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from llava_skip.counts import TokenCounts, lengths_in_row
 from llava_skip.decoder import language_models
+from llava_skip.head_rows import OF_PACKED, SEQUENCE_LENGTHS
 from llava_skip.masking import attends_in_window
 
 PER_SAMPLE = "sdpa_per_sample"
@@ -61,10 +64,12 @@ def set_attention_per_sample(model: nn.Module) -> None:
         language_model.set_attn_implementation(PER_SAMPLE)
 
 
-def lengths_for_layers(
+def arguments_of_row(
     config: PreTrainedConfig, mask: Any, cache: Cache | None, position_ids: Tensor | None, counts: TokenCounts | None
-) -> tuple[int, ...] | None:
-    """Tokens of each sample of a forward's row, for its layers; None where they are separated by a mask, or are one.
+) -> dict[str, Any]:
+    """What tells the layers where the samples of a forward's row begin; empty where a mask does, or transformers.
+
+    Flash attention gets it in transformers' names; without them each layer would read the positions from the device.
 
     Args:
         config: of the language model.
@@ -74,7 +79,15 @@ def lengths_for_layers(
         counts: of the batch; if the host does not know the lengths, the device is read.
     """
     is_row = mask is None and cache is None and position_ids is not None and len(position_ids) == 1
-    if not is_row or config._attn_implementation != PER_SAMPLE or attends_in_window(config):
-        return None
+    if not is_row or torch.compiler.is_exporting():  # a graph cannot depend on values
+        return {}
     assert position_ids is not None
-    return (counts.sequences if counts is not None else ()) or lengths_in_row(position_ids)
+    flash = is_flash_attention_requested(config)
+    if not flash and (config._attn_implementation != PER_SAMPLE or attends_in_window(config)):
+        return {}
+    lengths = (counts.sequences if counts is not None else ()) or lengths_in_row(position_ids)
+    if not flash:
+        return {SEQUENCE_LENGTHS: lengths}
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(position_ids.device, non_blocking=True)
+    longest = max(lengths)
+    return dict(zip(OF_PACKED, (starts, starts, longest, longest), strict=True))

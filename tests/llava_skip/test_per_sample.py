@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from llava_skip.counts import lengths_in_row
-from llava_skip.per_sample import PER_SAMPLE, set_attention_per_sample
+from llava_skip.per_sample import PER_SAMPLE, attend_per_sample, set_attention_per_sample
 from llava_skip.reduction.config import ReductionConfig
 from tests.support.device_reads import device_reads
 from tests.support.small_models import SKIP, Sample, small_model
@@ -121,3 +123,24 @@ def test_rivals_that_can_be_trained_in_one_row(method):
     expected = model(**batch).loss
     set_attention_per_sample(model)
     assert torch.allclose(model(**batch).loss, expected, atol=1e-6)
+
+
+def flash(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    """In the place of flash attention; without transformers' arguments it would look for samples in the positions."""
+    assert attention_mask is None and cu_seq_lens_q.dtype == torch.int32
+    lengths = tuple(cu_seq_lens_q.diff().tolist())
+    assert max_length_q == max(lengths)
+    return attend_per_sample(module, query, key, value, None, lengths)
+
+
+def test_flash_attention_is_told_where_samples_begin():
+    AttentionInterface.register("flash_stand_in", flash)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    model = small_model().train()
+    batch, _ = batch_of(model)
+    expected = model(**batch).loss
+    model.model.language_model.config._attn_implementation = "flash_stand_in"
+    assert torch.allclose(model(**batch).loss, expected, atol=1e-6)
+    with device_reads() as reads:
+        model(**batch)
+    assert sum(reads.values()) == model.config.text_config.num_hidden_layers  # those of the stand-in itself
