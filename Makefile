@@ -1,6 +1,6 @@
 SHELL := /bin/bash
 JOBS ?= 2# tests run in so many processes, whole files in each
-PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ENV := set -euo pipefail; . scripts/env.sh;
 
 .PHONY: help setup test test-slow fuzz check format bench tradeoff conformance

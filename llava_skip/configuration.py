@@ -163,8 +163,8 @@ class SkipConfig:
         return self.length - self.num_skipping
 
     def mean_num_skipping(self, layers: int) -> float:
-        """`num_skipping`, averaged over the layers of a decoder with this number of layers."""
-        return self.num_skipping * (1.0 if self.layers is None else len(self.layers) / layers)
+        """`num_skipping`, averaged over the first `layers` decoder layers."""
+        return self.num_skipping * (1.0 if self.layers is None else sum(n < layers for n in self.layers) / layers)
 
     def check_layers(self, layers: int) -> None:
         """Raise UserError if `layers` names a layer that a decoder with this number of layers does not have."""

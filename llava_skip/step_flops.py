@@ -101,6 +101,7 @@ def prompt_load(config: LlavaSkipConfig, text_tokens: int, head_tokens: int, ima
         samples: of the batch.
     """
     rows = image_rows(config)
+    rows = rows[:-1] or rows
     tokens = text_tokens + images * config.image_seq_length
     return Load(
         samples=samples,

@@ -1,5 +1,6 @@
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # Tables and reports of made-up data; started processes use it too.
@@ -13,6 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor, preset_config
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the fewest tests come first: theirs take longest, and the many short ones fill the end."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

@@ -224,6 +224,7 @@ def test_the_whole_bench(tmp_path: Path) -> None:
     assert "equal memory" in shown and "not measured" not in shown
 
 
+@pytest.mark.slow
 def test_the_growth_bench(tmp_path: Path) -> None:
     shown = run("growth", "--presets", "sv-llava-64", "--text", 20, "--images", "1,2", "--texts", "20,40", "--batches",
                 "2,1", *FAST, "--output", tmp_path)  # fmt: skip

@@ -66,6 +66,7 @@ def test_a_window_of_the_fine_scale_copies_the_queries_of_the_coarser_window_ove
         assert torch.equal(new[row, column], old[row // 4, column // 4])
 
 
+@pytest.mark.slow
 def test_command_writes_a_file_and_names_mistakes(tmp_path):
     extension = EXTENSIONS["res224to448_80to336"]
     save_file(official(extension.windows, extension.queries), tmp_path / "small.safetensors")

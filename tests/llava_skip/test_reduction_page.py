@@ -21,6 +21,7 @@ PAGE = (ROOT / "docs/add-a-rival.md").read_text(encoding="utf-8")
 RIVALS = (ROOT / "docs/rivals.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_rival_from_outside_is_trained_and_its_model_names_it(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (reduction,) = re.findall(r"--reduction (\S+)", PAGE)

@@ -241,6 +241,7 @@ def test_a_disk_without_room_is_refused_before_the_run(inputs, tmp_path, monkeyp
         recipe_features.say_size(tmp_path / "f", records, run.config, torch.float32)
 
 
+@pytest.mark.slow
 def test_another_tower_or_processor_has_another_folder(inputs, tmp_path):
     run = checked(inputs)
     folders = []

@@ -67,12 +67,13 @@ def test_a_run_that_was_killed_eight_times_ends_like_one_that_was_not(attempt, g
 @pytest.mark.parametrize(
     "options",
     [
-        ("--streaming", "true", "--dataloader_num_workers", "2", "--shuffle_buffer", "5"),
+        pytest.param(
+            ("--streaming", "true", "--dataloader_num_workers", "2", "--shuffle_buffer", "5"), marks=pytest.mark.slow
+        ),
         ("--group_by_modality_length", "true"),
-        (
-            "--padding_free",
-            "true",
-            *"--max_tokens_per_batch 400 --max_length 400 --per_device_train_batch_size 1".split(),
+        pytest.param(
+            "--padding_free true --max_tokens_per_batch 400 --max_length 400 --per_device_train_batch_size 1".split(),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda options: options[0],
@@ -127,6 +128,7 @@ def test_damaged_checkpoints_are_passed_over_and_renamed(attempt, given, undistu
     assert_ends_like(undisturbed, end, output)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_whole_checkpoint_does_not_start_again_by_itself(attempt, given, tmp_path):
     attempt(given, "training_step", 5)
     damage(tmp_path / "run/checkpoint-3")
@@ -156,6 +158,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(attempt, arguments, small_disk, undisturbed):
     given = [*arguments, "--output_dir", str(small_disk / "run")]
     attempt(given, "training_step", 5)

@@ -78,6 +78,7 @@ def test_a_run_leaves_metrics_and_a_figure(finished):
         assert text in result.stdout
 
 
+@pytest.mark.slow
 def test_the_same_run_again_has_nothing_to_do(finished, digits):
     output, _ = finished
     before = (output / "model.safetensors").stat().st_mtime_ns
@@ -91,7 +92,7 @@ def test_the_same_run_again_has_nothing_to_do(finished, digits):
     ("arguments", "variables", "message"),
     [
         (("--max_steps", "5"), {}, "holds another run (training.max_steps was 4 and is 5)"),
-        ((), {"DATA": "nowhere.json"}, "error: DATA nowhere.json does not exist"),
+        pytest.param((), {"DATA": "nowhere.json"}, "error: DATA nowhere.json does not exist", marks=pytest.mark.slow),
         pytest.param((), {"IMAGES": "nowhere"}, "error: IMAGES nowhere does not exist", marks=pytest.mark.slow),
         pytest.param(
             (),
@@ -99,7 +100,7 @@ def test_the_same_run_again_has_nothing_to_do(finished, digits):
             "error: Unknown preset 'sv-llava'; known: llava, sv-llava-64",
             marks=pytest.mark.slow,
         ),
-        (("--bogus", "1"), {}, "--bogus"),
+        pytest.param(("--bogus", "1"), {}, "--bogus", marks=pytest.mark.slow),
         ((), {"NPROC": "0"}, "error: NPROC is '0'; it must be a number of processes, 1 or more."),
         ((), {"ZERO": "7"}, "error: ZERO is '7'; it must be 2, 3, 2_offload or 3_offload."),
     ],
@@ -113,6 +114,7 @@ def test_a_mistake_is_one_message(finished, digits, tmp_path, arguments, variabl
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_image_is_named_with_its_record(digits, tmp_path):
     records = json.loads((digits / "train.json").read_text())
     faulty = next(record for record in records if "image" in record)

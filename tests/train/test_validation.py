@@ -195,6 +195,7 @@ BEST = (*SHARE, "--load_best_model_at_end", "true", "--save_steps", "2", "--max_
 WORSE = ("--learning_rate", "10", "--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "20")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_exported(attempt, arguments, tmp_path):
     output = tmp_path / "whole"
     given = [*arguments, *BEST, *WORSE, "--output_dir", str(output)]
@@ -220,7 +221,7 @@ def without_times(entries):
     return [{name: value for name, value in entry.items() if name != "eval_seconds"} for entry in entries]
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_an_interrupted_run_has_the_validations_of_a_whole_one(attempt, arguments, tmp_path, strategy):
     given = [*arguments, *SHARE, "--eval_strategy", strategy, "--save_steps", "4", "--eval_steps", "4"]
     whole, broken = ([*given, "--output_dir", str(tmp_path / name)] for name in ("whole", "broken"))

@@ -51,7 +51,8 @@ class Shape:
     def load(self, config: LlavaSkipConfig, max_length: int) -> Load:
         """What one epoch brings to a model, without padding; text beyond `max_length` is cut, as training does."""
         layers, text = image_rows(config), config.text_config
-        asks, asked, ffn = (np.mean([getattr(rows, name) for rows in layers]) for name in ("queries", "keys", "ffn"))
+        asks, asked = (np.mean([getattr(rows, name) for rows in layers]) for name in ("queries", "keys"))
+        ffn = np.mean([rows.ffn for rows in layers[:-1] or layers])
         both = np.mean([rows.queries * rows.keys for rows in layers])
         left = np.maximum(0, max_length - self.images * config.image_seq_length)
         words = np.minimum(self.text, left)

@@ -65,7 +65,9 @@ class Meter:
     ) -> None:
         skip = config.skip_config
         self._text = config.text_config
-        self._skipping = skip.mean_num_skipping(self._text.num_hidden_layers) if skip else 0.0
+        layers = self._text.num_hidden_layers
+        self._skipping = skip.mean_num_skipping(layers) if skip else 0.0
+        self._before_last = skip.mean_num_skipping(max(layers - 1, 1)) / (self._skipping or 1) if skip else 0.0
         self._passes = 3 if trainable else 2
         self._device, self._peak, self._gather = device, peak, gather
         self.totals: dict[str, float] = dict.fromkeys((*COUNTS, "seconds"), 0.0)
@@ -136,7 +138,8 @@ class Meter:
         tokens = round(counts["rows"])
         keys = round(counts["squared_rows"] / max(tokens, 1))
         read = round(counts["supervised"])
-        once = decoder_flops(self._text, tokens, counts["ffn_rows"], read, keys=keys, last_ffn_tokens=read)
+        ffn = counts["rows"] - (counts["rows"] - counts["ffn_rows"]) * self._before_last  # a layer before the last one
+        once = decoder_flops(self._text, tokens, ffn, read, keys=keys, last_ffn_tokens=read)
         return self._passes * once.total
 
     def so_far(self) -> dict[str, float]:
