@@ -59,6 +59,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "flash-attn": ["flash-attn>=2.7"],
+        "liger": ["liger-kernel>=0.8,<0.9"],  # needs triton, which torch has for CUDA and ROCm
         "qlora": ["bitsandbytes>=0.46.1,<1"],
         "gguf": GGUF,
         "trl": ["trl>=1.16,<2"],
