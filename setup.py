@@ -34,6 +34,7 @@ REQUIRED = [
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
 GGUF = ["gguf>=0.17,<1"]
+PROGRAMS = ("train", "eval", "serve", "playground")
 DEV = ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.11"]
 
 setup(
@@ -44,7 +45,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["llava_skip*", "train", "train.*", "eval", "eval.*", "playground", "playground.*"]),
+    packages=find_packages(include=["llava_skip*", *PROGRAMS, *(f"{name}.*" for name in PROGRAMS)]),
     package_data={
         "llava_skip": ["templates/*.jinja"],
         "eval.showing": ["templates/*.jinja"],
@@ -58,8 +59,10 @@ setup(
     extras_require={
         "train": TRAIN,
         "flash-attn": ["flash-attn>=2.7"],
+        "liger": ["liger-kernel>=0.8,<0.9"],  # needs triton, which torch has for CUDA and ROCm
         "qlora": ["bitsandbytes>=0.46.1,<1"],
         "gguf": GGUF,
+        "trl": ["trl>=1.16,<2"],
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
         "all": [*TRAIN, *GGUF, *DEV],

@@ -16,13 +16,13 @@ from eval.benchmarks import BENCHMARKS
 from eval.scoring.intervals import CONFIDENCE
 from eval.showing.charts import FEWEST_AXES, bars, radar
 from eval.showing.pages import write_pages
-from eval.showing.plain_markdown import markdown_table
 from eval.showing.results import Result, find_results
 from eval.study.statistics.scored import load_group
 from eval.study.statistics.seeds import Spread, grouped, spread
 from llava_skip_base.console import make_app, make_table, output_console, print_text, run_app
 from llava_skip_base.files import write_json, write_text, writing
 from llava_skip_base.paths import results, shown
+from llava_skip_base.plain_markdown import markdown_table
 
 MOST_AXES = 24
 FOLDER = "overview"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from llava_skip.folder_code import config_map, write_module
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.vision import get_front_end
 from llava_skip.vision.resampler import ResamplerConfig
@@ -276,6 +278,28 @@ class LlavaSkipConfig(LlavaConfig):
         if self.reduction is None:
             fields.pop("reduction", None)
         return fields
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The classes of the module in saved folders, by the Auto class that takes them."""
+        return config_map()
+
+    @auto_map.setter
+    def auto_map(self, value: Any) -> None:
+        """Takes the map of a saved configuration, which may name other code."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers; with the classes of the module that `to_json_file` writes."""
+        return super().to_diff_dict() | {"auto_map": self.auto_map}
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As in transformers; with the module by which the folder is read without `import llava_skip`."""
+        super().to_json_file(json_file_path, use_diff)
+        write_module(json_file_path)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: transformers would copy the file of the class into saved folders, and load it from there."""
 
     def _check_skip(self, skip: SkipConfig) -> None:
         if self.vision_feature_select_strategy != "default":

@@ -12,6 +12,7 @@ import typer
 from llava_skip.checkpoints import export_llava_hf, find_folder, has_tokenizer, load_checkpoint, load_tokenizer
 from llava_skip.checkpoints.front_end import with_new_front_end
 from llava_skip.ends import learn_ends
+from llava_skip.model_card import CardFacts, write_card
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
 from llava_skip.presets import preset_config
 from llava_skip.processing import LlavaSkipProcessor
@@ -79,6 +80,14 @@ def _write(
     return processor is not None
 
 
+def _note(model: LlavaSkipForConditionalGeneration) -> str:
+    """What a user must know of a model that lacks trained parts."""
+    report = getattr(model, "load_report", None)  # a model with another front end has none
+    read = ("model.summary.", "model.multi_modal_projector.")  # not the tower's layers after the features
+    is_new = report is None or any(name.startswith(read) for name in report.fresh)
+    return "Parts of it are newly initialised: train it before it is used." if is_new else ""
+
+
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub name, of any layout.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.")],
@@ -127,6 +136,9 @@ def convert(
         print_text("The projector is new: train the model before it is used.")
     if not _write(model, source, output, template, to):
         print_text(f"{source} has no tokenizer: no processor is written.")
+    if to is Target.native:
+        parts = {"checkpoint": source, "vision tower": vision_tower, "LoRA adapter": lora, "projector": projector}
+        write_card(output, model.config, CardFacts(parts, parameters=model.num_parameters(), note=_note(model)))
     print_text(f"written to {output}")
     train = f"llava-skip train --recipe finetune --model {output}"
     print_next(train if new_projector else f"llava-skip eval --model {output}, or {train}")

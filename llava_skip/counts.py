@@ -9,6 +9,7 @@ Shapes: B batch, T new tokens of a sample, W its tokens so far, N images.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ class TokenCounts:
         supervised: tokens whose next one has a label.
         first: the first column [0, T) that has one of these; 0 if there is none.
         crops: crops of each image; empty where an image has no `crop_counts`.
+        sequences: tokens of each of the samples that lie one after the other in one row; empty: it is not known.
     """
 
     shape: tuple[int, int]
@@ -53,6 +55,7 @@ class TokenCounts:
     supervised: int
     first: int
     crops: tuple[int, ...] = ()
+    sequences: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -115,11 +118,21 @@ def count_batch(config: LlavaSkipConfig, batch: dict[str, Any]) -> TokenCounts:
 
     Args:
         config: of the model.
-        batch: arguments of the model: `input_ids` [B, T], and `attention_mask`, `labels` and `crop_counts` if any.
+        batch: arguments of the model: `input_ids` [B, T], and `attention_mask`, `labels`, `crop_counts` and
+            `position_ids` (of several samples in one row) if any.
     """
     found = batch["input_ids"] == config.image_token_id
     images, supervised = ImageTokens.of_forward(found, config.skip_config), supervised_tokens(batch.get("labels"))
-    return count_tokens(images, found, batch.get("attention_mask"), supervised, batch.get("crop_counts"))
+    counts = count_tokens(images, found, batch.get("attention_mask"), supervised, batch.get("crop_counts"))
+    positions = batch.get("position_ids")
+    return counts if positions is None else replace(counts, sequences=lengths_in_row(positions))
+
+
+def lengths_in_row(position_ids: Tensor) -> tuple[int, ...]:
+    """Tokens of each sample of a row, by its positions [1, T], which start again with each; reads their device."""
+    starts = (position_ids[0].diff() != 1).nonzero().squeeze(1) + 1
+    bounds = [0, *starts.tolist(), position_ids.shape[1]]
+    return tuple(end - begin for begin, end in itertools.pairwise(bounds))
 
 
 def with_counts(

@@ -133,6 +133,11 @@ LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
 """`model_type` of a language model -> its skipping twin."""
 
 
+def language_models(model: nn.Module) -> list[Any]:
+    """The skipping language models in a model, which may be wrapped."""
+    return [module for module in model.modules() if isinstance(module, SkippingModel)]
+
+
 def build_language_model(config: PreTrainedConfig, skip: SkipConfig | None = None) -> PreTrainedModel:
     """The skipping language model of a text configuration, for the method `skip` (None: dense).
 

@@ -5,6 +5,7 @@ Shapes: M supervised tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,18 +26,25 @@ class Head(nn.Linear):
 
     Both are one call of the module, however many tokens there are: ZeRO-3 gathers weights for a module's call, and
     every rank must make the same calls.
+
+    Attributes:
+        fused: weight [V, D], states [M, D] and targets [M] -> the sum, by a kernel of a device; None: by torch.
     """
+
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, states: Tensor, targets: Tensor | None = None) -> Tensor:
         """States [..., D] -> logits; states [M, D] and targets -> the sum, in float32."""
         if targets is None:
             return super().forward(states)
+        if self.fused is not None:
+            return self.fused(self.weight, states, targets)
         loss: Tensor = _SummedLoss.apply(states, self.weight, targets, torch.is_grad_enabled())
         return loss
 
 
 def summed_loss(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross entropies of M tokens; few tokens at a time, where their logits are many.
+    """The sum of the cross entropies of M tokens; few tokens at a time, where their logits are many, or by a kernel.
 
     Args:
         head: states [M, D] -> logits [M, V].
@@ -44,7 +52,8 @@ def summed_loss(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
         targets: [M], the next tokens.
     """
     compiled = torch.compiler.is_compiling()  # a graph cannot depend on the number of tokens
-    if isinstance(head, Head) and not compiled and len(states) > rows_at_once(head.out_features):
+    most = rows_at_once(head.out_features) if isinstance(head, Head) and head.fused is None else 0
+    if isinstance(head, Head) and not compiled and len(states) > most:
         return head(states, targets)
     return nn.functional.cross_entropy(head(states).float(), targets, reduction="sum")
 

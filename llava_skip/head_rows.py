@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from llava_skip.counts import TokenCounts
     from llava_skip.decoder import SkippingLayer
 
+OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments of transformers for several samples in one row under flash attention: their starts, the longest length."""
+SEQUENCE_LENGTHS = "sequence_lengths"
+"""Argument of a layer: tokens of each sample, where several lie in one row and no mask separates them."""
 READ_BY_USERS = ("output_hidden_states", "output_attentions")
 """Arguments and settings that ask for what all layers give all tokens."""
 
@@ -114,6 +118,7 @@ class HeadRows:
         One query sees all keys. Several do without a mask only in a kernel that aligns them with the last keys, and
         torch's aligns them with the first. Flash attention may find several sequences in one where nothing is padded.
         In training an attention without a mask may share a sequence between processes, and needs the queries of all.
+        Where attention is made for each sample by itself, all tokens ask.
         """
         if mask is not None and mask.ndim == 4:
             return True
@@ -122,7 +127,7 @@ class HeadRows:
         if is_flash_attention_requested(config):
             is_one = mask is not None or arguments.get("past_key_values") is not None
             return self.number == 1 and is_one and arguments.get("cu_seq_lens_q") is None
-        return self.number == 1 and mask is None
+        return self.number == 1 and mask is None and arguments.get(SEQUENCE_LENGTHS) is None
 
 
 class _KeysBefore:

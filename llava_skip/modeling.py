@@ -35,6 +35,7 @@ from llava_skip.generation import SkippingGenerationMixin
 from llava_skip.head import Head, summed_loss
 from llava_skip.head_rows import HeadRows, rows_for_head
 from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
+from llava_skip.per_sample import arguments_of_row
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
 from llava_skip.routing import ImageTokens, Route, make_route, place_images, take_tokens, true_indices
@@ -210,6 +211,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         runner = make_runner(self.config, self.language_model, route, images, mask, supervised)
         config, position_ids = self.language_model.config, kwargs["position_ids"]
         mask = forward_mask(config, embeds, mask, cache, route, images, position_ids, padded)
+        if row := arguments_of_row(config, mask, cache, position_ids, None if images is None else images.counts):
+            kwargs, position_ids = row | kwargs, None
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,

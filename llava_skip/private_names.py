@@ -35,6 +35,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         parameters=("module",),
     ),
     PrivateName(
+        "transformers.PreTrainedConfig._attn_implementation",
+        used_in="llava_skip.per_sample",
+        reason="transformers' guide to attention functions reads the name of the chosen one from it, and there is no "
+        "public reader",
+    ),
+    PrivateName(
         "transformers.PreTrainedModel._no_split_modules",
         used_in="llava_skip.modeling",
         reason="device_map reads which modules stay on one device from this class attribute alone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.processing_utils import MultiModalData
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.conversation import Messages, Span, load_template, render, supervised_tokens
 from llava_skip.ends import ends_of
+from llava_skip.folder_code import processor_map, write_module
 from llava_skip.vision import get_front_end
 from llava_skip.vision.square import SquareImageProcessorPil
 from llava_skip.vision.values import AS_BYTES
@@ -97,6 +99,19 @@ class LlavaSkipProcessor(ProcessorMixin):
         """Give an image as many tokens as a model of this configuration, whose reduction was changed, takes."""
         self.image_seq_length = config.image_seq_length
         self.crop_rows = get_front_end(config.front_end).crop_length(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; with the class of the module that `to_json_file` writes."""
+        return super().to_dict() | {"auto_map": processor_map()}
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """As in transformers; with the module by which the folder is read without `import llava_skip`."""
+        super().to_json_file(json_file_path)
+        write_module(json_file_path)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
+        """Does nothing: transformers would copy the file of the class into saved folders, and load it from there."""
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The image tokens of one image (called by transformers for each `<image>`)."""

@@ -34,6 +34,7 @@ PROGRAMS: dict[str, Program] = {
     "merge-lora": Program("train.merge_lora", "Merge a LoRA adapter into its model."),
     "convert": Program("llava_skip.convert", "Convert a checkpoint of LLaVA, llava-hf or the paper's code."),
     "extend": Program("llava_skip.extend", "Extend a chain-of-sight resampler to more scales."),
+    "chat": Program("serve.chat", "Ask a model about images in the terminal."),
     "eval": Program("eval.run", "Evaluate saved models on benchmarks."),
     "score": Program("eval.score", "Score saved predictions of any program."),
     "compare": Program("eval.compare", "Compare two results, or two models on all benchmarks, with intervals."),
@@ -61,7 +62,7 @@ def usage() -> str:
 
 
 def use_own_packages() -> None:
-    """Let `train`, `eval` and `playground` be the project's, whatever the current folder has of these names."""
+    """Let the packages of the programs be the project's, whatever the current folder has of these names."""
     here, root = Path.cwd(), Path(__file__).resolve().parent.parent
     others = [entry for entry in sys.path if Path(entry or ".").resolve() not in (here, root)]
     if checkout() is None:  # installed: its folder has all packages, which must not come before the standard library

@@ -41,6 +41,29 @@ def print_text(value: Any) -> None:
     print(plain(value))
 
 
+def print_piece(value: Any) -> None:
+    """Print the next piece of a text that grows, at once."""
+    sys.stdout.write(plain(value))
+    sys.stdout.flush()
+
+
+def print_aside(value: Any) -> None:
+    """Print a line about what goes on, paler than the text around it where the terminal can."""
+    output_console().print(Text(plain(value), style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """Show in a terminal that something goes on, until the block ends or what it yields is called."""
+    status = output_console().status(Text(plain(what)))
+    if sys.stdout.isatty():
+        status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
+
+
 def output_console() -> Console:
     """The console of standard output; wide where the output is no terminal."""
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False, emoji=False, highlight=False)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def elsewhere(tmp_path):
     """A user's folder with `train.py`, `eval/` and `tests/` of its own."""
     (tmp_path / "train.py").write_text("raise RuntimeError('the file of the user')\n")
-    for name in ("eval", "tests", "playground"):
+    for name in ("eval", "tests", "serve", "playground"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the folder of the user')\n")
     return tmp_path
@@ -76,7 +76,7 @@ def installed(tmp_path_factory):
     source, target = folder / "source", folder / "site"
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
-        if name.startswith(("llava_skip", "train", "eval", "playground", "setup.py", "pyproject", "README")):
+        if name.startswith(("llava_skip", "train", "eval", "serve", "playground", "setup.py", "pyproject", "README")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]

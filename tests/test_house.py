@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "playground")
+PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "serve", "playground")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 OPTIONAL = {"eval.lmms_plugin": "lmms_eval"}
@@ -21,6 +21,7 @@ LAYERS = {
     "playground": ("llava_skip", "llava_skip_base"),
     "train": ("playground", "llava_skip", "llava_skip_base"),
     "eval": ("llava_skip", "llava_skip_base"),
+    "serve": ("llava_skip", "llava_skip_base"),
 }
 """Package -> the packages that it may import."""
 ROOMS = {

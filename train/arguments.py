@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +11,7 @@ from llava_skip.conversation import template_names
 from llava_skip.presets import DEFAULT_PRESET, PRESETS, SIZES, dense_preset
 from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
+from train.argument_values import check_numbers, read_object, read_rates
 from train.data.loading import set_workers
 from train.data.parallel import default_processes
 from train.recipe.parts import PART_PREFIXES
@@ -98,7 +97,7 @@ class ModelArguments:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {getattr(self, name)!r}; it must be {' or '.join(map(str, known))}.")
-        _check_numbers(self, above_zero=("lora_r", "lora_alpha"), not_negative=("lora_dropout",))
+        check_numbers(self, above_zero=("lora_r", "lora_alpha"), not_negative=("lora_dropout",))
 
     @property
     def rival(self) -> ReductionConfig | None:
@@ -116,15 +115,6 @@ class ModelArguments:
         if self.train_parts is not None:
             return tuple(self.train_parts)
         return PARTS if self.model is None else tuple(part for part in PARTS if part != "vision_tower")
-
-
-def _check_numbers(arguments: Any, above_zero: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
-    """Refuse numbers with which a run would fail late, or do nothing and look finished."""
-    for name in (*above_zero, *not_negative):
-        value = getattr(arguments, name)
-        if value is not None and (not (0 <= value < math.inf) or (value == 0 and name in above_zero)):
-            words = "above 0" if name in above_zero else "0 or more"
-            raise UserError(f"--{name} is {value}; it must be {words}.")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -164,6 +154,11 @@ class DataArguments:
     padding_free: bool = field(
         default=False, metadata={"help": "The samples of a batch one after the other in one sequence, without padding."}
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "With --padding_free true: as many samples in a batch as have at most so many tokens "
+                          "together; needs --per_device_train_batch_size 1."},
+    )  # fmt: skip
     streaming: bool = field(
         default=False,
         metadata={"help": "Read records as they are needed, without a copy on disk; needs --max_steps."},
@@ -193,7 +188,8 @@ class DataArguments:
             raise UserError(f"--eval_share is {self.eval_share}; it must be above 0 and below 1.")
         if not self.data:
             raise UserError("--data is missing: give a LLaVA conversation JSON, or another set.")
-        _check_numbers(self, above_zero=("max_length", "shuffle_buffer"), not_negative=("data_processes",))
+        above_zero = ("max_length", "shuffle_buffer", "max_tokens_per_batch")
+        check_numbers(self, above_zero=above_zero, not_negative=("data_processes",))
         if self.streaming and self.group_by_modality_length:
             raise UserError("--group_by_modality_length needs the length of every sample; leave out --streaming.")
 
@@ -306,16 +302,16 @@ class RunArguments(TrainingArguments):
         if self.eval_steps is None and self.eval_strategy == "steps":  # transformers would take --logging_steps
             self.eval_steps = self.save_steps
         for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
-            setattr(self, name, _read_object(name, getattr(self, name)))
+            setattr(self, name, read_object(name, getattr(self, name)))
         if self.deepspeed:
             self.deepspeed: Any = zero_file(self.deepspeed)
             check_zero_file(self.deepspeed)
             prepare_deepspeed()
         self._read_as_transformers_does()
-        _check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)
+        check_numbers(self, above_zero=_ABOVE_ZERO, not_negative=_NOT_NEGATIVE)
         if wrong := [name for name in ("adam_beta1", "adam_beta2") if getattr(self, name) >= 1]:
             raise UserError(f"--{wrong[0]} is {getattr(self, wrong[0])}; it must be below 1.")
-        self.learning_rates = _read_rates(self.learning_rates)
+        self.learning_rates = read_rates(self.learning_rates)
         self.layout: Layout = self.own_layout
         if self.loss_normalization not in LOSS_NORMALIZATIONS:
             raise UserError(
@@ -339,33 +335,6 @@ class RunArguments(TrainingArguments):
         """Peak learning rates of the parts that have one of their own."""
         assert isinstance(self.learning_rates, dict)  # __post_init__ has read it
         return self.learning_rates
-
-
-def _read_object(name: str, given: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """The value of an argument that is a JSON object."""
-    try:
-        content = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise UserError(f"--{name} is {given!r}; it must be a JSON object ({error}).") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"--{name} is {given!r}; it must be a JSON object.")
-    return content
-
-
-def _read_rates(given: dict[str, Any] | str | None) -> dict[str, float]:
-    """The learning rates by part, checked."""
-    try:
-        rates = json.loads(given) if isinstance(given, str) else given or {}
-        rates = {part: float(rate) for part, rate in rates.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--learning_rates is {given!r}; it must be JSON such as '{{\"vision_tower\": 2e-6}}'."
-        ) from error
-    if unknown := sorted(set(rates) - set(PARTS)):
-        raise UserError(f"--learning_rates has the unknown parts {unknown}; known: {', '.join(PARTS)}.")
-    if wrong := {part: rate for part, rate in rates.items() if not 0 < rate < math.inf}:
-        raise UserError(f"--learning_rates has {wrong}; rates must be above 0. A part is frozen by --train_parts.")
-    return rates
 
 
 KINDS = (ModelArguments, DataArguments, RunArguments)

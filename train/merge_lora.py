@@ -15,11 +15,14 @@ from llava_skip.checkpoints.files import check_tensors, is_adapter
 from llava_skip.checkpoints.processor import load_processor
 from llava_skip.convert import Precision, new_folder
 from llava_skip.ends import learn_ends
+from llava_skip.model_card import write_card
 from llava_skip_base.console import hide_bars_in_files, print_next, print_text, program
 from llava_skip_base.errors import MissingFileError
 from llava_skip_base.files import read_json
 from train.arguments import ModelArguments
 from train.recipe.model import build_model, check_weights
+from train.reporting.card import run_facts
+from train.resilience.run_folder import RESULT
 
 
 def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any:
@@ -44,7 +47,7 @@ def load_base(adapter: Path, base: str | None, dtype: torch.dtype | None) -> Any
     training = run["training"]
     trained = torch.bfloat16 if training["bf16"] else torch.float16 if training["fp16"] else torch.float32
     set_seed(training["seed"])  # what a join initialises is the same again
-    config = AutoConfig.from_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     check_weights(arguments, config)  # --base may name another model
@@ -68,6 +71,8 @@ def merge(
     learn_ends(model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    result = read_json(adapter / RESULT) if (adapter / RESULT).is_file() else {}  # a checkpoint has none
+    write_card(folder, model.config, run_facts(read_json(adapter / "run.json"), result))
     print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}")
 

@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.processing import LlavaSkipProcessor
-from llava_skip.reduction.running import check_samples_apart
 from llava_skip.vision.values import PixelValues
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import as_json, read_json
@@ -34,9 +33,12 @@ from train.data import (
     unread_columns,
     usable_records,
 )
+from train.data.packing import PackSampler
 from train.recipe.features import check_features
+from train.recipe.liger import check_liger
 from train.recipe.lora import check_lora
 from train.recipe.model import check_weights, prepare
+from train.recipe.packing import attends_per_sample, check_packing
 from train.recipe.plan import check_plan
 from train.reporting.callbacks import check_reporters
 from train.resilience.layout import RECORD, begun_with, continued, described, read_record
@@ -52,7 +54,8 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 class Run:
     """A checked run, before any weight is loaded.
 
-    `unread` counts the columns of its data that nothing reads; `features` is where those of its tower are stored.
+    `unread` counts the columns of its data that nothing reads; `features` is where those of its tower are stored;
+    `packs` chooses the samples of a batch by their tokens; `per_sample` is whether each is attended to by itself.
     """
 
     model_arguments: ModelArguments
@@ -67,6 +70,8 @@ class Run:
     resolved: dict[str, Any]
     unread: dict[str, int] = field(default_factory=dict)
     features: Path | None = None
+    packs: PackSampler | None = None
+    per_sample: bool = False
 
     @property
     def output(self) -> Path:
@@ -75,7 +80,12 @@ class Run:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample that the run can have; of those that were measured, if they were."""
+        """Tokens of the longest sample that the run can have; of those that were measured, if they were.
+
+        Of a whole batch, where its tokens are what is fixed.
+        """
+        if self.packs is not None:
+            return self.packs.most
         lengths = getattr(self.dataset, "lengths", None)
         return self.dataset.max_length if lengths is None else int(abs(lengths).max())
 
@@ -92,7 +102,8 @@ def parse(command_line: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
     if not run.overwrite:
         begun = on_first_rank(run.process_index, lambda: begun_with(Path(output), run.world_size))
     if begun is not None:
-        layout = continued(begun, run.own_layout, run.loss_normalization == "micro_batch", Path(output))
+        same_batches = run.loss_normalization == "micro_batch" or data.max_tokens_per_batch is not None
+        layout = continued(begun, run.own_layout, same_batches, Path(output))
         if layout != run.own_layout:
             sizes = {_BATCH: layout.batch, _ACCUMULATION: layout.accumulation}
             words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
@@ -125,14 +136,15 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
     check_schedule(run)
     check_output(Path(run.output_dir), arguments, run.overwrite)
     _check_stream(data, run)
+    check_packing(data, run)
     check_validation(data, run)
     check_benchmarks(model, run)
     sources = read_sources(data.data, data.images)
     table = None if data.streaming else load_tables(sources)
     held_out = load_tables(eval_sources(data)) if data.eval_data else None
     config, processor = prepare(model)
-    if data.padding_free:
-        check_samples_apart(config)
+    check_liger(run, config)
+    per_sample = attends_per_sample(model, data, config)
     check_features(model, data, run, config)
     check_weights(model, config)
     parts = check_plan(model, run, config)
@@ -151,6 +163,7 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         dropped |= {"validation": dropped_findings(held_out, errors)} if errors else {}
     check_dropped(Path(run.output_dir), dropped or None, run.overwrite)
     unread: dict[str, int] = {}
+    packs = None
     as_bytes = PixelValues.of(processor) is not None
     if table is None:
         dataset: Any = ConversationStream(
@@ -160,29 +173,33 @@ def check(model: ModelArguments, data: DataArguments, run: RunArguments) -> Run:
         unread = unread_columns(table, processor, data.max_length)
         if data.eval_share:
             records, held_out = split(records, data.eval_share, run.seed)
-        dataset = _training_set(records, processor, data, run, as_bytes)
+        dataset, packs = _training_set(records, processor, data, run, as_bytes)
     validation = None
     if held_out is not None:
         validation = ConversationDataset(held_out, processor, data.max_length, as_bytes=as_bytes)
     return Run(
         model, run, config, processor, dataset, validation, collator, dropped or None, parts, arguments, unread,
         features=None if data.cache_vision_features is None else Path(data.cache_vision_features).expanduser(),
+        packs=packs, per_sample=per_sample,
     )  # fmt: skip
 
 
 def _training_set(
     records: RecordSet, processor: LlavaSkipProcessor, data: DataArguments, run: RunArguments, as_bytes: bool
-) -> ConversationDataset:
-    lengths = None
-    if data.group_by_modality_length:
+) -> tuple[ConversationDataset, PackSampler | None]:
+    lengths, most = None, data.max_tokens_per_batch
+    if data.group_by_modality_length or most is not None:
         lengths = sample_lengths(records, processor, data.max_length, data.data_processes)
+    if lengths is not None and most is not None:
+        dataset = ConversationDataset(records, processor, data.max_length, as_bytes=as_bytes)
+        return dataset, PackSampler(abs(lengths), most, run.layout.processes, run.seed)
     dataset = ConversationDataset(records, processor, data.max_length, lengths, as_bytes)
     step = run.per_device_train_batch_size * run.world_size
     if run.dataloader_drop_last and len(dataset) < step:
         raise UserError(
             f"--dataloader_drop_last true leaves no step: there are {len(dataset)} samples, and one takes {step}."
         )
-    return dataset
+    return dataset, None
 
 
 def count_dropped(dropped: dict[str, Any] | None) -> int:

@@ -21,6 +21,8 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from llava_skip.ends import learn_ends
+from llava_skip.model_card import write_card
+from llava_skip.per_sample import set_attention_per_sample
 from llava_skip.vision.clip import ClipTower
 from llava_skip_base.console import print_error
 from llava_skip_base.errors import UserError
@@ -31,9 +33,11 @@ from train.data import ConversationDataset, RecordError
 from train.data.features import FeatureCollator, FeatureShards, FeatureWriter
 from train.planning.checkpointing import settle_checkpointing
 from train.recipe.features import features_folder, say_size, tower_dtype
+from train.recipe.liger import use_liger
 from train.recipe.model import make_trainable_model
 from train.recipe.plan import show_plan
 from train.reporting.callbacks import keep_reports_in, show_no_bars
+from train.reporting.card import run_facts
 from train.reporting.result import draw_loss, show_result
 from train.resilience.finite import NotFinite
 from train.resilience.preemption import Preemption
@@ -72,6 +76,10 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
     keep_reports_in(run.output)
     show_no_bars(arguments)
     model = make_trainable_model(run.model_arguments, arguments, run.config)
+    if run.per_sample:
+        set_attention_per_sample(model)
+    if arguments.use_liger_kernel:
+        use_liger(model, arguments)
     learn_ends(model, run.processor)
     features = _stored_features(run, model)
     preemption, watchdog = Preemption(), Watchdog(arguments.hang_timeout_seconds)
@@ -86,6 +94,7 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
         resolved=run.resolved,
         validation=Validation(run.validation, run.collator, arguments) if run.validation else None,
         features=features,
+        packs=run.packs,
     )
     if arguments.eval_benchmarks:
         trainer.add_callback(Benchmarks(arguments, trainer.log, watchdog.mark, preemption))
@@ -106,6 +115,8 @@ def train(run: Run, checkpoint: Path | None = None) -> bool:
 def _settle(run: Run) -> None:
     """Decide what the arguments leave open, and look whether there is room; rank 0 says it. Every rank calls it."""
     said = [settle_checkpointing(run.model_arguments, run.arguments, run.config, run.longest)]
+    if run.packs is not None:
+        said.append(str(run.packs))
     if run.features is not None and isinstance(run.dataset, ConversationDataset):
         said.append(say_size(run.features, run.dataset.records, run.config, tower_dtype(run.arguments)))
     if run.arguments.process_index == 0:
@@ -161,6 +172,7 @@ def _report(
         result["activation_checkpointing"] = run.arguments.activation_checkpointing
     if run.config.reduction is not None:
         result["reduction"] = run.config.reduction
+    write_card(run.output, run.config, run_facts(run.resolved, result, run.model_arguments.lora_enable))
     write_json(run.output / RESULT, result, sort_keys=True)
     draw_loss(history, validation, run.output / "loss.png", f"{preset}: training loss")
     show_result(result, run.output)
@@ -201,7 +213,7 @@ def _run(command_line: list[str]) -> int:
             _settle(run)
             if rank == 0:
                 samples = len(run.dataset) if isinstance(run.dataset, ConversationDataset) else None
-                show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples)
+                show_plan(run.model_arguments, run.arguments, run.config, run.parts, run.resolved, samples, run.packs)
             return 0
         check_same_records(run)
         folder = RunFolder(run.arguments, run.resolved, run.dropped)

@@ -23,6 +23,7 @@ from llava_skip_base.files import write_json
 from train.data import COUNTED, ConversationStream, stream_loader
 from train.data.features import FEATURES, FeatureWriter
 from train.data.loading import DataWait
+from train.data.packing import Packed, PackSampler, collate_packs
 from train.data.relaid import Relaid, Rounds, order_of
 from train.data.sampler import ModalityLengthSampler
 from train.recipe.parts import check_groups, count_parameters, parameter_groups
@@ -44,6 +45,7 @@ class SkipTrainer(ResumableTrainer):
         resolved: the run's arguments, saved with the weights.
         validation: of the run; None if there is none.
         features: what writes the features of the tower; None: they are not stored.
+        packs: the batches of an epoch, if their tokens are fixed.
         *args: as Trainer's.
         **kwargs: as Trainer's.
     """
@@ -56,10 +58,11 @@ class SkipTrainer(ResumableTrainer):
         resolved: dict[str, Any],
         validation: Validation | None = None,
         features: FeatureWriter | None = None,
+        packs: PackSampler | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._resolved, self._validation, self._features = resolved, validation, features
+        self._resolved, self._validation, self._features, self._packs = resolved, validation, features, packs
         if features is not None:
             self.add_callback(features)
         # Trainer would load the best weights into this process; `export` takes them from the checkpoint.
@@ -146,6 +149,10 @@ class SkipTrainer(ResumableTrainer):
         """Of a stream, which divides its own records; by modality and length for a set with lengths; else Trainer's."""
         if isinstance(self.train_dataset, ConversationStream):
             return stream_loader(self.train_dataset, self.args, self.data_collator)
+        if self._packs is not None:  # whole batches, which other processes take in turn as well
+            return self._loader(
+                Packed(self.train_dataset), self._packs, partial(collate_packs, collator=self.data_collator)
+            )
         run, begun = self.args, self.args.layout
         lengths = getattr(self.train_dataset, "lengths", None)
         if lengths is None:
@@ -158,13 +165,13 @@ class SkipTrainer(ResumableTrainer):
         rounds = Rounds(order_of(loader), begun.round, run.own_layout.round, run.dataloader_drop_last)
         return self._loader(Relaid(self.train_dataset), rounds)
 
-    def _loader(self, dataset: Any, sampler: Sampler) -> DataLoader:
+    def _loader(self, dataset: Any, sampler: Sampler, collator: Any = None) -> DataLoader:
         run = self.args
         loader = DataLoader(
             dataset,
             batch_size=run.train_batch_size,
             sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collator or self.data_collator,
             num_workers=run.dataloader_num_workers,
             pin_memory=run.dataloader_pin_memory,
             persistent_workers=run.dataloader_persistent_workers,

@@ -22,7 +22,7 @@ INHERITED = (
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
     "ddp_find_unused_parameters", "ddp_timeout", "local_rank", "log_level", "log_level_replica", "log_on_each_node",
     "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "save_strategy", "tf32", "torch_empty_cache_steps",
-    "train_sampling_strategy",
+    "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
 """Flags that keep transformers' meaning and default; `--help-all` has them."""
 
@@ -44,6 +44,7 @@ INSTEAD = {
     "ignore_data_skip": "the command without it: a run continues where its data stood",
     "include_num_input_tokens_seen": "train_log.jsonl, which has the tokens",
     "length_column_name": "--group_by_modality_length true",
+    "liger_kernel_config": "--use_liger_kernel true, which takes each kernel that fits",
     "logging_nan_inf_filter": "the command without it: a loss that is not finite ends a run",
     "optim_target_modules": "--lora_enable true with --lora_targets",
     "parallelism_config": "--deepspeed zero3",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.showing.pages import template
-from eval.showing.plain_markdown import markdown_table, markdown_text
 from llava_skip_base.console import PlainTable, chart_label, figure, make_table
 from llava_skip_base.files import write_bytes, write_json, write_text
+from llava_skip_base.plain_markdown import markdown_table, markdown_text
 
 FLOPS, SECONDS = "score-flops.png", "score-seconds.png"
 LARGEST = 420.0

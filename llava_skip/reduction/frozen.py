@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from llava_skip.head_rows import HeadRows, keys_and_values
+from llava_skip.head_rows import SEQUENCE_LENGTHS, HeadRows, keys_and_values
 from llava_skip.routing import add_to_tokens, align_right, take_tokens
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class FrozenTokens:
     """Runs the layers of one forward over images and text; in the frozen ones only text moves.
 
-    Queries, output projection and FFN are then computed for text alone. Flash attention takes no mask that says which
-    token a query is, so there the queries of all are computed, and those of frozen tokens are thrown away.
+    Queries, output projection and FFN are then computed for text alone. Flash attention, and attention to each sample
+    of a row by itself, take no mask that says which token a query is, so there the queries of all are computed, and
+    those of frozen tokens are thrown away.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class FrozenTokens:
         """What attention gives the tokens that are not frozen, [M, D]."""
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
         is_readable = mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
-        if self.uses_flash or not is_readable or self.packed.shape[1] == 0:
+        is_packed = arguments.get(SEQUENCE_LENGTHS) is not None
+        if self.uses_flash or is_packed or not is_readable or self.packed.shape[1] == 0:
             attended, _ = layer.self_attn(hidden_states=normed, **arguments)
             return take_tokens(attended, self.tokens.to(attended.device))
         device = normed.device

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava_skip.arguments import check_whole_mask
 from llava_skip.cache import ForgettingCache
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.head_rows import OF_PACKED
 from llava_skip.masking import is_two_dimensional
 from llava_skip.reduction.cache import StagedCache
 from llava_skip.reduction.config import ReductionConfig
@@ -25,9 +26,6 @@ from llava_skip.reduction.shortv import FreezeRule
 from llava_skip.reduction.stages import PromptTokens, Stages
 from llava_skip.routing import ImageTokens, LayerRunner, Route
 from llava_skip_base.errors import UserError
-
-OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Arguments of a forward over several sequences in one."""
 
 
 @lru_cache(maxsize=64)

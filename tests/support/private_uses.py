@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "playground")
+PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "serve", "playground")
 DOCUMENTED = {"_abc_impl", "_asdict", "_exit", "_current_frames", "_fields", "_make", "_replace"}
 """Names of the standard library that it documents, or makes itself for each class."""
 

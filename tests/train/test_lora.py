@@ -8,6 +8,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava_skip  # noqa: F401  (registers the Auto classes)
 from llava_skip.checkpoints import load_checkpoint
+from llava_skip.folder_code import FILE
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json
 from playground.data.build import ensure_built
@@ -67,6 +68,8 @@ def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     assert not (adapter / "model.safetensors").exists()
     assert read_json(adapter / "run.json") == read_json(adapter / "checkpoint-2/run.json")
     assert AutoConfig.from_pretrained(adapter).preset == "sv-llava-256"
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert "merge-lora run" in card and "| steps | 2 |" in card and (adapter / FILE).is_file()
 
 
 def test_merged_logits_are_those_of_the_adapter(adapter, inputs, tmp_path):
@@ -78,6 +81,9 @@ def test_merged_logits_are_those_of_the_adapter(adapter, inputs, tmp_path):
     assert (adapted - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
     assert read_json(tmp_path / "merged/generation_config.json")["stop_strings"] == ["###"]
+    card = (tmp_path / "merged/README.md").read_text(encoding="utf-8")
+    assert "| data | train.json |" in card and "library_name: transformers" in card
+    assert read_json(tmp_path / "merged/config.json")["auto_map"] and (tmp_path / "merged" / FILE).is_file()
     AutoProcessor.from_pretrained(tmp_path / "merged")
 
 

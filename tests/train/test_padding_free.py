@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llava_skip import SkipConfig
+from llava_skip.per_sample import PER_SAMPLE
 from tests.support.small_models import ARCHITECTURES, SKIP, mixed_samples, small_model
-from train.data import collate, collate_flat
+from train.data import collate, collate_counted, collate_flat
 from train.data.dataset import COUNTED
 
 VARIANTS = {name: {"architecture": name} for name in ARCHITECTURES}
@@ -36,13 +37,13 @@ def loss_and_gradients(model, batch):
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PER_SAMPLE])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_a_padded_batch(variant, attention):
     model = small_model(**VARIANTS[variant]).train()
     model.set_attn_implementation(attention)
     samples = samples_of(model)
-    flat = collate_flat(samples)
+    flat = collate_counted(samples, collate_flat, model.config)
     assert flat["input_ids"].shape[0] == 1 and (flat["position_ids"] == 0).sum() == len(samples)
     padded_loss, padded = loss_and_gradients(model, collate(samples, 0))
     flat_loss, found = loss_and_gradients(model, flat)

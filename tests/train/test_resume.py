@@ -71,7 +71,10 @@ def test_a_run_that_was_killed_eight_times_ends_like_one_that_was_not(attempt, g
             ("--streaming", "true", "--dataloader_num_workers", "2", "--shuffle_buffer", "5"), marks=pytest.mark.slow
         ),
         ("--group_by_modality_length", "true"),
-        pytest.param(("--padding_free", "true"), marks=pytest.mark.slow),
+        pytest.param(
+            "--padding_free true --max_tokens_per_batch 400 --max_length 400 --per_device_train_batch_size 1".split(),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda options: options[0],
 )

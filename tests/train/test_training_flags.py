@@ -70,6 +70,7 @@ EXAMPLES = {
     "torch_empty_cache_steps": ("5", 5),
     "train_sampling_strategy": ("sequential", "sequential"),
     "use_cpu": ("true", True),
+    "use_liger_kernel": ("true", True),
     "warmup_steps": ("5", 5),
     "weight_decay": ("0.1", 0.1),
 }
@@ -105,7 +106,7 @@ def test_every_other_flag_is_refused_by_its_name(name, tmp_path):
 
 def test_the_lists_are_whole():
     assert set(INHERITED) <= TRANSFORMERS and set(INSTEAD) <= set(REFUSED) and set(CHOICES) <= OURS
-    assert {"fsdp", "use_liger_kernel", "enable_jit_checkpoint", "torch_compile", "push_to_hub"} <= set(REFUSED)
+    assert {"fsdp", "liger_kernel_config", "enable_jit_checkpoint", "torch_compile", "push_to_hub"} <= set(REFUSED)
     own = {entry.name for entry in fields(RunArguments)} - TRANSFORMERS
     assert own <= OURS, "a new argument of a run belongs to a group of --help"
 

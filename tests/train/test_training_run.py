@@ -73,6 +73,7 @@ def test_a_run_leaves_metrics_and_a_figure(finished):
     assert metrics["tokens_per_second"] > 0 and metrics["truncated"] == 0
     assert [entry["step"] for entry in metrics["history"]] == [1, 2, 3, 4]
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| final loss | {metrics['final_loss']:.4f} |" in (output / "README.md").read_text(encoding="utf-8")
     assert json.loads((output / "run.json").read_text())["data"]["max_length"] == 2048
     for text in ("final loss", "tokens/s", "tokens that skipped the FFN"):
         assert text in result.stdout

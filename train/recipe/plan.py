@@ -17,6 +17,7 @@ from train.recipe.parts import check_groups, choose_trained, count_parameters, f
 
 if TYPE_CHECKING:
     from train.arguments import ModelArguments, RunArguments
+    from train.data.packing import PackSampler
 
 
 def check_plan(arguments: ModelArguments, run: RunArguments, config: LlavaSkipConfig) -> dict[str, tuple[int, int]]:
@@ -49,15 +50,16 @@ def show_plan(
     parts: dict[str, tuple[int, int]],
     record: dict[str, Any],
     samples: int | None,
+    packs: PackSampler | None = None,
 ) -> None:
     """Print a table of the run, and its resolved arguments as JSON.
 
-    `parts` are from `check_plan`; `samples` is None for a stream.
+    `parts` are from `check_plan`; `samples` is None for a stream, `packs` where a batch is a number of samples.
     """
     batch = run.per_device_train_batch_size * run.world_size * run.gradient_accumulation_steps
     steps = run.max_steps
     if samples is not None and steps <= 0:
-        steps = round(run.num_train_epochs * -(-samples // batch))
+        steps = round(run.num_train_epochs * -(-(samples if packs is None else len(packs)) // batch))
     rival = "" if config.reduction is None else f", {config.reduction_config}"
     rows = [
         ("model", arguments.model or f"new, {arguments.size}"),
@@ -65,6 +67,7 @@ def show_plan(
         ("samples", "a stream" if samples is None else f"{samples:,}"),
         ("batch", f"{batch} = {run.per_device_train_batch_size} x {run.world_size} processes "
                   f"x {run.gradient_accumulation_steps} accumulated"),
+        *([] if packs is None else [("batches", str(packs))]),
         ("steps", f"{steps:,}"),
         ("precision", "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"),
         ("DeepSpeed", str(run.deepspeed or "no")),

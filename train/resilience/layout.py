@@ -46,7 +46,8 @@ class Layout:
 
         Args:
             processes: of the restart.
-            same_batches: whether the loss depends on what a batch is, as LLaVA's mean of means does.
+            same_batches: whether the loss depends on what a batch is, as LLaVA's mean of means does, or a batch is
+                chosen as a whole.
         """
         if same_batches:
             fits = self.processes % processes == 0
@@ -136,7 +137,9 @@ def continued(begun: Layout, own: Layout, same_batches: bool, output: Path) -> L
         if (layout := begun.on(own.processes, same_batches)) is not None:
             return layout
     numbers = ", ".join(map(str, begun.fitting(same_batches)))
-    why = " in batches as they were (--loss_normalization micro_batch)" if same_batches else ""
+    why = (
+        " in batches as they were (--loss_normalization micro_batch, or --max_tokens_per_batch)" if same_batches else ""
+    )
     raise UserError(
         f"OUTPUT {output} holds a run of {begun.samples} samples a step ({begun}), and {own} do not make the "
         f"same{why}: continue with {numbers} processes, and leave out the arguments about batches or give those of "

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.showing.pages import template
-from eval.showing.plain_markdown import markdown_table, markdown_text
 from llava_skip_base.files import write_bytes, write_text
+from llava_skip_base.plain_markdown import markdown_table, markdown_text
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.showing.plain_markdown import markdown_table, markdown_text
 from eval.study.speed.subjects import STOCK
 from llava_skip_base.console import chart_label, figure
+from llava_skip_base.plain_markdown import markdown_table, markdown_text
 
 Row = dict[str, Any]
 Table = list[list[str]]

@@ -1,0 +1,1 @@
+"""Ways to use a saved model: a chat in the terminal."""

@@ -1,0 +1,251 @@
+"""Answers the turns of a conversation: text as it comes, what a turn cost, and the cache of the turns before.
+
+The cache goes on from turn to turn, so a question costs its own tokens, and those of its images. It is cut back to what
+the new prompt begins with: a chat template may write an answer in other tokens than the model has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.cache_utils import Cache, DynamicCache
+
+from llava_skip.cache import ForgettingCache
+from llava_skip.ends import Ends
+from llava_skip.foreign_templates import calling_template
+from llava_skip_base.errors import UserError
+from serve.conversation import Conversation, Picture
+from serve.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer took.
+
+    Attributes:
+        tokens: generated, its end included.
+        first_seconds: from the question to the first token.
+        rate: tokens a second after the first one; of a single token over all of its time.
+        kept: entries that a layer of the cache has, the mean of the layers.
+        seen: tokens of the conversation that went through the model.
+        reused: of these, the ones that were in the cache before the question.
+        stopped: whether the user stopped the answer.
+    """
+
+    tokens: int
+    first_seconds: float
+    rate: float
+    kept: float
+    seen: int
+    reused: int
+    stopped: bool
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{self.tokens:,} tokens",
+            f"first after {self.first_seconds:.2f} s",
+            f"{self.rate:.1f} tokens/s",
+            f"cache keeps {self.kept:,.0f} of {self.seen:,}",
+        ]
+        return ", ".join(parts) + ", stopped" * self.stopped
+
+
+class VisibleText:
+    """The part of a growing answer that can be shown: what may turn out to be its end waits."""
+
+    def __init__(self, ends: Ends, show: Callable[[str], None]) -> None:
+        self._ends, self._show = ends, show
+        self._text, self._shown = "", 0
+
+    def add(self, text: str, last: bool = False) -> None:
+        """Show what is certain after some more text; with `last`, all."""
+        self._text = (self._text + text).lstrip()
+        answer = self._ends.cut(self._text)
+        certain = len(answer) if last or len(answer) < len(self._text) else len(answer) - self._waiting(answer)
+        if certain > self._shown:
+            self._show(answer[self._shown : certain])
+            self._shown = certain
+
+    def _waiting(self, text: str) -> int:
+        """Characters at the end of a text that may begin an end."""
+        lengths = [n for end in self._ends.texts for n in range(1, len(end)) if text.endswith(end[:n])]
+        return max(lengths, default=0)
+
+
+class _Stream(TextStreamer):
+    """transformers' streamer; counts tokens and time, and gives text to `VisibleText`."""
+
+    def __init__(self, tokenizer: Any, text: VisibleText) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._visible, self._began = text, time.perf_counter()
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each new token."""
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter() - self._began)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with whole words."""
+        self._visible.add(text, stream_end)
+
+
+class _StopAsked(StoppingCriteria):
+    """Ends an answer after the token that is being made."""
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        self._is_asked = is_asked
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """For each sample [B], whether it ends."""
+        return torch.full((len(input_ids),), self._is_asked(), device=input_ids.device)
+
+
+class Answerer:
+    """Answers the last question of a conversation that grows.
+
+    Args:
+        loaded: the model.
+        max_new_tokens: limit of an answer's length.
+        temperature: 0 takes the most likely token, larger numbers choose more freely.
+    """
+
+    def __init__(self, loaded: Loaded, max_new_tokens: int, temperature: float = 0.0) -> None:
+        self._loaded = loaded
+        self._limit, self._temperature = max_new_tokens, temperature
+        self._cache: Cache | None = None
+        self._seen: list[int] = []
+        self._pictures: list[Picture] = []
+
+    def clear(self) -> None:
+        """Forget the turns before."""
+        self._cache, self._seen, self._pictures = None, [], []
+
+    @torch.inference_mode()
+    def answer(
+        self, conversation: Conversation, show: Callable[[str], None], is_stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[str, Cost]:
+        """Answer the last question.
+
+        Args:
+            conversation: ends with it.
+            show: called with each new piece of the answer.
+            is_stopped: asked after each token, whether the answer should end with it.
+
+        Returns:
+            The answer without its end, and its cost.
+
+        Raises:
+            UserError: the template fails, or the conversation is too long for the model or the device.
+        """
+        stream = _Stream(self._loaded.processor.tokenizer, VisibleText(self._loaded.ends, show))
+        inputs = self._inputs(conversation)
+        ids = inputs["input_ids"][0].tolist()
+        reused = self._reuse(ids, conversation.pictures)
+        cache, self._cache = self._cache, None  # whatever happens now, it is no longer that of the turns before
+        try:
+            output = self._loaded.model.generate(
+                **self._without_known(inputs, ids[:reused]),
+                **self._options(len(ids)),
+                past_key_values=cache,
+                tokenizer=self._loaded.processor.tokenizer,
+                streamer=stream,
+                stopping_criteria=StoppingCriteriaList([_StopAsked(is_stopped)]),
+                return_dict_in_generate=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError("the conversation does not fit into the device's memory: /clear begins again.") from error
+        sequence = output.sequences[0].tolist()
+        self._cache, self._pictures = output.past_key_values, conversation.pictures
+        self._seen = sequence[:-1]  # the last token was not put in
+        cost = self._cost(sequence[len(ids) :], stream.times, reused, is_stopped())
+        return self._text(sequence[len(ids) :]), cost
+
+    def _inputs(self, conversation: Conversation) -> dict[str, Any]:
+        """What `generate` takes for the whole conversation, on the model's device."""
+        processor, model, messages = self._loaded.processor, self._loaded.model, conversation.messages()
+        advice = "convert the model with another one (llava-skip convert SOURCE OUTPUT --template NAME)."
+        with calling_template("the chat template", advice):  # here, where it has a time limit
+            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        encoded = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in encoded.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _options(self, length: int) -> dict[str, Any]:
+        """Options of `generate` for a prompt of this many tokens."""
+        model = self._loaded.model
+        most = getattr(model.config.text_config, "max_position_embeddings", None)
+        room = self._limit if most is None else most - length
+        if room < 1:
+            raise UserError(
+                f"the conversation has {length:,} tokens, and the model takes {most:,}: /clear begins again."
+            )
+        sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
+        image = model.config.image_token_id  # stands for no text
+        return {"max_new_tokens": min(self._limit, room), "num_beams": 1, "suppress_tokens": [image], **sampling}
+
+    def _reuse(self, ids: list[int], pictures: list[Picture]) -> int:
+        """Cut the cache back to what a prompt begins with; the number of its tokens that stay."""
+        if self._cache is None:
+            return 0
+        pairs = zip(ids[:-1], self._seen, strict=False)  # one token at least is new
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        removed = len(self._seen) - common
+        is_same = len(self._pictures) <= len(pictures) and all(map(is_, self._pictures, pictures))
+        if not common or not is_same or not _can_go_on(self._cache, removed):
+            self.clear()
+            return 0
+        self._cache.crop(-removed)
+        return common
+
+    def _without_known(self, inputs: dict[str, Any], known: list[int]) -> dict[str, Any]:
+        """The inputs without the images whose tokens are in the cache."""
+        processor, image = self._loaded.processor, self._loaded.model.config.image_token_id
+        if "pixel_values" not in inputs or not (left := known.count(image)):
+            return inputs
+        crops = inputs["crop_counts"].tolist() if "crop_counts" in inputs else [1] * len(inputs["pixel_values"])
+        number = 0
+        while left > 0:
+            left -= processor.image_seq_length if processor.crop_rows is None else processor.crop_rows * crops[number]
+            number += 1
+        rest = {"pixel_values": inputs["pixel_values"][sum(crops[:number]) :]}
+        if "crop_counts" in inputs:
+            rest["crop_counts"] = inputs["crop_counts"][number:]
+        if number == len(crops):
+            return {name: value for name, value in inputs.items() if name not in rest}
+        return inputs | rest
+
+    def _cost(self, new: list[int], times: list[float], reused: int, stopped: bool) -> Cost:
+        assert self._cache is not None
+        stored = [layer.keys.shape[-2] for layer in self._cache.layers if layer.keys is not None]
+        first, last = times[0], times[-1]
+        rate = (len(new) - 1) / max(last - first, 1e-9) if len(new) > 1 else 1 / max(first, 1e-9)
+        return Cost(len(new), first, rate, sum(stored) / len(stored), len(self._seen), reused, stopped)
+
+    def _text(self, new: list[int]) -> str:
+        stops = set(self._loaded.model.generation_config.eos_token_id or ())
+        shown = list(takewhile(lambda token: token not in stops, new))
+        text = self._loaded.processor.tokenizer.decode(shown, skip_special_tokens=True)
+        return self._loaded.ends.cut(text).strip()
+
+
+def _can_go_on(cache: Cache, removed: int) -> bool:
+    """Whether a cache serves a next turn, without its last `removed` tokens."""
+    if not isinstance(cache, ForgettingCache) and type(cache) is not DynamicCache:
+        return False  # a reduction inside the decoder keeps what an earlier question asked for
+    return not removed or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)

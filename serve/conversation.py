@@ -1,0 +1,125 @@
+"""A conversation about images, as a chat template takes it and as LLaVA's data has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_skip.processing import IMAGE_TOKEN
+from llava_skip.vision.rgb import to_rgb
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import write_bytes, write_json, writing
+from llava_skip_base.images import ImageError, open_image
+from llava_skip_base.texts import shortened
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a conversation: its file's bytes, which the file may lose, and its pixels."""
+
+    name: str
+    content: bytes = field(repr=False)
+    pixels: Image.Image = field(repr=False)
+
+    @classmethod
+    def read(cls, path: Path, processor: Any) -> Picture:
+        """The image of a file.
+
+        Raises:
+            UserError: it cannot be read, is no image, or would become too large for the processor.
+        """
+        try:
+            if path.exists() and not path.is_file():  # a device would be read without an end
+                raise UserError(f"{shortened(path, 300)} is no file: give the path of an image.")
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{shortened(path, 300)} cannot be read ({error.strerror}): give the path of an image."
+            ) from error
+        try:
+            with open_image(content) as opened:
+                processor.check_image_size(*opened.size)
+                return cls(path.name, content, to_rgb(opened))
+        except ImageError as error:
+            raise UserError(f"{path} is no image that can be read ({error}): give another one.") from error
+
+
+@dataclass
+class Turn:
+    """A question with its images, and the answer; None until there is one."""
+
+    question: str
+    pictures: list[Picture]
+    answer: str | None = None
+
+
+class Conversation:
+    """The turns so far, and the images that wait for the next question."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.waiting: list[Picture] = []
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images of all turns, in their order."""
+        return [picture for turn in self.turns for picture in turn.pictures]
+
+    def ask(self, question: str) -> Turn:
+        """Begin a turn with the images that wait.
+
+        Raises:
+            UserError: the question has the placeholder of an image.
+        """
+        if IMAGE_TOKEN in question:
+            raise UserError(f"{IMAGE_TOKEN} stands for an image: name the image's path, or attach it with /image.")
+        turn = Turn(question, self.waiting)
+        self.turns.append(turn)
+        self.waiting = []
+        return turn
+
+    def take_back(self) -> None:
+        """Leave out the last turn, whose images wait again."""
+        self.waiting = self.turns.pop().pictures + self.waiting
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.turns, self.waiting = [], []
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns as transformers' chat templates take them, images as `PIL.Image`."""
+        found: list[dict[str, Any]] = []
+        for turn in self.turns:
+            images = [{"type": "image", "image": picture.pixels} for picture in turn.pictures]
+            text = {"type": "text", "text": turn.question}
+            found.append({"role": "user", "content": [*images, text] if images else turn.question})
+            if turn.answer is not None:  # the model may have written the placeholder, which would stand for an image
+                found.append({"role": "assistant", "content": turn.answer.replace(IMAGE_TOKEN, "")})
+        return found
+
+    def save(self, file: Path) -> None:
+        """Write the answered turns as a data set of one record in LLaVA's format, and the images beside it.
+
+        Raises:
+            UserError: nothing was answered yet, or the files cannot be written.
+        """
+        turns = [turn for turn in self.turns if turn.answer is not None]
+        if not turns:
+            raise UserError("there is no answer to save yet: ask first.")
+        folder = file.with_name(f"{file.stem}_images")
+        names: list[str] = []
+        said: list[dict[str, str]] = []
+        with writing(file):
+            for turn in turns:
+                for picture in turn.pictures:
+                    ending = Path(picture.name).suffix.lower() or ".png"
+                    names.append(f"{folder.name}/{len(names) + 1}{ending}")
+                    write_bytes(file.parent / names[-1], picture.content)
+                shown = f"{IMAGE_TOKEN}\n" * len(turn.pictures)
+                answer = str(turn.answer).replace(IMAGE_TOKEN, "")
+                said += [{"from": "human", "value": shown + turn.question}, {"from": "gpt", "value": answer}]
+            images = {"image": names[0] if len(names) == 1 else names} if names else {}
+            write_json(file, [{"id": file.stem, **images, "conversations": said}])

@@ -1,0 +1,125 @@
+"""Answers in turns: the cache of earlier turns changes no answer of a dense model, and forgets in a skipping one."""
+
+import pytest
+import torch
+
+from llava_skip import LlavaSkipForConditionalGeneration, LlavaSkipProcessor
+from llava_skip.ends import Ends
+from llava_skip.reduction import ReductionConfig
+from llava_skip_base.errors import UserError
+from serve.answering import Answerer, VisibleText
+from serve.conversation import Conversation, Picture
+from serve.loading import Loaded
+from tests.support.conversations import byte_tokenizer, random_image
+from tests.support.small_models import ARCHITECTURES, small_config
+
+IMAGE = 3
+DENSE = [name for name in ARCHITECTURES if not name.startswith("sv-")]
+
+
+def loaded(tmp_path, architecture: str, **text) -> Loaded:
+    config = small_config(None, architecture, vocab_size=400, **({"max_position_embeddings": 2048} | text))
+    config.image_token_index = IMAGE
+    torch.manual_seed(3)
+    model = LlavaSkipForConditionalGeneration(config)
+    return Loaded.of(tmp_path, model, LlavaSkipProcessor.for_config(config, byte_tokenizer(), "v1"))
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Picture]:
+    return [Picture("one.png", b"", random_image(*size, seed=sum(size))) for size in sizes]
+
+
+TURNS = [("What is this?", pictures((40, 20))), ("And?", []), ("These?", pictures((20, 50), (30, 30))), ("Why?", [])]
+
+
+def talk(model: Loaded, keeps: bool, turns=TURNS, **options):
+    """Answers and costs of a conversation; with `keeps` the cache goes on from turn to turn."""
+    conversation, answerer, found = Conversation(), Answerer(model, **({"max_new_tokens": 6} | options)), []
+    for question, images in turns:
+        conversation.waiting = list(images)
+        turn = conversation.ask(question)
+        if not keeps:
+            answerer.clear()
+        shown: list[str] = []
+        turn.answer, cost = answerer.answer(conversation, shown.append)
+        assert "".join(shown).strip() == turn.answer
+        found.append((turn.answer, cost))
+    return found
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+def test_the_cache_of_earlier_turns_changes_no_answer_of_a_dense_model(tmp_path, architecture):
+    model = loaded(tmp_path, architecture)
+    kept, fresh = talk(model, keeps=True), talk(model, keeps=False)
+    assert [answer for answer, _ in kept] == [answer for answer, _ in fresh]
+    assert len({answer for answer, _ in kept}) > 1
+    assert [cost.reused > 0 for _, cost in kept] == [False, True, True, True]
+    assert [cost.seen for _, cost in kept] == [cost.seen for _, cost in fresh]
+    for _, cost in [*kept, *fresh]:
+        assert cost.kept == cost.seen and cost.tokens == 6 and cost.first_seconds > 0 and cost.rate > 0
+
+
+@pytest.mark.parametrize("architecture", ["sv-llava", "sv-llava-hd", "sv-cos"])
+def test_a_cache_forgets_the_skipped_tokens_of_each_turns_images(tmp_path, architecture):
+    model = loaded(tmp_path, architecture)
+    dropped = model.model.config.skip_config.num_skipping
+    costs = [cost for _, cost in talk(model, keeps=True)]
+    assert [cost.seen - cost.kept for cost in costs] == [dropped, dropped, 3 * dropped, 3 * dropped]
+    assert [before.seen - cost.reused < 10 for before, cost in zip(costs, costs[1:], strict=False)] == [True] * 3
+
+
+def test_the_cache_of_another_image_is_not_gone_on_with(tmp_path):
+    """Its tokens have the same ids."""
+    model = loaded(tmp_path, "sv-llava")
+    conversation, answerer = Conversation(), Answerer(model, 6)
+    for image in pictures((40, 10)), pictures((20, 20)):
+        conversation.clear()
+        conversation.waiting = image
+        conversation.ask("What is this?")
+        answer, cost = answerer.answer(conversation, lambda piece: None)
+        assert cost.reused == 0
+    assert answer == talk(model, False, [("What is this?", pictures((20, 20)))])[0][0]
+
+
+def test_a_reduction_inside_the_decoder_reads_all_turns_again(tmp_path):
+    model = loaded(tmp_path, "llava")
+    whole = talk(model, True, TURNS[:2])[1][1]
+    model.model.set_reduction(ReductionConfig.parse("fastv:6"))
+    cost = talk(model, True, TURNS[:2])[1][1]
+    assert whole.reused > 0 and cost.reused == 0 and cost.kept < cost.seen
+
+
+def test_a_stopped_answer_is_kept_and_the_next_turn_goes_on(tmp_path):
+    model = loaded(tmp_path, "sv-llava")
+    conversation, answerer = Conversation(), Answerer(model, 40)
+    turn = conversation.ask("Tell me")
+    asked = iter([False, False, True])
+    turn.answer, cost = answerer.answer(conversation, lambda piece: None, lambda: next(asked, True))
+    assert cost.tokens == 3 and cost.stopped and str(cost).endswith(", stopped")
+    turn = conversation.ask("More?")
+    assert answerer.answer(conversation, lambda piece: None)[1].reused > 0
+
+
+def test_a_conversation_that_is_too_long_says_so(tmp_path):
+    model = loaded(tmp_path, "llava", max_position_embeddings=256)
+    answered = talk(model, True, [("x", [])], max_new_tokens=1000)
+    assert answered[0][1].seen == 255  # the last token of 256 is not put in
+    with pytest.raises(UserError, match="the model takes 256: /clear"):
+        talk(model, True, [("long " * 60, [])])
+
+
+def test_sampling_follows_the_temperature(tmp_path):
+    model = loaded(tmp_path, "llava")
+    assert len({talk(model, False, TURNS[:1], temperature=2.0)[0][0] for _ in range(3)}) > 1
+
+
+def test_what_may_begin_an_end_waits():
+    shown: list[str] = []
+    text = VisibleText(Ends((), ("###",), ("###", "\n\n")), shown.append)
+    seen = []
+    for piece in (" A ", "#", "1 is", " #", "#", "#", " more"):
+        text.add(piece)
+        seen.append("".join(shown))
+    assert seen == ["A ", "A ", "A #1 is", "A #1 is ", "A #1 is ", "A #1 is ", "A #1 is "]
+    text.add("", last=True)
+    assert "".join(shown) == "A #1 is "

@@ -1,0 +1,195 @@
+"""The chat as its users have it: a real terminal, Ctrl-C and Ctrl-D, and a pipe; what it saves is training data."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_skip import preset_config
+from llava_skip.checkpoints.processor import load_processor
+from llava_skip_base.errors import UserError
+from llava_skip_base.files import read_json
+from serve.answering import Answerer
+from serve.chat import Chat, interruptible
+from serve.chat import chat as start
+from serve.loading import choose_device, choose_dtype, load
+from tests.support.hostile import ALL, lacking
+from train.data import ConversationDataset, load_records
+
+SKIPPED = preset_config("sv-llava-64").skip_config.num_skipping
+ROOT = Path(__file__).parents[2]
+COST = r"[\d,]+ tokens, first after [\d.]+ s, [\d.]+ tokens/s, cache keeps ([\d,]+) of ([\d,]+)"
+
+
+@pytest.fixture
+def image(tmp_path):
+    Image.new("RGB", (40, 30), "teal").save(path := tmp_path / "my image.png")
+    return path
+
+
+@pytest.fixture
+def chat(saved):
+    loaded = load(str(saved), torch.device("cpu"), torch.float32)
+    return Chat(loaded, Answerer(loaded, 4))
+
+
+class Terminal:
+    """A process in a pseudo-terminal."""
+
+    def __init__(self, *words: str) -> None:
+        self._own, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llava_skip", *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C then reaches it
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def wait_for(self, pattern: str, seconds: float = 180) -> str:
+        """What is shown until a pattern is; later calls look behind it."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text)):
+            assert time.monotonic() < end, f"{pattern} is not in {self.text!r}"
+            if select.select([self._own], [], [], 0.2)[0]:
+                try:
+                    self.text += os.read(self._own, 4096).decode(errors="replace")
+                except OSError:  # the process has ended
+                    assert self.process.wait(10) is not None and re.search(pattern, self.text), self.text
+        shown, self.text = self.text[: found.end()], self.text[found.end() :]
+        return shown
+
+    def type(self, text: str) -> None:
+        os.write(self._own, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._own)
+
+
+def test_a_terminal(saved, image, tmp_path):
+    terminal = Terminal("chat", str(saved), "--max-new-tokens", "900")
+    try:
+        terminal.wait_for("random on cpu; /help[^>]*> ")
+        terminal.type(f"'{image}'\n")
+        terminal.wait_for(r"1 attached; now ask[^>]*> ")
+        terminal.type("What is this?\n")
+        terminal.wait_for("reading")
+        terminal.type("\x03")  # Ctrl-C stops the answer, which would be long
+        shown = terminal.wait_for(COST + ", stopped[^>]*> ")
+        kept, seen = (int(number.replace(",", "")) for number in re.search(COST, shown).groups())
+        assert seen - kept == SKIPPED and seen < 900
+        terminal.type("half a line\x03")
+        terminal.wait_for("Ctrl-D or /exit ends the chat[^>]*> ")
+        terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+        terminal.wait_for("written to .*talk.json[^>]*> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+    assert (tmp_path / "talk_images/1.png").read_bytes() == image.read_bytes()
+
+
+def test_a_pipe(saved, image, monkeypatch, capsys):
+    lines = f"What?\n\n{image}\nAnd?\n/image {image}\nThis?\n/nothing\n/clear\n\0Again?\n/exit\nnever asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    capsys.readouterr()
+    start(str(saved), image=[image], max_new_tokens=3)
+    shown = capsys.readouterr()
+    dropped = [int(seen) - int(kept) for kept, seen in re.findall(COST, shown.out)]
+    assert dropped == [SKIPPED, 2 * SKIPPED, 3 * SKIPPED, 0]
+    assert "Again?" in shown.out and "never asked" not in shown.out and "\x1b" not in shown.out
+    errors = [line for line in shown.err.splitlines() if line.startswith("error")]
+    assert errors == ["error: there is no command /nothing; /help lists them."]
+
+
+def test_what_is_saved_is_training_data(chat, image, saved, tmp_path, capsys):
+    for line in (f"'{image}' '{image}' compare", "Why?", f"/save {tmp_path / 'talk.json'}"):
+        assert chat.take(line)
+    record = read_json(tmp_path / "talk.json")[0]
+    assert record["image"] == ["talk_images/1.png", "talk_images/2.png"]
+    assert [said["from"] for said in record["conversations"]] == ["human", "gpt"] * 2
+    assert record["conversations"][0]["value"] == "<image>\n<image>\ncompare"
+    records = load_records(str(tmp_path / "talk.json"), str(tmp_path))
+    sample = ConversationDataset(records, load_processor(saved), 4096)[0]
+    assert len(sample["pixel_values"]) == 2 and any(label != -100 for label in sample["labels"])
+    assert chat.take(f"/save {tmp_path / 'talk.json'}")  # its own file
+    assert chat.take(f"/save {image}") and "exists" in capsys.readouterr().err
+    assert Image.open(image).size == (40, 30)
+
+
+def test_mistakes_are_one_message_and_the_chat_goes_on(chat, image, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    expected = {
+        "/image": "/image needs the path",
+        "/image nowhere.png": "nowhere.png cannot be read",
+        "/image /dev/zero": "is no file",
+        "/image " + "x" * 5000: "cannot be read",
+        f"{tmp_path / 'broken.png'} what?": "no image that can be read",
+        "/save": "/save needs the name",
+        f"/save {tmp_path / 'x.json'}": "no answer to save",
+        "an <image> in words": "stands for an image",
+        f"{image} {'long ' * 600}": "/clear begins again",
+    }
+    for line, message in expected.items():
+        assert chat.take(line)
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1 and len(error) < 600
+    assert chat.take("/clear") and chat.take("Hello?") and not chat.take("/exit")
+    assert re.search(COST, capsys.readouterr().out)
+
+
+def test_nothing_that_a_model_says_is_markup(saved, capsys, monkeypatch):
+    class Saying:
+        def answer(self, conversation, show, is_stopped):
+            for piece in ALL:
+                show(piece + "\n")
+            return "x", "cost [red]"
+
+    assert Chat(load(str(saved), torch.device("cpu"), torch.float32), Saying()).take("What?")
+    assert lacking(capsys.readouterr().out) == []
+
+
+def test_the_second_interrupt_ends_an_answer_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible() as is_stopped:
+        assert not is_stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert is_stopped()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_models_and_devices_that_cannot_be_used_are_named(saved, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(str(tmp_path / "nowhere"), torch.device("cpu"), torch.float32)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="llava-skip convert"):
+        load(str(tmp_path), torch.device("cpu"), torch.float32)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge-lora"):
+        load(str(tmp_path), torch.device("cpu"), torch.float32)
+    for name in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            choose_device(name)
+    assert choose_dtype(None, torch.device("cpu")) is torch.float32
+    with pytest.raises(UserError, match="--dtype"):
+        choose_dtype("int8", torch.device("cpu"))
