@@ -182,8 +182,7 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         found, encoded = self.find_images(input_ids, inputs_embeds), (mm_encoder_outputs or {}).get("image")
         check_forward(config, cache, attention_mask, position_ids, found.shape[1], kwargs)
         pixels: Pixels | None = pixel_values if vision_features is None else vision_features.of_images(pixel_values)
-        given = (pixels, encoded, prompt_images)
-        if any(x is not None for x in given) or not is_decode_step(cache, found.shape[1]):
+        if any(x is not None for x in (pixels, encoded, prompt_images)) or not is_decode_step(cache, found.shape[1]):
             images = ImageTokens.of_forward(found, self.config.skip_config, prompt_images, generated, num_seen(cache))
             latest = latest_tokens(images, cache)
             images = with_counts(images, counts, found, attention_mask, supervised, crop_counts, latest)
@@ -369,18 +368,10 @@ class LlavaSkipForConditionalGeneration(LlavaSkipPreTrainedModel, SkippingGenera
         decoder, trains = self.model.language_model, self.training
         head = rows_for_head(self.config, decoder, input_ids, inputs_embeds, supervised, trains, logits_to_keep, kwargs)
         outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            crop_counts=crop_counts,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_encoder_outputs=mm_encoder_outputs,
-            supervised=supervised,
-            head=head,
-            **kwargs | {"return_dict": True},
-        )
+            input_ids=input_ids, pixel_values=pixel_values, crop_counts=crop_counts, attention_mask=attention_mask,
+            position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs, supervised=supervised, head=head, **kwargs | {"return_dict": True},
+        )  # fmt: skip
         states, loss, logits = outputs.last_hidden_state, None, None
         if targets is not None:
             loss = self._supervised_loss(states, targets, outputs.supervised, num_items_in_batch)
