@@ -108,6 +108,12 @@ def test_a_conversation_that_is_too_long_says_so(tmp_path):
         talk(model, True, [("long " * 60, [])])
 
 
+def test_an_answer_holds_no_placeholder_of_an_image():
+    conversation = Conversation()
+    conversation.ask("What?").answer = "an <im<im<image>age>age>!"
+    assert conversation.messages()[1]["content"] == "an !"
+
+
 def test_sampling_follows_the_temperature(tmp_path):
     model = loaded(tmp_path, "llava")
     assert len({talk(model, False, TURNS[:1], temperature=2.0)[0][0] for _ in range(3)}) > 1
