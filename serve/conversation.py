@@ -17,7 +17,7 @@ from llava_skip_base.texts import shortened
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image of a conversation: its file's bytes, which the file may lose, and its pixels. Each equals itself alone."""
+    """An image of a conversation: its file's bytes, which the file may lose, and its pixels; no two are equal."""
 
     name: str
     content: bytes = field(repr=False)
