@@ -233,7 +233,36 @@ def test_nothing_that_a_model_says_is_markup(saved, capsys, monkeypatch):
             return "x", "cost [red]"
 
     assert Chat(load(str(saved), torch.device("cpu"), torch.float32), Saying()).take("What?")
-    assert lacking(capsys.readouterr().out) == []
+    shown = capsys.readouterr().out
+    assert lacking(shown) == [] and shown.endswith("cost [red]\n")
+
+
+def test_a_wrong_image_is_told_before_the_weights_load(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.loading.Found.load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(UserError, match="nope.png cannot be read"):
+        start(str(saved), image=[tmp_path / "nope.png"])
+
+
+def test_no_input_and_an_output_of_few_characters(saved, tmp_path, monkeypatch):
+    (tmp_path / "mod\xe8le").mkdir()
+    for file in saved.iterdir():
+        (tmp_path / "mod\xe8le" / file.name).symlink_to(file)
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", output)
+    monkeypatch.setattr("sys.stdin", None)
+    start(str(tmp_path / "mod\xe8le"))
+    typed = io.BytesIO("\xe9?\n".encode() + b"/exit \xff\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    start(str(tmp_path / "mod\xe8le"), max_new_tokens=3)
+    output.flush()
+    shown = output.buffer.getvalue().decode("ascii")
+    assert shown.count("mod\\xe8le on cpu") == 2 and "> \\xe9?" in shown and re.search(COST, shown)
+
+
+def test_a_long_prompt_brings_no_warning_of_the_tokenizer_to_the_chat(chat, monkeypatch):
+    chat._loaded.processor.tokenizer.model_max_length = 5
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda *text: pytest.fail(str(text)))
+    assert chat.take("a question of more than five tokens")
 
 
 def test_the_second_interrupt_ends_an_answer_at_once():
