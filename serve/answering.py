@@ -30,6 +30,8 @@ _ONE_ANSWER: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True, "use_cache": True,
     "cache_implementation": None, "cache_config": None, "prefill_chunk_size": None, "prompt_lookup_num_tokens": None,
     "max_length": None, "min_length": 0, "min_new_tokens": None, "output_scores": False, "output_logits": False,
+    "penalty_alpha": None, "dola_layers": None, "constraints": None, "force_words_ids": None, "token_healing": False,
+    "use_mtp": False, "assistant_early_exit": None, "is_assistant": False,
     "output_attentions": False, "output_hidden_states": False, "watermarking_config": None, "guidance_scale": None,
 }  # fmt: skip
 """Options of `generate` that a saved generation_config.json may have otherwise: one answer, streamed, and its cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -215,6 +216,8 @@ def chat(
     ] = None,
 ) -> None:
     """Ask a model about images in the terminal, in several turns; each answer ends with what it took."""
+    if math.isnan(temperature):  # it is neither below the least nor above the most
+        raise UserError("--temperature is no number: give one from 0 to 10.")
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     hide_bars_in_files()

@@ -135,6 +135,7 @@ def test_only_a_cache_that_can_be_cut_is_cut():
         {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 4, "num_return_sequences": 2},
         {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}, {"min_new_tokens": 20, "max_length": 30},
         {"output_scores": True, "output_attentions": True}, {"do_sample": True, "temperature": 9.0},
+        {"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"force_words_ids": [[5]]}, {"token_healing": True},
     ],
 )  # fmt: skip
 def test_saved_settings_of_generate_do_not_break_an_answer(tmp_path, saved):

@@ -290,3 +290,5 @@ def test_models_and_devices_that_cannot_be_used_are_named(saved, tmp_path):
     assert choose_dtype(None, torch.device("cpu")) is torch.float32
     with pytest.raises(UserError, match="--dtype"):
         choose_dtype("int8", torch.device("cpu"))
+    with pytest.raises(UserError, match="--temperature"):
+        start(str(saved), temperature=float("nan"))
