@@ -71,6 +71,7 @@ def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     assert read_json(adapter / "run.json") == read_json(adapter / "checkpoint-2/run.json")
     assert AutoConfig.from_pretrained(adapter).preset == "sv-llava-256"
     card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert (adapter / "README.md").stat().st_mtime_ns >= (adapter / "train_result.json").stat().st_mtime_ns  # the last
     assert "merge-lora run" in card and "| steps | 2 |" in card and (adapter / FILE).is_file()
 
 
