@@ -288,9 +288,10 @@ class LlavaSkipConfig(LlavaConfig):
     def auto_map(self, value: Any) -> None:
         """Takes the map of a saved configuration, which may name other code."""
 
-    def to_diff_dict(self) -> dict[str, Any]:
+    def to_json_string(self, use_diff: bool = True) -> str:
         """As in transformers; with the classes of the module that `to_json_file` writes."""
-        return super().to_diff_dict() | {"auto_map": self.auto_map}
+        values = json.loads(super().to_json_string(use_diff)) | {"auto_map": self.auto_map}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """As in transformers; with the module by which the folder is read without `import llava_skip`."""

@@ -15,13 +15,13 @@ from llava_skip_base.files import write_text
 _MODULE = "llava_skip_classes"
 FILE = f"{_MODULE}.py"
 """The module in a saved folder."""
-INSTALL = "pip install llava-skip"
+INSTALL = "install the project: pip install . in a checkout of it"
 """What a process without the package is told to do."""
 
 _SOURCE = f'''\
 """The classes of this folder's model, for transformers with `trust_remote_code=True`.
 
-They are those of the installed package llava-skip; no other code is in this folder.
+They are those of the installed package llava_skip; no other code is in this folder.
 """
 
 try:
@@ -30,8 +30,8 @@ except ModuleNotFoundError as error:
     if error.name != "llava_skip":
         raise  # the package is there, and something that it needs is not
     raise ImportError(
-        "This folder holds a llava-skip model, and the package llava-skip is not installed in this environment: "
-        "{INSTALL}, or pip install -e . in a checkout of the project."
+        "This folder holds a llava-skip model, and the package llava_skip is not installed in this environment: "
+        "{INSTALL}."
     ) from error
 
 LlavaSkipConfig = llava_skip.LlavaSkipConfig

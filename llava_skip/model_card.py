@@ -5,6 +5,7 @@ The header is the metadata of the Hugging Face hub (https://huggingface.co/docs/
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import yaml
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.flops import image_cost
 from llava_skip.folder_code import FILE, INSTALL
+from llava_skip_base.errors import UserError
 from llava_skip_base.files import local_path, read_text, write_text
 from llava_skip_base.plain_markdown import markdown_table, markdown_text
 from llava_skip_base.texts import plain
@@ -70,7 +72,7 @@ def write_card(folder: Path, config: LlavaSkipConfig, facts: CardFacts) -> None:
         facts: what else is known of it.
     """
     file = folder / CARD
-    if file.exists() and not any(mark in read_text(file) for mark in (_MARK, _PEFTS_OWN)):
+    if os.path.lexists(file) and not _is_own(file):
         return
     write_text(file, card_text(folder.resolve().name, config, facts))
 
@@ -102,14 +104,27 @@ def card_text(name: str, config: LlavaSkipConfig, facts: CardFacts) -> str:
 
 
 def source_name(source: str) -> str:
-    """A hub name as it is; of a path the last part, since a card is read on other machines."""
-    path = local_path(source)
-    return source if path is None else path.resolve().name
+    """A hub name as it is; of a path the last part, since a card is read on other machines; of several paths, each."""
+    path = Path(source) if "\\" in source else local_path(source)
+    if path is None:
+        return source
+    if "," in source and not path.exists():
+        return ", ".join(source_name(part.strip()) for part in source.split(",") if part.strip())
+    return re.split(r"[\\/]", path.resolve().name)[-1]  # Windows' paths have the one, and names here may have it too
+
+
+def _is_own(file: Path) -> bool:
+    """Whether something under the card's name is a card that may be written again; what cannot be read is not."""
+    try:
+        return any(mark in read_text(file) for mark in (_MARK, _PEFTS_OWN))
+    except (UserError, OSError):
+        return False
 
 
 def _header(facts: CardFacts) -> dict[str, Any]:
-    """The hub's metadata; only names that the hub can have are bases."""
-    bases = [s for s in facts.named.values() if local_path(s) is None and _HUB_NAME.fullmatch(s)]
+    """The hub's metadata. Bases are the sources of weights that have a hub's name, and are no folders here."""
+    weights = [source for what, source in facts.named.items() if what != "tokenizer"]
+    bases = [source for source in weights if local_path(source) is None and _HUB_NAME.fullmatch(source)]
     header: dict[str, Any] = {
         "library_name": "peft" if facts.is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -161,15 +176,15 @@ def _use(name: str, is_adapter: bool) -> list[str]:
     quoted = shlex.quote(name)
     if is_adapter:
         lines = [f"llava-skip merge-lora {quoted} --output MERGED"]
-        told = f"This is a LoRA adapter. With the package (`{INSTALL}`), merge it into its model:"
+        told = f"This is a LoRA adapter. With the project ({INSTALL}), merge it into its model:"
         return [told, _fenced("bash", lines)]
-    told = f"With the package (`{INSTALL}`), from the folder that this one is in:"
+    told = f"With the project ({INSTALL}), from the folder that this one is in:"
     lines = [f"llava-skip chat {quoted}", f"llava-skip eval --model {quoted}"]
     return [
         told,
         _fenced("python", [_PIPELINE.format(name=name)]),
-        f"`trust_remote_code=True` runs `{FILE}`, a few lines that import the package; after `import llava_skip` it is "
-        "not needed.",
+        f"`trust_remote_code=True` runs `{FILE}`, a few lines that import the project's package; after `import "
+        "llava_skip` it is not needed.",
         _fenced("bash", lines),
     ]
 

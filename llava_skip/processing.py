@@ -201,7 +201,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         encoded = self(
             images=[images] if images else None,
             text=[text],
-            add_special_tokens=self._adds_special_tokens(text),
+            add_special_tokens=self.adds_special_tokens(text),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             images_kwargs=AS_BYTES if as_bytes else {},
@@ -249,7 +249,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         The same tokens as in `encode_conversation`, without the images.
         """
         text, spans = self.render_conversation(messages)
-        special = self._adds_special_tokens(text)
+        special = self.adds_special_tokens(text)
         places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
         replaced = [{"span": place, "new_span": place} for place in places]
         text = self._begin_texts(text, replaced)
@@ -257,7 +257,7 @@ class LlavaSkipProcessor(ProcessorMixin):
         ids = np.array(encoded["input_ids"])
         return ids, supervised_tokens(encoded["offset_mapping"], spans, replaced) & (ids != self.image_token_id)
 
-    def _adds_special_tokens(self, text: str) -> bool:
+    def adds_special_tokens(self, text: str) -> bool:
         """As in `apply_chat_template`: a template that writes the first token itself gets no second one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 

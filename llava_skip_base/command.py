@@ -6,6 +6,7 @@ The packages of the programs are named by strings, so the library does not impor
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import NoReturn
 
+from llava_skip_base.exits import STOPPED_BY
 from llava_skip_base.paths import checkout
 
 
@@ -89,7 +91,11 @@ def main() -> None:
     module = _WORKER if name == "train" and "LOCAL_RANK" in os.environ else PROGRAMS[name].module
     if module.startswith("tests.") and not (Path(__file__).parent.parent / "tests").is_dir():
         _fail(f"{name} needs a checkout of the project; the installed package has no tests.")
-    import_module(module).main()
+    try:
+        program = import_module(module)
+    except KeyboardInterrupt:  # the libraries take seconds to import
+        raise SystemExit(STOPPED_BY + signal.SIGINT) from None
+    program.main()
 
 
 def _fail(message: str) -> NoReturn:

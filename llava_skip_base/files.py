@@ -165,7 +165,9 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise  # of what is read meanwhile
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): give another path, or make room.") from error
+        raise UserError(
+            f"{shortened(path, 300)} cannot be written ({shortened(error, 200)}): give another path, or make room."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

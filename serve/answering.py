@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
 from llava_skip.cache import ForgettingCache
@@ -24,6 +25,16 @@ from llava_skip.foreign_templates import calling_template
 from llava_skip_base.errors import UserError
 from serve.conversation import Conversation, Picture
 from serve.loading import Loaded
+
+_ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True, "use_cache": True,
+    "cache_implementation": None, "cache_config": None, "prefill_chunk_size": None, "prompt_lookup_num_tokens": None,
+    "max_length": None, "min_length": 0, "min_new_tokens": None, "output_scores": False, "output_logits": False,
+    "penalty_alpha": None, "dola_layers": None, "constraints": None, "force_words_ids": None, "token_healing": False,
+    "use_mtp": False, "assistant_early_exit": None, "is_assistant": False,
+    "output_attentions": False, "output_hidden_states": False, "watermarking_config": None, "guidance_scale": None,
+}  # fmt: skip
+"""Options of `generate` that a saved generation_config.json may have otherwise: one answer, streamed, and its cache."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ class Answerer:
         self._cache: Cache | None = None
         self._seen: list[int] = []
         self._pictures: list[Picture] = []
+        self._processed: WeakKeyDictionary[Picture, BatchFeature] = WeakKeyDictionary()
 
     def clear(self) -> None:
         """Forget the turns before."""
@@ -149,19 +161,21 @@ class Answerer:
             UserError: the template fails, or the conversation is too long for the model or the device.
         """
         stream = _Stream(self._loaded.processor.tokenizer, VisibleText(self._loaded.ends, show))
-        inputs = self._inputs(conversation)
-        ids = inputs["input_ids"][0].tolist()
+        ids, images = self._prompt(conversation)
+        options = self._options(len(ids))
         reused = self._reuse(ids, conversation.pictures)
         cache, self._cache = self._cache, None  # whatever happens now, it is no longer that of the turns before
+        device = self._loaded.model.device
         try:
             output = self._loaded.model.generate(
-                **self._without_known(inputs, ids[:reused]),
-                **self._options(len(ids)),
+                input_ids=torch.tensor([ids], device=device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
+                **self._pixels(images, ids[:reused]),
+                **options,
                 past_key_values=cache,
                 tokenizer=self._loaded.processor.tokenizer,
                 streamer=stream,
                 stopping_criteria=StoppingCriteriaList([_StopAsked(is_stopped)]),
-                return_dict_in_generate=True,
             )
         except torch.OutOfMemoryError as error:
             raise UserError("the conversation does not fit into the device's memory: /clear begins again.") from error
@@ -171,20 +185,36 @@ class Answerer:
         cost = self._cost(sequence[len(ids) :], stream.times, reused, is_stopped())
         return self._text(sequence[len(ids) :]), cost
 
-    def _inputs(self, conversation: Conversation) -> dict[str, Any]:
-        """What `generate` takes for the whole conversation, on the model's device."""
-        processor, model, messages = self._loaded.processor, self._loaded.model, conversation.messages()
+    def _prompt(self, conversation: Conversation) -> tuple[list[int], list[BatchFeature]]:
+        """The token ids of the whole conversation, and what the image processor makes of each of its images.
+
+        An image is processed once, in its first turn.
+        """
+        processor, pictures = self._loaded.processor, conversation.pictures
         advice = "convert the model with another one (llava-skip convert SOURCE OUTPUT --template NAME)."
-        with calling_template("the chat template", advice):  # here, where it has a time limit
-            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        encoded = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        return {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in encoded.items()
-            if isinstance(value, Tensor)
-        }
+        with calling_template("the chat template", advice):
+            text = processor.apply_chat_template(conversation.messages(), add_generation_prompt=True, tokenize=False)
+        if (shown := text.count(processor.image_token)) != len(pictures):
+            raise UserError(f"the chat template shows {shown} of {len(pictures)} images; {advice}")
+        for picture in pictures:
+            if picture not in self._processed:
+                self._processed[picture] = processor.image_processor(picture.pixels, return_tensors="pt")
+        images = [self._processed[picture] for picture in pictures]
+        special = processor.adds_special_tokens(text)
+        tokens = [processor.replace_image_token(image, 0) for image in images]
+        whole = processor.get_text_with_replacements([text], tokens)[0][0]
+        return processor.tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"], images
+
+    def _pixels(self, images: list[BatchFeature], known: list[int]) -> dict[str, Tensor]:
+        """The inputs of the images whose tokens are not in the cache, on the model's device."""
+        processor, model = self._loaded.processor, self._loaded.model
+        left = known.count(model.config.image_token_id)
+        while left > 0:
+            tokens = processor.replace_image_token(images[0], 0).count(processor.image_token)
+            left, images = left - tokens, images[1:]
+        names = [name for name in ("pixel_values", "crop_counts") if images and name in images[0]]
+        inputs = {name: torch.cat([image[name] for image in images]).to(model.device) for name in names}
+        return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
     def _options(self, length: int) -> dict[str, Any]:
         """Options of `generate` for a prompt of this many tokens."""
@@ -196,8 +226,8 @@ class Answerer:
                 f"the conversation has {length:,} tokens, and the model takes {most:,}: /clear begins again."
             )
         sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
-        image = model.config.image_token_id  # stands for no text
-        return {"max_new_tokens": min(self._limit, room), "num_beams": 1, "suppress_tokens": [image], **sampling}
+        never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]  # stands for no text
+        return {"max_new_tokens": min(self._limit, room), "suppress_tokens": never, **sampling, **_ONE_ANSWER}
 
     def _reuse(self, ids: list[int], pictures: list[Picture]) -> int:
         """Cut the cache back to what a prompt begins with; the number of its tokens that stay."""
@@ -212,23 +242,6 @@ class Answerer:
             return 0
         self._cache.crop(-removed)
         return common
-
-    def _without_known(self, inputs: dict[str, Any], known: list[int]) -> dict[str, Any]:
-        """The inputs without the images whose tokens are in the cache."""
-        processor, image = self._loaded.processor, self._loaded.model.config.image_token_id
-        if "pixel_values" not in inputs or not (left := known.count(image)):
-            return inputs
-        crops = inputs["crop_counts"].tolist() if "crop_counts" in inputs else [1] * len(inputs["pixel_values"])
-        number = 0
-        while left > 0:
-            left -= processor.image_seq_length if processor.crop_rows is None else processor.crop_rows * crops[number]
-            number += 1
-        rest = {"pixel_values": inputs["pixel_values"][sum(crops[:number]) :]}
-        if "crop_counts" in inputs:
-            rest["crop_counts"] = inputs["crop_counts"][number:]
-        if number == len(crops):
-            return {name: value for name, value in inputs.items() if name not in rest}
-        return inputs | rest
 
     def _cost(self, new: list[int], times: list[float], reused: int, stopped: bool) -> Cost:
         assert self._cache is not None

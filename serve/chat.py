@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -22,10 +23,12 @@ from llava_skip_base.console import (
     waiting,
 )
 from llava_skip_base.errors import UserError
+from llava_skip_base.texts import shortened
 from serve.answering import Answerer
 from serve.conversation import Conversation, Picture
 from serve.dropped import take_images, typed_path
-from serve.loading import Loaded, choose_device, choose_dtype, load
+from serve.loading import Loaded, choose_device, choose_dtype, find
+from serve.saving import Saver
 
 PROMPT = "> "
 HELP = """\
@@ -44,82 +47,94 @@ class Chat:
     Args:
         loaded: the model.
         answerer: of its answers.
+        pictures: images of the first question.
     """
 
-    def __init__(self, loaded: Loaded, answerer: Answerer) -> None:
+    def __init__(self, loaded: Loaded, answerer: Answerer, pictures: Sequence[Picture] = ()) -> None:
         self._loaded, self._answerer = loaded, answerer
         self._conversation = Conversation()
-        self._saved: set[Path] = set()
+        self._conversation.waiting = list(pictures)
+        self._saver = Saver()
         self._commands: dict[str, Callable[[str], bool]] = {
             "/image": self._image, "/clear": self._clear, "/save": self._save, "/help": self._help, "/exit": self._exit,
         }  # fmt: skip
 
     def take(self, line: str) -> bool:
-        """Do what a line says; False ends the chat."""
-        name, _, rest = line.strip().partition(" ")
+        """Do what a line says; False ends the chat. Ctrl-C stops what goes on, and never the chat."""
         try:
-            if name in self._commands:
-                return self._commands[name](rest.strip())
-            if name.startswith("/") and "/" not in name[1:] and "." not in name:
-                raise UserError(f"there is no command {name}; /help lists them.")
-            self._say(line)
+            with interruptible() as is_stopped:
+                return self._do(line, is_stopped)
         except UserError as error:
             print_error(error)
+        except KeyboardInterrupt:
+            print_aside("\nstopped before an answer")
+        if number := len(self._conversation.waiting):
+            images = "1 image waits" if number == 1 else f"{number} images wait"
+            print_aside(f"{images} for the next question")
         return True
 
-    def attach(self, path: Path) -> None:
-        """Let an image wait for the next question."""
-        self._conversation.waiting.append(Picture.read(path, self._loaded.processor))
+    def _attach(self, paths: Sequence[Path]) -> None:
+        """Let images wait for the next question: all of them, or none if one cannot be read."""
+        self._conversation.waiting += [Picture.read(path, self._loaded.processor) for path in paths]
 
-    def _say(self, line: str) -> None:
+    def _do(self, line: str, is_stopped: Callable[[], bool]) -> bool:
+        name, rest = [*line.split(maxsplit=1), "", ""][:2]
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:  # halves of characters
+            raise UserError("the line has bytes that are no text (UTF-8): type it again.") from error
+        if name in self._commands:
+            return self._commands[name](rest.strip())
+        if name.startswith("/") and "/" not in name[1:] and "." not in name:
+            raise UserError(f"there is no command {shortened(name)}; /help lists them.")
         paths, question = take_images(line)
-        for path in paths:
-            self.attach(path)
+        self._attach(paths)
         if question:
-            self._ask(question)
+            self._ask(question, is_stopped)
         elif paths:
-            print_aside(f"{len(self._conversation.waiting)} attached; now ask")
+            self._tell_attached()
+        return True
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, question: str, is_stopped: Callable[[], bool]) -> None:
+        if is_stopped():  # while the images were read
+            raise KeyboardInterrupt
         turn = self._conversation.ask(question)
         try:
-            with interruptible() as is_stopped, waiting("reading") as stop_waiting:
+            with waiting("reading") as stop_waiting:
 
                 def show(piece: str) -> None:
                     stop_waiting()
                     print_piece(piece)
 
                 turn.answer, cost = self._answerer.answer(self._conversation, show, is_stopped)
-        except (UserError, KeyboardInterrupt) as error:
+        except BaseException:  # whatever it was, there is no answer
             self._conversation.take_back()
-            if isinstance(error, UserError):
-                raise
-            print_aside("\nstopped before an answer")
-            return
+            raise
         print_text("")
         print_aside(str(cost))
 
     def _image(self, rest: str) -> bool:
         if not rest:
             raise UserError("/image needs the path of an image.")
-        self.attach(typed_path(rest))
-        print_aside(f"{len(self._conversation.waiting)} attached; now ask")
+        self._attach([typed_path(rest)])
+        self._tell_attached()
         return True
+
+    def _tell_attached(self) -> None:
+        print_aside(f"{len(self._conversation.waiting)} attached; now ask")
 
     def _clear(self, rest: str) -> bool:
         self._conversation.clear()
         self._answerer.clear()
+        self._saver.clear()
         print_aside("a new conversation")
         return True
 
     def _save(self, rest: str) -> bool:
         if not rest:
             raise UserError("/save needs the name of a file.")
-        file = typed_path(rest).expanduser()
-        if file.exists() and file.resolve() not in self._saved:
-            raise UserError(f"{file} exists: give another name.")
-        self._conversation.save(file)
-        self._saved.add(file.resolve())
+        file = typed_path(rest)
+        self._saver.save(self._conversation, file)
         print_aside(f"written to {file}")
         return True
 
@@ -154,9 +169,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def lines() -> Iterator[str]:
     """The lines that a user types, or those of a pipe, which are shown, as a terminal would have done."""
+    if sys.stdin is None or sys.stdin.closed:  # started without one
+        return
     is_terminal = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     if is_terminal:
         try:
             import readline  # noqa: F401  lines can then be edited, and earlier ones come back
@@ -181,6 +196,13 @@ def lines() -> Iterator[str]:
             print_aside("Ctrl-D or /exit ends the chat")
 
 
+def _let_streams_replace() -> None:
+    """Let bytes that are no text, and characters that a terminal does not know, be replaced and not an error."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors=errors)
+
+
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a saved model.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image of the first question; may be repeated.")] = None,
@@ -194,13 +216,16 @@ def chat(
     ] = None,
 ) -> None:
     """Ask a model about images in the terminal, in several turns; each answer ends with what it took."""
+    if math.isnan(temperature):  # it is neither below the least nor above the most
+        raise UserError("--temperature is no number: give one from 0 to 10.")
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     hide_bars_in_files()
-    loaded = load(model, place, number_format)
-    session = Chat(loaded, Answerer(loaded, max_new_tokens, temperature))
-    for path in image or []:
-        session.attach(path)
+    _let_streams_replace()
+    found = find(model)
+    pictures = [Picture.read(path, found.processor) for path in image or []]  # a wrong path is told before weights load
+    loaded = found.load(place, number_format)
+    session = Chat(loaded, Answerer(loaded, max_new_tokens, temperature), pictures)
     print_aside(f"{loaded.folder.resolve().name} on {place}; /help says what can be typed")
     for typed in lines():
         line = typed.replace("\0", "")  # no path has it

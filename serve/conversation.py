@@ -1,4 +1,4 @@
-"""A conversation about images, as a chat template takes it and as LLaVA's data has it."""
+"""A conversation about images, as a chat template takes it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from PIL import Image
 from llava_skip.processing import IMAGE_TOKEN
 from llava_skip.vision.rgb import to_rgb
 from llava_skip_base.errors import UserError
-from llava_skip_base.files import write_bytes, write_json, writing
 from llava_skip_base.images import ImageError, open_image
 from llava_skip_base.texts import shortened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
-    """An image of a conversation: its file's bytes, which the file may lose, and its pixels."""
+    """An image of a conversation: its file's bytes, which the file may lose, and its pixels; no two are equal."""
 
     name: str
     content: bytes = field(repr=False)
@@ -44,7 +43,8 @@ class Picture:
                 processor.check_image_size(*opened.size)
                 return cls(path.name, content, to_rgb(opened))
         except ImageError as error:
-            raise UserError(f"{path} is no image that can be read ({error}): give another one.") from error
+            name = shortened(path, 300)
+            raise UserError(f"{name} is no image that can be read ({error}): give another one.") from error
 
 
 @dataclass
@@ -96,30 +96,13 @@ class Conversation:
             images = [{"type": "image", "image": picture.pixels} for picture in turn.pictures]
             text = {"type": "text", "text": turn.question}
             found.append({"role": "user", "content": [*images, text] if images else turn.question})
-            if turn.answer is not None:  # the model may have written the placeholder, which would stand for an image
-                found.append({"role": "assistant", "content": turn.answer.replace(IMAGE_TOKEN, "")})
+            if turn.answer is not None:  # a placeholder in it would stand for an image
+                found.append({"role": "assistant", "content": without_placeholder(turn.answer)})
         return found
 
-    def save(self, file: Path) -> None:
-        """Write the answered turns as a data set of one record in LLaVA's format, and the images beside it.
 
-        Raises:
-            UserError: nothing was answered yet, or the files cannot be written.
-        """
-        turns = [turn for turn in self.turns if turn.answer is not None]
-        if not turns:
-            raise UserError("there is no answer to save yet: ask first.")
-        folder = file.with_name(f"{file.stem}_images")
-        names: list[str] = []
-        said: list[dict[str, str]] = []
-        with writing(file):
-            for turn in turns:
-                for picture in turn.pictures:
-                    ending = Path(picture.name).suffix.lower() or ".png"
-                    names.append(f"{folder.name}/{len(names) + 1}{ending}")
-                    write_bytes(file.parent / names[-1], picture.content)
-                shown = f"{IMAGE_TOKEN}\n" * len(turn.pictures)
-                answer = str(turn.answer).replace(IMAGE_TOKEN, "")
-                said += [{"from": "human", "value": shown + turn.question}, {"from": "gpt", "value": answer}]
-            images = {"image": names[0] if len(names) == 1 else names} if names else {}
-            write_json(file, [{"id": file.stem, **images, "conversations": said}])
+def without_placeholder(answer: str) -> str:
+    """An answer without the placeholder of an image, which the model may have written, also around another one."""
+    while IMAGE_TOKEN in answer:
+        answer = answer.replace(IMAGE_TOKEN, "")
+    return answer

@@ -75,8 +75,22 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def load(source: str, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """The model of a folder or a hub name.
+@dataclass(frozen=True)
+class Found:
+    """A saved model whose weights are not read yet."""
+
+    folder: Path
+    config: LlavaSkipConfig
+    processor: Any
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Loaded:
+        """Read the weights."""
+        model = LlavaSkipForConditionalGeneration.from_pretrained(self.folder, config=self.config, dtype=dtype)
+        return Loaded.of(self.folder, model.to(device), self.processor)
+
+
+def find(source: str) -> Found:
+    """The model of a folder or a hub name, with all that can be checked before its weights are read.
 
     Raises:
         UserError: it is no model of the library, has no chat template, or a file of it is broken.
@@ -97,5 +111,9 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Loaded:
             f"{source}: its processor has no chat template; save it with the one it was trained on (llava-skip "
             "convert SOURCE OUTPUT --template NAME does)."
         )
-    model = LlavaSkipForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
-    return Loaded.of(folder, model.to(device), processor)
+    return Found(folder, config, processor)
+
+
+def load(source: str, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """The model of a folder or a hub name; errors as `find`."""
+    return find(source).load(device, dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_skip_base.command import PROGRAMS
+from llava_skip_base.command import PROGRAMS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,3 +100,15 @@ def test_the_installed_command_trains_and_evaluates(installed, elsewhere):
     assert (elsewhere / "run" / "train_result.json").is_file()
     command("eval", "--model", "run", "--benchmarks", "mmstar", "--limit", "2", "--output", "scores")
     assert (elsewhere / "scores" / "mmstar" / "run" / "results.json").is_file()
+
+
+def test_ctrl_c_while_the_libraries_are_imported_is_no_traceback(monkeypatch):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["llava-skip", "chat"])
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("llava_skip_base.command.import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130

@@ -18,6 +18,15 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_no_text_says_that_a_registry_has_the_project():
+    """It is installed from a checkout."""
+    kinds = {".md", ".py", ".yaml", ".sh", ".toml"}
+    folders = ("docs", "eval", "llava_skip", "llava_skip_base", "scripts", "serve", "train")
+    texts = [ROOT / "README.md", *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    said = re.compile(r"pip\s+install\s+['\"]?llava[-_]skip")
+    assert [f for f in texts if f.suffix in kinds and said.search(f.read_text(encoding="utf-8"))] == []
+
+
 def test_every_fault_has_a_test_that_exists():
     rows = [line for line in (ROOT / "docs/faults.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
     faults = [row.strip("| ").split(" | ") for row in rows if row != "| fault | what happens | test |"]

@@ -72,7 +72,10 @@ def merge(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     result = read_json(adapter / RESULT) if (adapter / RESULT).is_file() else {}  # a checkpoint has none
-    write_card(folder, model.config, run_facts(read_json(adapter / "run.json"), result))
+    resolved = read_json(adapter / "run.json")
+    resolved["model"] |= {"model": base} if base else {}
+    facts = run_facts(resolved, result)
+    write_card(folder, model.config, replace(facts, parameters=model.num_parameters()))  # the adapter's are in no count
     print_text(f"written to {output}")
     print_next(f"llava-skip eval --model {output}")
 

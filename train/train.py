@@ -172,9 +172,9 @@ def _report(
         result["activation_checkpointing"] = run.arguments.activation_checkpointing
     if run.config.reduction is not None:
         result["reduction"] = run.config.reduction
-    write_card(run.output, run.config, run_facts(run.resolved, result, run.model_arguments.lora_enable))
     write_json(run.output / RESULT, result, sort_keys=True)
     draw_loss(history, validation, run.output / "loss.png", f"{preset}: training loss")
+    write_card(run.output, run.config, run_facts(run.resolved, result, run.model_arguments.lora_enable))
     show_result(result, run.output)
 
 

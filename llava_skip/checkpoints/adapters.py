@@ -85,7 +85,7 @@ def merge_lora(model: LlavaSkipForConditionalGeneration, folder: Path, factors: 
     try:
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
-        raise MissingPackageError("Merging a LoRA adapter needs peft: pip install 'llava-skip[train]'.") from error
+        raise MissingPackageError("Merging a LoRA adapter needs peft: pip install '.[train]' in a checkout.") from error
     raw = read_json(folder / ADAPTER_CONFIG)
     if raw.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} holds an adapter of type {raw['peft_type']}; only LORA is supported.")

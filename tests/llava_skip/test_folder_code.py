@@ -53,6 +53,7 @@ LINES = {
     "AutoProcessor": lambda: saved_again(AutoProcessor.from_pretrained(folder, **trust)),
     "pipeline": answer,
     "not trusted": lambda: AutoConfig.from_pretrained(folder),
+    "processor not trusted": lambda: type(AutoProcessor.from_pretrained(folder)).__name__,
     "not installed": not_installed,
 }
 for name, line in LINES.items():
@@ -124,14 +125,24 @@ def test_a_pipeline_answers_as_one_with_the_library_does(lines, folder, image):
     assert lines["pipeline"] == (expected, True) and expected
 
 
+@pytest.mark.parametrize("use_diff", [True, False])
+def test_a_configuration_names_its_classes_in_either_form(folder, tmp_path, use_diff):
+    config = AutoConfig.from_pretrained(folder)
+    config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
+    assert read_json(tmp_path / "config.json")["auto_map"] == read_json(folder / "config.json")["auto_map"]
+    assert AutoConfig.from_pretrained(tmp_path) == config and (tmp_path / FILE).is_file()
+
+
 def test_without_trust_nothing_of_the_folder_runs(lines):
-    text, imported = lines["not trusted"]
-    assert "trust_remote_code=True" in text and not imported
+    for line in ("not trusted", "processor not trusted"):
+        text, imported = lines[line]
+        assert "trust_remote_code=True" in text and not imported
 
 
 def test_without_the_package_the_error_says_what_to_install(lines):
     assert lines["not installed"][0].startswith("ImportError: This folder holds a llava-skip model")
-    assert "pip install llava-skip" in lines["not installed"][0]
+    assert "pip install . in a checkout" in lines["not installed"][0]
+    assert "pip install llava" not in lines["not installed"][0]  # no registry has it
 
 
 def test_with_the_library_a_folder_asks_nothing_and_none_of_its_code_runs(folder, tmp_path, monkeypatch):

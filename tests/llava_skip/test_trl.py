@@ -17,7 +17,7 @@ from llava_skip.folder_code import FILE
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install 'llava-skip[trl]'"),
+    pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install '.[trl]'"),
 ]
 
 _TRAIN = """

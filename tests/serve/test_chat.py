@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -24,6 +25,7 @@ from llava_skip_base.files import read_json
 from serve.answering import Answerer
 from serve.chat import Chat, interruptible
 from serve.chat import chat as start
+from serve.conversation import Picture
 from serve.loading import choose_device, choose_dtype, load
 from tests.support.hostile import ALL, lacking
 from train.data import ConversationDataset, load_records
@@ -63,7 +65,7 @@ class Terminal:
         os.close(theirs)
         self.text = ""
 
-    def wait_for(self, pattern: str, seconds: float = 180) -> str:
+    def wait_for(self, pattern: str, seconds: float = 600) -> str:
         """What is shown until a pattern is; later calls look behind it."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
@@ -72,7 +74,7 @@ class Terminal:
                 try:
                     self.text += os.read(self._own, 4096).decode(errors="replace")
                 except OSError:  # the process has ended
-                    assert self.process.wait(10) is not None and re.search(pattern, self.text), self.text
+                    assert self.process.wait(60) is not None and re.search(pattern, self.text), self.text
         shown, self.text = self.text[: found.end()], self.text[found.end() :]
         return shown
 
@@ -92,20 +94,22 @@ def test_a_terminal(saved, image, tmp_path):
         terminal.type(f"'{image}'\n")
         terminal.wait_for(r"1 attached; now ask[^>]*> ")
         terminal.type("What is this?\n")
-        terminal.wait_for("reading")
+        terminal.wait_for("reading")  # it is shown inside of what Ctrl-C stops
         terminal.type("\x03")  # Ctrl-C stops the answer, which would be long
         shown = terminal.wait_for(COST + ", stopped[^>]*> ")
         kept, seen = (int(number.replace(",", "")) for number in re.search(COST, shown).groups())
         assert seen - kept == SKIPPED and seen < 900
-        terminal.type("half a line\x03")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")  # the line editor shows it: it is there, and Ctrl-C is its own
+        terminal.type("\x03")
         terminal.wait_for("Ctrl-D or /exit ends the chat[^>]*> ")
         terminal.type(f"/save {tmp_path / 'talk.json'}\n")
         terminal.wait_for("written to .*talk.json[^>]*> ")
         terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(300) == 0
     finally:
         terminal.close()
-    assert (tmp_path / "talk_images/1.png").read_bytes() == image.read_bytes()
+    assert (tmp_path / "talk.json_images/1.png").read_bytes() == image.read_bytes()
 
 
 def test_a_pipe(saved, image, monkeypatch, capsys):
@@ -125,7 +129,7 @@ def test_what_is_saved_is_training_data(chat, image, saved, tmp_path, capsys):
     for line in (f"'{image}' '{image}' compare", "Why?", f"/save {tmp_path / 'talk.json'}"):
         assert chat.take(line)
     record = read_json(tmp_path / "talk.json")[0]
-    assert record["image"] == ["talk_images/1.png", "talk_images/2.png"]
+    assert record["image"] == ["talk.json_images/1.png", "talk.json_images/2.png"]
     assert [said["from"] for said in record["conversations"]] == ["human", "gpt"] * 2
     assert record["conversations"][0]["value"] == "<image>\n<image>\ncompare"
     records = load_records(str(tmp_path / "talk.json"), str(tmp_path))
@@ -134,6 +138,68 @@ def test_what_is_saved_is_training_data(chat, image, saved, tmp_path, capsys):
     assert chat.take(f"/save {tmp_path / 'talk.json'}")  # its own file
     assert chat.take(f"/save {image}") and "exists" in capsys.readouterr().err
     assert Image.open(image).size == (40, 30)
+
+
+def test_nothing_is_overwritten_but_the_same_conversations_own_save(chat, image, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.json_images").mkdir()
+    (tmp_path / "dangling.json").symlink_to("nowhere")
+    (tmp_path / "file").write_text("theirs")
+    assert chat.take(f"'{image}' What?")
+    for line in (
+        "/save a.json",
+        "/save a.jsonl",
+        r"/save two\ words.json",
+        "/save 'more words.json'",
+        "/save\ttab.json",
+    ):
+        assert chat.take(line)
+    assert capsys.readouterr().err == ""
+    for name in ("two words", "more words", "tab"):
+        assert (tmp_path / f"{name}.json").is_file()
+    (record,) = (json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert record["image"] == "a.jsonl_images/1.png" and read_json(tmp_path / "a.json")[0]["image"] != record["image"]
+    assert chat.take(f"'{image}' And?") and chat.take("/save a.json")
+    assert len(read_json(tmp_path / "a.json")[0]["image"]) == 2
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = ("b.json", "dangling.json", "file", ".", "..", "/", "b.json_images")
+    failing = ("file/x.json", "~nobody-has-this-name/x.json", "x" * 5000, "/proc/x.json", "\udcff.json")
+    for name in (*refused, *failing):
+        assert chat.take(f"/save {name}")
+        error = capsys.readouterr().err
+        assert (
+            error.count("error:") == 1 and len(error) < 700 and ("exists: give another" in error) == (name in refused)
+        )
+    assert chat.take("/clear") and chat.take("Hello?") and chat.take("/save a.json")
+    assert "a.json exists" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_images_of_a_line_that_fails_do_not_stay_unsaid(chat, image, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert chat.take(f"'{image}' {tmp_path / 'broken.png'} what?") and "wait" not in capsys.readouterr().out
+    assert chat.take(f"'{image}' '{image}' {'long ' * 600}")
+    assert capsys.readouterr().out == "2 images wait for the next question\n"
+    assert chat.take(f"/image\t{image}") and "3 attached" in capsys.readouterr().out
+    assert chat.take("what?")
+    assert len(chat._conversation.turns[0].pictures) == 3
+
+
+def test_ctrl_c_while_an_image_is_read_ends_no_chat(chat, image, monkeypatch, capsys):
+    interrupts = []
+
+    def read(path, processor):
+        for _ in range(interrupts[-1]):
+            signal.raise_signal(signal.SIGINT)
+        return picture
+
+    picture = Picture.read(image, chat._loaded.processor)
+    monkeypatch.setattr("serve.chat.Picture.read", read)
+    for number, line, stays in ((1, f"'{image}' what?", 1), (2, f"'{image}' what?", 1), (2, f"/image {image}", 1)):
+        interrupts.append(number)
+        assert chat.take(line) and len(chat._conversation.waiting) == stays
+        assert capsys.readouterr().out == "\nstopped before an answer\n1 image waits for the next question\n"
+    assert chat._conversation.turns == []
 
 
 def test_mistakes_are_one_message_and_the_chat_goes_on(chat, image, tmp_path, capsys):
@@ -147,7 +213,9 @@ def test_mistakes_are_one_message_and_the_chat_goes_on(chat, image, tmp_path, ca
         "/save": "/save needs the name",
         f"/save {tmp_path / 'x.json'}": "no answer to save",
         "an <image> in words": "stands for an image",
-        f"{image} {'long ' * 600}": "/clear begins again",
+        "half \udcff of one": "no text (UTF-8)",
+        "/" + "nothing" * 1000: "no command",
+        f"'{image}' {'long ' * 600}": "/clear begins again",
     }
     for line, message in expected.items():
         assert chat.take(line)
@@ -165,7 +233,36 @@ def test_nothing_that_a_model_says_is_markup(saved, capsys, monkeypatch):
             return "x", "cost [red]"
 
     assert Chat(load(str(saved), torch.device("cpu"), torch.float32), Saying()).take("What?")
-    assert lacking(capsys.readouterr().out) == []
+    shown = capsys.readouterr().out
+    assert lacking(shown) == [] and shown.endswith("cost [red]\n")
+
+
+def test_a_wrong_image_is_told_before_the_weights_load(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.loading.Found.load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(UserError, match="nope.png cannot be read"):
+        start(str(saved), image=[tmp_path / "nope.png"])
+
+
+def test_no_input_and_an_output_of_few_characters(saved, tmp_path, monkeypatch):
+    (tmp_path / "mod\xe8le").mkdir()
+    for file in saved.iterdir():
+        (tmp_path / "mod\xe8le" / file.name).symlink_to(file)
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", output)
+    monkeypatch.setattr("sys.stdin", None)
+    start(str(tmp_path / "mod\xe8le"))
+    typed = io.BytesIO("\xe9?\n".encode() + b"/exit \xff\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    start(str(tmp_path / "mod\xe8le"), max_new_tokens=3)
+    output.flush()
+    shown = output.buffer.getvalue().decode("ascii")
+    assert shown.count("mod\\xe8le on cpu") == 2 and "> \\xe9?" in shown and re.search(COST, shown)
+
+
+def test_a_long_prompt_brings_no_warning_of_the_tokenizer_to_the_chat(chat, monkeypatch):
+    chat._loaded.processor.tokenizer.model_max_length = 5
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda *text: pytest.fail(str(text)))
+    assert chat.take("a question of more than five tokens")
 
 
 def test_the_second_interrupt_ends_an_answer_at_once():
@@ -193,3 +290,5 @@ def test_models_and_devices_that_cannot_be_used_are_named(saved, tmp_path):
     assert choose_dtype(None, torch.device("cpu")) is torch.float32
     with pytest.raises(UserError, match="--dtype"):
         choose_dtype("int8", torch.device("cpu"))
+    with pytest.raises(UserError, match="--temperature"):
+        start(str(saved), temperature=float("nan"))

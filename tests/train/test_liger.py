@@ -124,7 +124,7 @@ def run_on(device, on=True):
     ("device", "package", "kind", "message"),
     [
         ("cpu", True, {}, "is for CUDA and ROCm, and this run is on the cpu: leave it out"),
-        ("cuda", False, {}, "needs a package: pip install 'llava-skip[liger]'"),
+        ("cuda", False, {}, "needs a package: pip install '.[liger]' in a checkout"),
         ("cuda", True, {"hidden_act": "gelu"}, "for an FFN with silu, and this one has gelu"),
         ("cuda", True, {"model_type": "gemma"}, "of the types llama, mistral, qwen2, qwen3, not gemma"),
     ],

@@ -1,5 +1,7 @@
 """LoRA from the command line: what is saved, who reads it, and that merging changes no logit."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -69,20 +71,25 @@ def test_an_adapter_folder_holds_what_was_trained_and_no_more(adapter):
     assert read_json(adapter / "run.json") == read_json(adapter / "checkpoint-2/run.json")
     assert AutoConfig.from_pretrained(adapter).preset == "sv-llava-256"
     card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert (adapter / "README.md").stat().st_mtime_ns >= (adapter / "train_result.json").stat().st_mtime_ns  # the last
     assert "merge-lora run" in card and "| steps | 2 |" in card and (adapter / FILE).is_file()
 
 
 def test_merged_logits_are_those_of_the_adapter(adapter, inputs, tmp_path):
     base = load_base(adapter, None, None)
+    base_parameters = base.num_parameters()
     before = logits_of(base, inputs)
     adapted = logits_of(PeftModel.from_pretrained(base, adapter), inputs)
-    merge(adapter, tmp_path / "merged")
+    shutil.copytree(read_json(adapter / "run.json")["model"]["model"], tmp_path / "moved")
+    merge(adapter, tmp_path / "merged", base=str(tmp_path / "moved"))
     merged = logits_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), inputs)
     assert (adapted - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
     assert read_json(tmp_path / "merged/generation_config.json")["stop_strings"] == ["###"]
     card = (tmp_path / "merged/README.md").read_text(encoding="utf-8")
     assert "| data | train.json |" in card and "library_name: transformers" in card
+    assert "| model | moved |" in card and "base_model" not in card
+    assert f"| parameters | {base_parameters:,} |" in card
     assert read_json(tmp_path / "merged/config.json")["auto_map"] and (tmp_path / "merged" / FILE).is_file()
     AutoProcessor.from_pretrained(tmp_path / "merged")
 

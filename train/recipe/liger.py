@@ -40,7 +40,7 @@ def check_liger(run: RunArguments, config: LlavaSkipConfig) -> None:
             f"--use_liger_kernel true is for CUDA and ROCm, and this run is on the {run.device.type}: leave it out."
         )
     if importlib.util.find_spec(PACKAGE) is None:
-        raise UserError("--use_liger_kernel true needs a package: pip install 'llava-skip[liger]'.")
+        raise UserError("--use_liger_kernel true needs a package: pip install '.[liger]' in a checkout.")
     kind, activation = config.text_config.model_type, getattr(config.text_config, "hidden_act", None)
     if kind not in KINDS:
         raise UserError(
