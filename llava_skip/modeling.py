@@ -38,6 +38,7 @@ from llava_skip.masking import find_real, forward_mask, latest_tokens, one_seque
 from llava_skip.per_sample import arguments_of_row
 from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
+from llava_skip.reduction.stages import Stages
 from llava_skip.routing import ImageTokens, Route, make_route, place_images, take_tokens, true_indices
 from llava_skip.tokens import SummaryLayer, merge_tokens
 from llava_skip.vision import get_front_end
@@ -210,7 +211,8 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         runner = make_runner(self.config, self.language_model, route, images, mask, supervised)
         config, position_ids = self.language_model.config, kwargs["position_ids"]
         mask = forward_mask(config, embeds, mask, cache, route, images, position_ids, padded)
-        if row := arguments_of_row(config, mask, cache, position_ids, None if images is None else images.counts):
+        counts, is_cut = None if images is None else images.counts, isinstance(runner, Stages)  # into fewer tokens
+        if not is_cut and (row := arguments_of_row(config, len(embeds), mask, cache, position_ids, counts)):
             kwargs, position_ids = row | kwargs, None
         outputs = self.language_model(
             inputs_embeds=embeds,

@@ -65,7 +65,12 @@ def set_attention_per_sample(model: nn.Module) -> None:
 
 
 def arguments_of_row(
-    config: PreTrainedConfig, mask: Any, cache: Cache | None, position_ids: Tensor | None, counts: TokenCounts | None
+    config: PreTrainedConfig,
+    batch: int,
+    mask: Any,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+    counts: TokenCounts | None,
 ) -> dict[str, Any]:
     """What tells the layers where the samples of a forward's row begin; empty where a mask does, or transformers.
 
@@ -73,12 +78,13 @@ def arguments_of_row(
 
     Args:
         config: of the language model.
+        batch: B; a row is a batch of one.
         mask: of the forward, as its layers get it.
         cache: what is stored already.
         position_ids: [B, T]; where they start again, another sample begins.
         counts: of the batch; if the host does not know the lengths, the device is read.
     """
-    is_row = mask is None and cache is None and position_ids is not None and len(position_ids) == 1
+    is_row = batch == 1 and mask is None and cache is None and position_ids is not None
     if not is_row or torch.compiler.is_exporting():  # a graph cannot depend on values
         return {}
     assert position_ids is not None

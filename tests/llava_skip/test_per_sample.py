@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from llava_skip.counts import lengths_in_row
-from llava_skip.per_sample import PER_SAMPLE, attend_per_sample, set_attention_per_sample
+from llava_skip.per_sample import PER_SAMPLE, arguments_of_row, attend_per_sample, set_attention_per_sample
 from llava_skip.reduction.config import ReductionConfig
 from tests.support.device_reads import device_reads
 from tests.support.small_models import SKIP, Sample, small_model
@@ -144,3 +144,23 @@ def test_flash_attention_is_told_where_samples_begin():
     with device_reads() as reads:
         model(**batch)
     assert sum(reads.values()) == model.config.text_config.num_hidden_layers  # those of the stand-in itself
+
+
+def test_a_cut_ends_what_was_known_of_the_row():
+    model = small_model(None)
+    model.set_reduction(ReductionConfig.parse("pyramiddrop"))
+    inputs = Sample(model, 1, (9, 9), seed=1).alone()
+    del inputs["attention_mask"]
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        set_attention_per_sample(model)
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)
+
+
+def test_several_samples_with_the_same_positions_are_no_row():
+    text = small_model().config.text_config
+    text._attn_implementation = "flash_attention_2"
+    positions = torch.arange(7)[None]
+    assert arguments_of_row(text, 2, None, None, positions, None) == {}
+    assert arguments_of_row(text, 1, None, None, positions, None)["max_length_q"] == 7

@@ -56,6 +56,10 @@ class StandIn(ModuleType):
 
     def apply(self, model, **given):
         self.given.append(given)
+        kind = model.config.model_type
+        home = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        for name in [name for name in vars(home) if name.endswith("RMSNorm")]:
+            setattr(home, name, nn.LayerNorm)  # as in the package, for models to come
         base = getattr(model, model.base_model_prefix, model)  # as in the package
         modules = {"norm": base.norm}
         for index, layer in enumerate(base.layers):
@@ -98,6 +102,7 @@ def test_every_norm_and_ffn_and_the_loss_run_patched(stand_in, kind, skip):
     names = list(model.state_dict())
     run = SimpleNamespace(fp16=False, use_liger_kernel=True)
     use_liger(model, run)
+    assert type(model_of(kind, skip).model.language_model.norm) is type(model.model.language_model.norm)
     assert run.use_liger_kernel is False and list(model.state_dict()) == names
     patched = {"rope": True, "rms_norm": True, "swiglu": True}
     assert stand_in.given == [patched | {"cross_entropy": False, "fused_linear_cross_entropy": False}]

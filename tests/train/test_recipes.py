@@ -163,6 +163,14 @@ def test_flags_override_a_recipe(elsewhere, tmp_path):
     assert parse([*words, "--per_device_train_batch_size", "2"])[2].gradient_accumulation_steps == 1
 
 
+def test_rows_of_a_fixed_number_of_tokens_are_no_samples_of_a_step(elsewhere, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    packed = "padding_free: true\nmax_tokens_per_batch: 4096\nper_device_train_batch_size: 1\n"
+    recipe.write_text(f"base: finetune-665k\n{packed}")
+    run = parse(["--recipe", str(recipe), *CPU])[2]
+    assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

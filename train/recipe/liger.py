@@ -62,10 +62,15 @@ def use_liger(model: nn.Module, run: RunArguments) -> None:
     """
     liger: Any = importlib.import_module(f"{PACKAGE}.transformers")
     for language_model in language_models(model):
-        apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")
+        kind = language_model.config.model_type
+        apply = getattr(liger, f"apply_liger_kernel_to_{kind}")
+        home = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        classes = {name: value for name, value in vars(home).items() if isinstance(value, type)}
         # Its own fused cross entropy would replace the forward of a whole model of transformers.
         apply(model=language_model, rope=True, rms_norm=True, swiglu=True,
               cross_entropy=False, fused_linear_cross_entropy=False)  # fmt: skip
+        for name, value in classes.items():  # it changes these, too: models that are made later are to have torch's
+            setattr(home, name, value)
     for module in model.modules():
         if isinstance(module, Head) and not run.fp16:
             # As a function: a module in the head would be one more that ZeRO-3 looks after.

@@ -24,6 +24,7 @@ RECIPE = "--recipe"
 PAPER = "paper"
 FOLDER = Path(__file__).parents[1] / "recipes"
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+_PACKED = "max_tokens_per_batch"
 
 
 def with_underscores(words: Sequence[str]) -> list[str]:
@@ -108,7 +109,8 @@ def recipe_words(
     samples = recipe.pop("samples_per_step", None)
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise UserError(f"The recipe {source} has samples_per_step {samples!r}; it must be a number above 0.")
-    if samples and not given & {_BATCH, _ACCUMULATION}:
+    is_packed = _PACKED in given or recipe.get(_PACKED) is not None  # tokens then say how large a step is
+    if samples and not is_packed and not given & {_BATCH, _ACCUMULATION}:
         recipe |= _batch(samples, recipe.get(_BATCH), processes or int(os.environ.get("WORLD_SIZE", "1")))
     return [word for key, value in recipe.items() for word in (f"--{key}", *_as_words(value))]
 
