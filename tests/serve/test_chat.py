@@ -81,6 +81,23 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C until a pattern is shown: Python does not hear one just before it waits for a key."""
+        end = time.monotonic() + 600
+        while time.monotonic() < end:
+            self.type("\x03")
+            if self.shows(pattern, 10):
+                return
+        raise AssertionError(f"{pattern} is not in {self.text!r}")
+
+    def shows(self, pattern: str, seconds: float) -> bool:
+        """Whether a pattern is shown within some seconds."""
+        try:
+            self.wait_for(pattern, seconds)
+        except AssertionError:
+            return False
+        return True
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -101,8 +118,7 @@ def test_a_terminal(saved, image, tmp_path):
         assert seen - kept == SKIPPED and seen < 900
         terminal.type("half a line")
         terminal.wait_for("half a line")  # the line editor shows it: it is there, and Ctrl-C is its own
-        terminal.type("\x03")
-        terminal.wait_for("Ctrl-D or /exit ends the chat[^>]*> ")
+        terminal.interrupt("Ctrl-D or /exit ends the chat[^>]*> ")
         terminal.type(f"/save {tmp_path / 'talk.json'}\n")
         terminal.wait_for("written to .*talk.json[^>]*> ")
         terminal.type("\x04")
