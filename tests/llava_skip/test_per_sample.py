@@ -126,7 +126,7 @@ def test_rivals_that_can_be_trained_in_one_row(method):
 
 
 def flash(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-    """In the place of flash attention; without transformers' arguments it would look for samples in the positions."""
+    """Stands in for flash attention; without transformers' arguments it would look for samples in the positions."""
     assert attention_mask is None and cu_seq_lens_q.dtype == torch.int32
     lengths = tuple(cu_seq_lens_q.diff().tolist())
     assert max_length_q == max(lengths)

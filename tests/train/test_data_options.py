@@ -6,21 +6,14 @@ import pytest
 from llava_skip import LlavaSkipForConditionalGeneration
 from llava_skip_base.exits import USER_ERROR
 from tests.support.conversations import byte_tokenizer, random_image
-from tests.support.records import record
+from tests.support.records import record, write_set
 from tests.support.runs import train
 from tests.support.small_models import small_config
 
 
 @pytest.fixture
 def folder(tmp_path):
-    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    records = []
-    for number in range(12):
-        random_image(20, 20, seed=number).save(tmp_path / f"{number}.png")
-        records.append(record((f"{number}.png",), answer=f"Number {number}. " * (number % 4 + 1)))
-        records.append(record((), f"Question {number}?", f"Answer {number}."))
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    return tmp_path
+    return write_set(tmp_path, 12)
 
 
 def arguments(folder, *options):

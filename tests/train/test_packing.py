@@ -1,7 +1,6 @@
 """Batches of a fixed number of tokens: what is in them, how processes share them, and what is refused."""
 
 import dataclasses
-import json
 import re
 from itertools import chain
 from types import SimpleNamespace
@@ -14,9 +13,8 @@ from transformers import MistralConfig
 
 from llava_skip.per_sample import PER_SAMPLE, set_attention_per_sample
 from llava_skip_base.errors import UserError
-from tests.support.conversations import byte_tokenizer, random_image
 from tests.support.interrupted import launch_and_wait, outcome, write_inputs
-from tests.support.records import record
+from tests.support.records import write_set
 from tests.support.runs import train
 from tests.support.small_models import SKIP, small_config
 from train.data.packing import Packed, PackSampler, collate_packs, pack
@@ -170,14 +168,7 @@ def test_samples_are_separated_without_a_mask_of_the_row_or_the_run_is_refused(a
 
 @pytest.fixture
 def folder(tmp_path):
-    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    records = []
-    for number in range(6):
-        random_image(20, 20, seed=number).save(tmp_path / f"{number}.png")
-        records.append(record((f"{number}.png",), answer=f"Number {number}. " * (number % 4 + 1)))
-        records.append(record((), f"Question {number}?", f"Answer {number}."))
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    return tmp_path
+    return write_set(tmp_path, 6)
 
 
 def run(folder, name, *options):
