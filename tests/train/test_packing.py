@@ -1,6 +1,8 @@
 """Batches of a fixed number of tokens: what is in them, how processes share them, and what is refused."""
 
 import dataclasses
+import json
+import math
 import re
 from itertools import chain
 from types import SimpleNamespace
@@ -19,7 +21,9 @@ from tests.support.runs import train
 from tests.support.small_models import SKIP, small_config
 from train.data.packing import Packed, PackSampler, collate_packs, pack
 from train.recipe.packing import attends_per_sample, check_packing
-from train.run import parse
+from train.resilience.layout import Layout
+from train.run import check, parse
+from train.train import main
 
 
 def lengths_of(number=2000, longest=2048, seed=0):
@@ -38,29 +42,43 @@ def test_batches_are_at_least_95_percent_full(most, processes):
     assert len(packs) == len(sampler) and len(packs) % processes == 0
     assert max(sum(lengths[list(members)]) for members in packs) <= most
     assert sorted(chain(*packs)) == list(range(len(lengths)))
-    assert str(sampler).endswith(f"of at most {most:,} tokens an epoch, {sampler.filled:.1%} filled")
+    assert str(sampler).endswith(
+        f"of at most {most:,} tokens an epoch, {sampler.filled:.1%} filled, {2000 / len(packs):.1f} samples in each"
+    )
+
+
+def members(numbers):
+    """The samples of each batch."""
+    return [np.flatnonzero(numbers == number).tolist() for number in range(numbers.max() + 1)]
 
 
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ([6, 4, 3, 7], [[7, 3], [6, 4]]),  # each into the batch that it fills best, not the first one that has room
+        ([7, 6, 4, 3], [[7, 3], [6, 4]]),  # each into the batch that it fills best, not the first one that has room
         ([10, 10], [[10], [10]]),
         ([5, 5, 5], [[5, 5], [5]]),
     ],
 )
 def test_best_fit(lengths, expected):
-    found = pack(np.array(lengths), 10, 1, np.arange(len(lengths)))
-    assert [[lengths[index] for index in members] for members in found] == expected
+    packs = members(pack(np.array(lengths), 10, 1))
+    assert [[lengths[index] for index in samples] for samples in packs] == expected
 
 
 @pytest.mark.parametrize(("samples", "processes"), [(9, 4), (9, 9), (5, 3), (1, 1)])
 def test_batches_are_divided_until_each_process_has_as_many(samples, processes):
-    packs = pack(np.full(samples, 2), 100, processes, np.arange(samples))
+    packs = members(pack(np.full(samples, 2), 100, processes))
     assert len(packs) == processes and sorted(chain(*packs)) == list(range(samples))
     assert max(map(len, packs)) - min(map(len, packs)) <= (samples - 1) // processes
     with pytest.raises(UserError, match=f"each of {samples + 1} processes a batch, and there are {samples} samples"):
         PackSampler(np.full(samples, 2), 100, samples + 1, 0)
+
+
+def test_an_odd_number_of_batches_is_made_even_for_two_processes():
+    lengths = np.array([5, 9, 3, 8, 1])
+    assert len(PackSampler(lengths, 10, 1, 0)) == 3
+    packs = list(PackSampler(lengths, 10, 2, 0))
+    assert len(packs) == 4 and sorted(chain(*packs)) == list(range(5))
 
 
 def test_epochs_differ_repeat_and_have_equally_many_batches():
@@ -105,6 +123,7 @@ def test_processes_have_equally_many_batches_and_every_sample_once(loader):
     shares = [list(loader(rank, 2, epoch=1)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) == len(loader(0, 2))
     assert sorted(chain(*shares[0], *shares[1])) == list(range(300))
+    assert list(loader(0, 2, epoch=2)) != shares[0]  # the epoch's number has reached the sampler
     alone = list(loader(0, 1, epoch=1))  # one process that continues the run takes the batches of both in turn
     assert alone[::2] == shares[0] and alone[1::2] == shares[1]
 
@@ -136,6 +155,34 @@ def test_what_does_not_go_with_it_is_refused(words, message):
     with pytest.raises(UserError, match=re.escape(message)):
         _, data, run = parse([*GIVEN, *PACKED, *words.split()])
         check_packing(data, run)
+
+
+def test_more_processes_than_a_run_began_with_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "y").mkdir()
+    layout = {"processes": 2, "batch": 1, "accumulation": 1}
+    (tmp_path / "y/run.json").write_text(json.dumps({"model": {}, "data": {}, "training": {}, "layout": layout}))
+    words = [*GIVEN, *PACKED, "--output_dir", str(tmp_path / "y"), "--gradient_accumulation_steps"]
+    monkeypatch.chdir(tmp_path)
+    assert parse([*words, "2"])[2].layout == Layout(2, 1, 1)  # one process takes the batches of two
+    own = Layout(4, 1, 1)
+    monkeypatch.setattr("train.arguments.RunArguments.own_layout", property(lambda run: own))
+    with pytest.raises(UserError, match="batches as they were .*--max_tokens_per_batch.: continue with 1, 2 processes"):
+        parse([*words, "1"])
+
+
+def test_a_dry_run_says_the_batches_and_what_is_longest(folder, tmp_path, monkeypatch, capsys):
+    options = [*packed_run(folder), "--num_train_epochs", "0.1", "--gradient_accumulation_steps", "2"]
+    command = ["train", *options, "--use_cpu", "true", "--output_dir", str(tmp_path / "dry"), "--dry_run", "true"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown = capsys.readouterr().out
+    batches, samples = re.search(r"batches +│ (\d+) batches .* filled, ([\d.]+) samples in each", shown).groups()
+    assert int(batches) > 2 and float(samples) == pytest.approx(12 / int(batches), abs=0.05)
+    assert re.search(rf"samples a step +│ {2 * 12 / int(batches):.1f} on average", shown)
+    steps = math.ceil(0.1 * math.ceil(int(batches) / 2))  # as Trainer rounds; to the nearest would be none
+    assert re.search(rf"steps +│ {steps} ", shown)
+    assert check(*parse(command[1:-2])).longest == 1200
 
 
 def windowed():
@@ -171,20 +218,30 @@ def folder(tmp_path):
     return write_set(tmp_path, 6)
 
 
+def inputs(folder):
+    return [
+        "--data", str(folder / "data.json"), "--images", str(folder), "--tokenizer", str(folder / "tokenizer"),
+        "--template", "v1", "--preset", "sv-llava-100",
+    ]  # fmt: skip
+
+
+def packed_run(folder):
+    several = ["--padding_free", "true", "--max_length", "1200", "--per_device_train_batch_size", "1"]
+    return [*inputs(folder), *several, "--max_tokens_per_batch", "1200"]
+
+
 def run(folder, name, *options):
     return train(
-        folder / name, "--data", str(folder / "data.json"), "--images", str(folder), "--tokenizer",
-        str(folder / "tokenizer"), "--template", "v1", "--preset", "sv-llava-100", "--num_train_epochs", "3",
-        "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true", "--learning_rate", "1e-3", *options,
+        folder / name, "--num_train_epochs", "3", "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm",
+        "true", "--learning_rate", "1e-3", *options,
     )  # fmt: skip
 
 
 def test_a_packed_run_learns_as_a_padded_one_and_sees_every_sample(folder, capsys, monkeypatch):
     trained = []
     monkeypatch.setattr("train.train.set_attention_per_sample", lambda model: trained.append(attend(model)))
-    padded = run(folder, "padded", "--per_device_train_batch_size", "12")
-    several = ["--padding_free", "true", "--max_length", "1200", "--per_device_train_batch_size", "1"]
-    packed = run(folder, "packed", *several, "--max_tokens_per_batch", "1200", "--gradient_accumulation_steps", "9")
+    padded = run(folder, "padded", *inputs(folder), "--per_device_train_batch_size", "12")
+    packed = run(folder, "packed", *packed_run(folder), "--gradient_accumulation_steps", "9")
     found = re.search(r"(\d) batches of at most 1,200 tokens an epoch, \d\d\.\d% filled", capsys.readouterr().err)
     assert found and int(found[1]) > 1  # they are all accumulated, so that a step is an epoch
     losses = [[entry["loss"] for entry in result["history"]] for result in (padded, packed)]

@@ -5,7 +5,6 @@ Shapes: N samples.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +42,10 @@ class PackSampler(Sampler[tuple[int, ...]]):
                 "samples: start fewer processes."
             )
         self.most = most
-        self._lengths, self._processes, self._seed, self._epoch = lengths, processes, seed, 0
-        self._count = len(pack(lengths, most, processes, np.arange(len(lengths))))
+        self._lengths, self._seed, self._epoch = lengths, seed, 0
+        numbers = pack(-np.sort(-lengths), most, processes)
+        self._ends = np.cumsum(np.bincount(numbers))
+        self._ranks = np.argsort(numbers, kind="stable")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the batches of an epoch; Trainer calls it."""
@@ -53,64 +54,67 @@ class PackSampler(Sampler[tuple[int, ...]]):
     @property
     def filled(self) -> float:
         """The share of the tokens of all batches that samples fill."""
-        return float(self._lengths.sum()) / (self.most * self._count)
+        return float(self._lengths.sum()) / (self.most * len(self))
+
+    @property
+    def samples(self) -> float:
+        """The mean number of samples of a batch."""
+        return len(self._lengths) / len(self)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         order = torch.randperm(len(self._lengths), generator=generator).numpy()
-        packs = pack(self._lengths, self.most, self._processes, order)
+        sorted_ = order[np.argsort(-self._lengths[order], kind="stable")]
+        packs = np.split(sorted_[self._ranks], self._ends[:-1])
         for number in torch.randperm(len(packs), generator=generator).tolist():
-            yield tuple(packs[number])
+            yield tuple(packs[number].tolist())
 
     def __str__(self) -> str:
-        return f"{self._count:,} batches of at most {self.most:,} tokens an epoch, {self.filled:.1%} filled"
+        return (
+            f"{len(self):,} batches of at most {self.most:,} tokens an epoch, {self.filled:.1%} filled, "
+            f"{self.samples:.1f} samples in each"
+        )
 
 
-def pack(lengths: np.ndarray, most: int, processes: int, order: np.ndarray) -> list[list[int]]:
-    """Samples -> batches, by best fit: the longest sample first, each into the batch that it fills best.
+def pack(lengths: np.ndarray, most: int, processes: int) -> np.ndarray:
+    """[N] the number of each sample's batch, by best fit: each sample into the batch that it fills best.
 
-    The number of batches, and the lengths in each, follow from the lengths alone. (Johnson et al., 1974: at most 11/9
-    times as many as needed, and 4.)
+    (Johnson et al., 1974: at most 11/9 times as many batches as needed, and 4.)
 
     Args:
-        lengths: [N] tokens of the samples, 1 to `most`.
+        lengths: [N] tokens of the samples, 1 to `most`, the longest first.
         most: tokens of a batch.
         processes: the number of batches is a multiple of it: batches of many samples are divided until it is.
-        order: [N] all indices; decides which one of equally long samples comes first.
     """
-    packs: list[list[int]] = []
+    numbers = np.empty(len(lengths), dtype=np.int64)
     by_room: list[list[int]] = [[] for _ in range(most + 1)]  # numbers of the packs that have room for so many tokens
     rooms = 0  # its bits are the rooms that packs have: the smallest one from a length on is found at once
-    for index in order[np.argsort(-lengths[order], kind="stable")].tolist():
-        length, room, number = int(lengths[index]), most, len(packs)
+    packs = 0
+    for rank, length in enumerate(lengths.tolist()):
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1
             number = by_room[room].pop()
             if not by_room[room]:
                 rooms ^= 1 << room
         else:
-            packs.append([])
-        packs[number].append(index)
+            room, number = most, packs
+            packs += 1
+        numbers[rank] = number
         by_room[room - length].append(number)
         rooms |= 1 << (room - length)
-    return _divided(packs, -len(packs) % processes)
+    return _divided(numbers, -packs % processes)
 
 
-def _divided(packs: list[list[int]], more: int) -> list[list[int]]:
-    """So many packs more: the one with the most samples is divided, again and again."""
-    packs = list(packs)
-    heap = [(-len(members), number) for number, members in enumerate(packs)]
-    heapq.heapify(heap)
+def _divided(numbers: np.ndarray, more: int) -> np.ndarray:
+    """So many packs more, again and again by every second sample of the one with the most."""
     for _ in range(more):
-        _, number = heapq.heappop(heap)
-        packs.append(packs[number][1::2])
-        packs[number] = packs[number][::2]
-        for changed in (number, len(packs) - 1):
-            heapq.heappush(heap, (-len(packs[changed]), changed))
-    return packs
+        counts = np.bincount(numbers)
+        members = np.flatnonzero(numbers == counts.argmax())
+        numbers[members[1::2]] = len(counts)
+    return numbers
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def show_plan(
     batch = run.per_device_train_batch_size * run.world_size * run.gradient_accumulation_steps
     steps = run.max_steps
     if samples is not None and steps <= 0:
-        steps = round(run.num_train_epochs * -(-(samples if packs is None else len(packs)) // batch))
+        steps = math.ceil(run.num_train_epochs * -(-(samples if packs is None else len(packs)) // batch))  # as Trainer
     rival = "" if config.reduction is None else f", {config.reduction_config}"
     rows = [
         ("model", arguments.model or f"new, {arguments.size}"),
@@ -67,7 +68,8 @@ def show_plan(
         ("samples", "a stream" if samples is None else f"{samples:,}"),
         ("batch", f"{batch} = {run.per_device_train_batch_size} x {run.world_size} processes "
                   f"x {run.gradient_accumulation_steps} accumulated"),
-        *([] if packs is None else [("batches", str(packs))]),
+        *([] if packs is None else [("batches", str(packs)),
+                                    ("samples a step", f"{batch * packs.samples:,.1f} on average")]),
         ("steps", f"{steps:,}"),
         ("precision", "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"),
         ("DeepSpeed", str(run.deepspeed or "no")),
