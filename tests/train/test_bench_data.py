@@ -36,11 +36,11 @@ def test_memory_does_not_grow_with_the_records(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_million_records_load_in_two_gibibytes(tmp_path):
-    write_records(tmp_path / "data.json", 1_000_000)
-    for _ in range(2):
-        found = in_new_process(load_and_read, str(tmp_path / "data.json"), str(tmp_path / "cache"), 20_000)
-        assert found["records"] == 1_000_000 and found["resident_mib"] < 2048, found
+def test_two_hundred_thousand_records_load_in_a_gibibyte(tmp_path):
+    write_records(tmp_path / "data.json", 200_000)
+    found = in_new_process(load_and_read, str(tmp_path / "data.json"), str(tmp_path / "cache"), 20_000)
+    assert found["records"] == 200_000 and found["resident_mib"] < 1024, found
+    assert found["own_mib"] - found["own_before_mib"] < 150, found  # as Python objects they would take 700
 
 
 def test_the_bench_measures_and_shows(tmp_path, monkeypatch, capsys):
