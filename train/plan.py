@@ -95,6 +95,10 @@ class PlanArguments:
     num_train_epochs: float = field(default=1.0, metadata={"help": "Over the data."})
     max_steps: int = field(default=0, metadata={"help": "End earlier."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of a sample; what must fit is a batch of these."})
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Of one GPU: as many samples in one row as fit; --samples_per_step is then their mean."},
+    )
     activation_checkpointing: str = field(
         default="true", metadata={"help": "Run layers again instead of keeping them; auto: where they do not fit."}
     )
@@ -116,10 +120,15 @@ class PlanArguments:
     def __post_init__(self) -> None:
         above = ("gpus", "samples_per_step", "per_device_train_batch_size", "num_train_epochs", "max_length", "lora_r",
                  "prompt_tokens", "answer_tokens", "most_records", "gpu_memory", "gpu_tflops", "budget_hours",
-                 "budget_ms")  # fmt: skip
+                 "budget_ms", "max_tokens_per_batch")  # fmt: skip
         for name in above:
             if (value := getattr(self, name)) is not None and not 0 < value < 1e12:
                 raise UserError(f"--{name} is {value:g}; it must be above 0.")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
+            raise UserError(
+                f"--max_tokens_per_batch is {self.max_tokens_per_batch}, and a sample may have {self.max_length} "
+                "tokens: raise it, or lower --max_length."
+            )
         if not 0 <= self.step_seconds < 1e12:
             raise UserError(f"--step_seconds is {self.step_seconds:g}; it must be 0 or above.")
         if not 0 < self.utilisation <= 1:
@@ -151,6 +160,7 @@ class PlanArguments:
             epochs=self.num_train_epochs,
             max_steps=self.max_steps,
             max_length=self.max_length,
+            row=self.max_tokens_per_batch,
             checkpointing=checkpointing_of(self.activation_checkpointing),
             zero=zero_of(self.deepspeed),
             lora_rank=self.lora_r if self.lora_enable else 0,
@@ -235,9 +245,12 @@ def make_plan(arguments: PlanArguments, shape: Shape | None) -> dict[str, Any]:
         facts |= {
             "samples": f"{shape.samples:,.0f}, {shape.described()['mean_images']:.3g} images each",
             "their length": shape.source,
-            "step": f"{training.samples_per_step} samples, {training.batch} of a GPU at once",
+            "step": f"{training.samples_per_step} samples, "
+            + (f"{training.row} tokens" if training.row else str(training.batch))
+            + " of a GPU at once",
             "trained": " ".join(training.trained) + (f" (LoRA {training.lora_rank})" if training.lora_rank else ""),
-            "memory": f"of a batch of samples of {training.max_length} tokens; DeepSpeed: {arguments.deepspeed or 'no'}"
+            "memory": ("of a row" if training.row else "of a batch")
+            + f" of samples of {training.max_length} tokens; DeepSpeed: {arguments.deepspeed or 'no'}"
             + _RECOMPUTED[training.checkpointing],
         }
     budgets = {"hours": arguments.budget_hours, "ms": arguments.budget_ms}

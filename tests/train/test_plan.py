@@ -61,6 +61,19 @@ def test_hours_are_the_products_at_the_share_of_the_peak():
     assert cost["steps"] == 25 and cost["mfu"] < 0.5
 
 
+def test_a_row_of_samples_has_no_mask_and_needs_the_memory_of_its_tokens():
+    words = (*LLAMA, "--preset", "llava", "--activation_checkpointing", "false", "--per_device_train_batch_size")
+    two = plan(*words, "2")["variants"][0]["training"]
+    row = plan(*words, "1", "--max_tokens_per_batch", "4096")["variants"][0]["training"]
+    longer = plan(*words, "1", "--max_tokens_per_batch", "8192")["variants"][0]["training"]
+    assert row["hours"] == two["hours"] and row["steps"] == two["steps"]
+    saved = [one["memory"]["activations"] for one in (two, row, longer)]
+    assert 0.9 * saved[0] < saved[1] < saved[0]  # neither a mask nor, in a dense model, gathered tokens of the FFN
+    assert saved[2] == pytest.approx(2 * saved[1], rel=0.1)  # not all of the logits exist at once
+    usual = row["memory"]["mean_batch_activations"]  # a row is full, whatever its samples are
+    assert usual == pytest.approx(saved[1], rel=0.2)
+
+
 def test_a_sample_of_a_dense_model_costs_what_the_decoder_formula_says():
     config = preset_config("llava", "llama3-8b")
     load = assumed(1, 100, 50, 1.0).load(config, 2048)
@@ -178,6 +191,7 @@ def test_budgets_choose_among_all_presets():
             ("--size", "llama3-8b", "--data", "."),
             "--data is measured with the model's tokenizer, which a --size has not",
         ),
+        ((*LLAMA, "--max_tokens_per_batch", "1000"), "is 1000, and a sample may have 2048 tokens: raise it"),
         (("--seeds", "3"), "--seeds is for llava-skip train"),
         (("--size", "tiny", "--step_seconds", "nan"), "--step_seconds is nan; it must be 0 or above."),
         (("--size", "tiny", "--answer_tokens=-5"), "--answer_tokens is -5; it must be above 0."),

@@ -57,6 +57,7 @@ class Training:
         epochs: over the data.
         max_steps: ends the run earlier; 0: no.
         max_length: tokens of a sample.
+        row: tokens of one GPU at once, of samples one after the other; None: `batch` samples with padding.
         checkpointing: of activations; None: where the longest batch does not fit without it.
         zero: DeepSpeed's division.
         lora_rank: 0 without LoRA.
@@ -69,6 +70,7 @@ class Training:
     epochs: float = 1.0
     max_steps: int = 0
     max_length: int = 2048
+    row: int | None = None
     checkpointing: bool | None = True
     zero: Zero = Zero()
     lora_rank: int = 0
@@ -136,7 +138,8 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
     seconds = machine.seconds(flops.total) + steps * machine.step_seconds
     peak = machine.gpus * machine.gpu.tflops * 1e12
     memory = training_memory(config, training, machine, counts, longest)
-    usual = training_memory(config, training, machine, counts, epoch.times(training.batch / shape.samples))
+    batches = epoch.tokens / training.row if training.row else shape.samples / training.batch
+    usual = training_memory(config, training, machine, counts, epoch.times(1 / batches))
     memory |= {"mean_batch_peak": usual["peak"], "mean_batch_activations": usual["activations"]}
     if too_long := shape.images.any() and config.image_seq_length >= training.max_length:
         memory["fits"] = False
@@ -157,7 +160,10 @@ def training_cost(config: LlavaSkipConfig, shape: Shape, training: Training, mac
 
 
 def longest_batch(config: LlavaSkipConfig, shape: Shape, training: Training) -> Load:
-    """A batch of one GPU whose samples are all as long as the longest that the data can have: what must fit."""
+    """A batch of one GPU whose samples are all as long as the longest that the data can have: what must fit.
+
+    A row has as many of them as fill it.
+    """
     rows = image_rows(config)
     images = 1.0 if shape.images.any() else 0.0
     words = max(0.0, training.max_length - images * config.image_seq_length)
@@ -166,7 +172,7 @@ def longest_batch(config: LlavaSkipConfig, shape: Shape, training: Training) -> 
     tokens = words + images * max(layer.keys for layer in rows)
     ffn = words + images * sum(layer.ffn for layer in rows) / len(rows)
     supervised = words * float((shape.weights * shape.supervised).sum() / max(1.0, (shape.weights * shape.text).sum()))
-    batch = training.batch
+    batch = training.row / tokens if training.row else training.batch
     return Load(
         samples=batch,
         images=batch * images,
@@ -195,7 +201,7 @@ def training_memory(
     held = states(parameters, counts["trainable"], counts["gathered"], training.zero, machine.gpus, element)
     parts = set(training.trained)
     tower, projector = "vision_tower" in parts, "multi_modal_projector" in parts
-    masked = training.batch > 1
+    masked = training.batch > 1 and not training.row
     kept = {on: activations(config, batch, tower, projector, on, element, masked) for on in (True, False)}
     own = kept[bool(training.checkpointing)]
     peak = held.total + max(own.total, held.update)
