@@ -6,6 +6,8 @@ from pathlib import Path
 # Tables and reports of made-up data; started processes use it too.
 os.environ["HF_DATASETS_CACHE"] = (cache := tempfile.TemporaryDirectory(prefix="llava-skip-tests-")).name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tests' processes share the cores: threads of a started program that wait for each other would take them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
