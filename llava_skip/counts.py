@@ -36,7 +36,7 @@ class TokenCounts:
         ffn: new tokens that take the FFN, M.
         longest: the most of these in one sample; as many tokens of each sample does a cache that forgets store.
         hidden: skipped tokens among the latest ones, which some tokens may not see.
-        supervised: tokens whose next one has a label.
+        supervised: tokens whose next one has a label; None where there were no labels to count.
         first: the first column [0, T) that has one of these; 0 if there is none.
         crops: crops of each image; empty where an image has no `crop_counts`.
         sequences: tokens of each of the samples that lie one after the other in one row; empty: it is not known.
@@ -52,7 +52,7 @@ class TokenCounts:
     ffn: int
     longest: int
     hidden: int
-    supervised: int
+    supervised: int | None
     first: int
     crops: tuple[int, ...] = ()
     sequences: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ class TokenCounts:
     def repeated(self, times: int) -> TokenCounts:
         """Those of a batch in which each sample comes `times` times."""
         totals = ("image", "found", "wrong", "cut", "real", "padding", "ffn", "hidden", "supervised")
-        scaled = {name: getattr(self, name) * times for name in totals}
+        scaled = {name: value * times for name in totals if (value := getattr(self, name)) is not None}
         return replace(self, shape=(self.shape[0] * times, self.shape[1]), **scaled)
 
 
@@ -109,20 +109,25 @@ def count_tokens(
     if crop_counts is not None:
         read = torch.cat([read, crop_counts.to(read)])
     values = read.tolist()
-    counts = dict(zip(numbers, values, strict=False))
+    counts: dict[str, Any] = dict(zip(numbers, values, strict=False))
+    if supervised is None:
+        counts["supervised"] = None
     return TokenCounts((found.shape[0], images.new), **counts, crops=tuple(values[len(numbers) :]))
 
 
 def count_batch(config: LlavaSkipConfig, batch: dict[str, Any]) -> TokenCounts:
     """The argument `counts` of a training step, where its batch is made: a forward that has it reads nothing.
 
+    They hold for this batch alone: its ids, mask and labels.
+
     Args:
         config: of the model.
-        batch: arguments of the model: `input_ids` [B, T], and `attention_mask`, `labels`, `crop_counts` and
-            `position_ids` (of several samples in one row) if any.
+        batch: arguments of the model: `input_ids` [B, T], and `attention_mask`, `labels`, `shift_labels`,
+            `crop_counts` and `position_ids` (of several samples in one row) if any.
     """
     found = batch["input_ids"] == config.image_token_id
-    images, supervised = ImageTokens.of_forward(found, config.skip_config), supervised_tokens(batch.get("labels"))
+    images = ImageTokens.of_forward(found, config.skip_config)
+    supervised = supervised_tokens(batch.get("labels"), batch.get("shift_labels"))
     counts = count_tokens(images, found, batch.get("attention_mask"), supervised, batch.get("crop_counts"))
     positions = batch.get("position_ids")
     return counts if positions is None else replace(counts, sequences=lengths_in_row(positions))
@@ -146,12 +151,14 @@ def with_counts(
 ) -> ImageTokens:
     """The image tokens of a forward with their counts; arguments as those of `count_tokens`.
 
-    Given counts are taken, unless they are of a batch that was changed since, as prompt tuning does; without them the
-    device is read once. A mask that is not two-dimensional has no padding that could be counted.
+    Given counts are taken, unless they are of a batch of another shape, as after prompt tuning, or had no labels that
+    there are now; that they are of these ids and labels is not looked at. Without them the device is read once. A mask
+    that is not two-dimensional has no padding that could be counted.
     """
     if torch.compiler.is_exporting():  # a graph cannot depend on values
         return images
-    if counts is None or counts.shape != tuple(found.shape):
+    counted = counts is not None and counts.shape == tuple(found.shape)
+    if counts is None or not counted or (supervised is not None and counts.supervised is None):
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         counts = count_tokens(images, found, mask, supervised, crop_counts, latest)
     return replace(images, counts=counts)

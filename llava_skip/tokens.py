@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from llava_skip_base.errors import UserError
 
@@ -54,13 +55,14 @@ def merge_choices(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         centrality [N, P]; order [N, P], indices by descending centrality, of which the first P - S are merged away and
         the last S kept; target [N, P - S], for each merged token the index of its match among the kept ones.
     """
-    unit = nn.functional.normalize(tokens.detach().float(), dim=-1)
-    centrality = (unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
-    # Stable, so that equal tokens are ordered alike on every device.
-    order = centrality.argsort(dim=1, descending=True, stable=True)
-    unit = unit.gather(1, order.unsqueeze(-1).expand_as(unit))
-    merged, kept = unit.split([tokens.shape[1] - keep, keep], dim=1)
-    return centrality, order, (merged @ kept.transpose(1, 2)).argmax(dim=-1)
+    with maybe_autocast(tokens.device.type, enabled=False):  # which would compute the products in half precision
+        unit = nn.functional.normalize(tokens.detach().float(), dim=-1)
+        centrality = (unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
+        # Stable, so that equal tokens are ordered alike on every device.
+        order = centrality.argsort(dim=1, descending=True, stable=True)
+        unit = unit.gather(1, order.unsqueeze(-1).expand_as(unit))
+        merged, kept = unit.split([tokens.shape[1] - keep, keep], dim=1)
+        return centrality, order, (merged @ kept.transpose(1, 2)).argmax(dim=-1)
 
 
 def merge_tokens(tokens: Tensor, keep: int) -> Tensor:

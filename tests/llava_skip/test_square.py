@@ -87,6 +87,17 @@ def test_less_memory_moves_than_in_transformers():
     assert peaks[1] < 0.6 * peaks[0], peaks
 
 
+def test_tiles_become_values_in_one_look_up():
+    """Rescaled and normalised in turn, each crop would be held two times more as numbers."""
+    processor, image = TilingImageProcessorPil(crop_size=112), noise(240, 180)
+    processor(image, return_tensors="np")
+    tracemalloc.start()
+    values = processor(image, return_tensors="np")["pixel_values"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * values.nbytes, peak / values.nbytes  # the values, and the bytes that they are looked up by
+
+
 def test_a_saved_processor_has_transformers_name_and_is_fast_again(tmp_path):
     made = processor_of("sv-llava")
     assert type(made.image_processor) is SquareImageProcessorPil

@@ -43,6 +43,13 @@ def test_merge_to_all_is_the_input_and_gradients_are_those_of_means():
     assert torch.allclose(x.grad[0], expected[:, None].expand(9, 4), atol=1e-6)
 
 
+def test_autocast_changes_no_choice():
+    x = torch.randn(4, 90, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        choices = merge_choices(x, 30)
+    assert all(map(torch.equal, choices, merge_choices(x, 30)))
+
+
 def merge_with_a_map(x: Tensor, keep: int) -> Tensor:
     """All images at once, with a map of all tokens, and its gradients from autograd."""
     _, order, target = merge_choices(x, keep)
