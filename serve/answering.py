@@ -288,7 +288,12 @@ class Answerer:
             sampling = {"do_sample": True, "temperature": options.temperature}
             sampling |= {} if options.top_p is None else {"top_p": options.top_p}
         never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]  # stands for no text
-        return {"max_new_tokens": min(options.max_new_tokens, room), "suppress_tokens": never, **sampling, **_ONE_ANSWER}
+        return {
+            "max_new_tokens": min(options.max_new_tokens, room),
+            "suppress_tokens": never,
+            **sampling,
+            **_ONE_ANSWER,
+        }
 
     def _reuse(self, ids: list[int], pictures: list[Picture]) -> int:
         """Cut the cache back to what a prompt begins with; the number of its tokens that stay."""
