@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -52,6 +53,7 @@ class Job:
         text: the answer.
         total_tokens: of the answer, its end included.
         config: of what transformers' responses ask, whether the answer was cut.
+        cost: of the answer, once it has ended.
         error: what was raised instead of an answer.
     """
 
@@ -62,6 +64,7 @@ class Job:
         self.prompt: Sequence[int] = ()
         self.text, self.total_tokens = "", 0
         self.config = GenerationConfig(max_new_tokens=None)
+        self.cost: Cost | None = None
         self.error: BaseException | None = None
         self._loop, self._stop, self._deadline = asyncio.get_running_loop(), threading.Event(), float("inf")
 
@@ -96,9 +99,9 @@ class Job:
         self.error = done.exception()
         result = None if self.error is not None else done.result()
         if result is not None:
-            self.text, self.prompt, cost = result
-            self.total_tokens = cost.tokens
-            self.config.max_new_tokens = None if cost.complete else cost.tokens
+            self.text, self.prompt, self.cost = result
+            self.total_tokens = self.cost.tokens
+            self.config.max_new_tokens = None if self.cost.complete else self.cost.tokens
         is_late = self.begun.is_set() and self.error is not None
         if is_late and not isinstance(self.error, UserError):
             _log.error("an answer failed after it had begun", exc_info=self.error)
