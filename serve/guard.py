@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, MutableMapping
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -18,7 +18,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
 CHAT = "/v1/chat/completions"
 OPEN = {CHAT: "POST", "/v1/models": "GET", "/health": "GET"}
@@ -138,7 +138,10 @@ class Guard:
                 pass
             gone.set()
 
-        tasks = [asyncio.create_task(part) for part in (self._app(scope, give, take), watch(), gone.wait())]
+        async def over() -> None:
+            await gone.wait()
+
+        tasks = [asyncio.create_task(part) for part in (self._app(scope, give, take), watch(), over())]
         try:
             await asyncio.wait([tasks[0], tasks[2]], return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():

@@ -61,7 +61,7 @@ def serve(
         from serve.transformers_app import build_app  # needs the extra
 
         app, answers = build_app(loaded, name, limits)
-        is_local = listener.getsockname()[0] in _LOCAL_NAMES
+        is_local = ip_address(listener.getsockname()[0]).is_loopback
         guard = Guard(app, limits, (*_LOCAL_NAMES, host) if is_local else None, answers.end)
         tell(name, str(place), listener, is_local)
         run(guard, listener, limits)
@@ -92,15 +92,14 @@ def bound(host: str, port: int) -> socket.socket:
 def tell(name: str, place: str, listener: socket.socket, is_local: bool) -> None:
     """Say what is served, where, and to whom."""
     address, port = listener.getsockname()[:2]
-    with suppress(ValueError):
-        address = f"[{address}]" if ip_address(address).version == 6 else address
+    address = f"[{address}]" if ":" in address else address
     print_text(f"{name} on {place} at http://{address}:{port}/v1")
-    print_aside(ONE_AT_A_TIME)
     if not is_local:
         print_text(
             "warning: whoever reaches this address can use the model, without a password and without encryption: "
             "put a proxy with both in front of it (docs/security.md)"
         )
+    print_aside(ONE_AT_A_TIME)
 
 
 def run(app: Guard, listener: socket.socket, limits: Limits) -> None:

@@ -28,7 +28,7 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 600
+LONGEST = 800
 NAME = "talkative"
 
 
@@ -233,10 +233,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_wrong_request_is_told_why(server, stream):
-    for name, (body, status, message) in BAD.items():
-        response = server.post(**body, stream=stream)
+def test_a_wrong_request_is_told_why(server):
+    for number, (name, (body, status, message)) in enumerate(BAD.items()):
+        response = server.post(**body, stream=bool(number % 2))  # a stream is refused before it begins, too
         error = response.json().get("error", {})
         assert (response.status_code, error.get("type")) == (status, "invalid_request_error"), name
         assert message in error["message"] and len(error["message"]) < 400, (name, error)
@@ -282,8 +281,7 @@ def killed(server: Server, **body) -> None:
             while received.count(b"data:") < 3:
                 received += connection.recv(4096)
         else:
-            server.wait(lambda: connection.getpeername() is not None)
-            time.sleep(0.3)
+            time.sleep(0.1)  # the request arrives
 
 
 def costs(log: str) -> list[str]:
@@ -318,13 +316,13 @@ def test_twenty_at_once_have_their_own_answers(server, library):
 
     def ask(number: int) -> str:
         if number % 2:
-            return server.ask(questions[number], max_tokens=8).choices[0].message.content
-        pieces = server.ask(questions[number], max_tokens=8, stream=True)
+            return server.ask(questions[number], max_tokens=4).choices[0].message.content
+        pieces = server.ask(questions[number], max_tokens=4, stream=True)
         return "".join(piece.choices[0].delta.content or "" for piece in pieces).strip()
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
-    assert answers == [library(question, 8)[0] for question in questions]
+    assert answers == [library(question, 4)[0] for question in questions]
     assert len(set(answers)) > 1
 
 
