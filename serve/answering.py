@@ -175,7 +175,7 @@ class Answerer:
         advice: str = "/clear begins again",
     ) -> None:
         self._loaded, self._exact, self._advice = loaded, exact, advice
-        self._defaults = AnswerOptions(max_new_tokens, temperature)
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._cache: Cache | None = None
         self._seen: list[int] = []
         self._pictures: list[Picture] = []
@@ -212,7 +212,7 @@ class Answerer:
         Raises:
             UserError: the template fails, or the conversation is too long for the model or the device.
         """
-        options = options or self._defaults
+        options = options or AnswerOptions(self.max_new_tokens, self.temperature)
         ends = self._loaded.ends.with_strings(options.stops)
         text = VisibleText(ends, show)
         stream = _Stream(self._loaded.processor.tokenizer, text)

@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_serve_available
 from llava_skip_base.console import hide_bars_in_files, print_aside, print_text, program
 from llava_skip_base.errors import MissingPackageError, UserError
 from serve.chat_request import Limits
-from serve.guard import Guard
+from serve.door import Door
 from serve.loading import choose_device, choose_dtype, find
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Answer chat completions of OpenAI's interface with a model; one request at a time, on this machine alone."""
     if not is_serve_available():
-        raise MissingPackageError("serve needs fastapi, uvicorn and openai: pip install 'llava-skip[serve]'.")
+        raise MissingPackageError("serve needs fastapi, uvicorn and openai: pip install '.[serve]' in a checkout.")
     limits = Limits(
         max_new_tokens, max_images, int(max_megapixels * 1e6), int(max_request_mib * 2**20), max_seconds, max_requests
     )
@@ -62,9 +62,9 @@ def serve(
 
         app, answers = build_app(loaded, name, limits)
         is_local = ip_address(listener.getsockname()[0]).is_loopback
-        guard = Guard(app, limits, (*_LOCAL_NAMES, host) if is_local else None, answers.end)
+        door = Door(app, limits, (*_LOCAL_NAMES, host) if is_local else None, answers.end)
         tell(name, str(place), listener, is_local)
-        run(guard, listener, limits)
+        run(door, listener, limits)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -102,7 +102,7 @@ def tell(name: str, place: str, listener: socket.socket, is_local: bool) -> None
     print_aside(ONE_AT_A_TIME)
 
 
-def run(app: Guard, listener: socket.socket, limits: Limits) -> None:
+def run(app: Door, listener: socket.socket, limits: Limits) -> None:
     """Serve until Ctrl-C or a signal."""
     import uvicorn  # of the extra
 

@@ -256,7 +256,7 @@ class _Closed:
 
 
 def build_app(loaded: Loaded, name: str, limits: Limits) -> tuple[FastAPI, Answers]:
-    """The application, and what makes its answers. It must stand behind `serve.guard.Guard`.
+    """The application, and what makes its answers. It must stand behind `serve.door.Door`.
 
     Args:
         loaded: the model.

@@ -337,7 +337,7 @@ def test_an_address_in_use_is_told_before_the_weights_load(saved, monkeypatch):
 
 def test_a_missing_extra_is_named(saved, monkeypatch):
     monkeypatch.setattr("serve.server.is_serve_available", lambda: False)
-    with pytest.raises(UserError, match="pip install 'llava-skip\\[serve\\]'"):
+    with pytest.raises(UserError, match="pip install '.\\[serve\\]'"):
         serve(str(saved))
 
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from serve import guard
+from serve import door
 from serve.chat_request import Limits
-from serve.guard import CHAT, Guard
+from serve.door import CHAT, Door
 
 
 class Application:
@@ -54,7 +54,7 @@ class Client:
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
 
-    async def ask(self, app: Guard) -> "Client":
+    async def ask(self, app: Door) -> "Client":
         await app(self.scope, self.receive, self.send)
         return self
 
@@ -63,8 +63,8 @@ class Client:
         return json.loads(self.body)["error"]["code"]
 
 
-def guarded(app: Application, ended: list[str], **limits) -> Guard:
-    return Guard(app, Limits(**limits), ("localhost", "::1"), ended.append)
+def guarded(app: Application, ended: list[str], **limits) -> Door:
+    return Door(app, Limits(**limits), ("localhost", "::1"), ended.append)
 
 
 async def soon(is_so) -> None:
@@ -102,22 +102,22 @@ def test_a_lost_client_cancels_its_answer():
 def test_more_requests_than_are_taken_are_told_to_come_again():
     async def run():
         app, ended = Application(waits=True), []
-        door = guarded(app, ended, requests=2)
-        tasks = [asyncio.create_task(Client().ask(door)) for _ in range(2)]
+        entry = guarded(app, ended, requests=2)
+        tasks = [asyncio.create_task(Client().ask(entry)) for _ in range(2)]
         await soon(lambda: len(app.ids) == 2)
-        refused = await Client().ask(door)
+        refused = await Client().ask(entry)
         assert (refused.status, refused.code) == (503, "busy")
         app.let.set()
         assert [(await task).status for task in tasks] == [200, 200]
-        assert (await Client().ask(door)).status == 200
+        assert (await Client().ask(entry)).status == 200
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("stalls", [False, True])
 def test_a_client_that_sends_or_takes_nothing_is_not_waited_for(monkeypatch, stalls):
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
-    monkeypatch.setattr(guard, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(door, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(door, "SEND_SECONDS", 0.05)
 
     async def run():
         app, ended = Application(), []
@@ -147,7 +147,7 @@ def test_an_error_of_the_application_is_not_hidden():
 
     ended = []
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(Client().ask(Guard(broken, Limits(), None, ended.append)))
+        asyncio.run(Client().ask(Door(broken, Limits(), None, ended.append)))
     assert len(ended) == 1
 
 
@@ -157,7 +157,7 @@ def test_names_and_kinds():
         local = guarded(app, ended)
         for host, status in (("localhost", 200), ("[::1]:8000", 200), ("evil.example", 403), ("", 403)):
             assert (await Client(host=host).ask(local)).status == status
-        assert (await Client(host="any.name").ask(Guard(app, Limits(), None, ended.append))).status == 200
+        assert (await Client(host="any.name").ask(Door(app, Limits(), None, ended.append))).status == 200
         for kind, status in (("application/json; charset=utf-8", 200), ("text/plain", 415), ("", 415)):
             assert (await Client(content_type=kind).ask(local)).status == status
 

@@ -36,8 +36,8 @@ class _ClientGone(Exception):
     """The client ended the connection, or takes nothing."""
 
 
-class Guard:
-    """The application behind its guard.
+class Door:
+    """The application behind its door.
 
     Args:
         app: answers what is let through, each chat completion under an id of its own in the header `x-request-id`.
