@@ -58,14 +58,18 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def talkative(saved, tmp_path_factory) -> Path:
-    """The model of random weights, which says letters and spaces without an end."""
+    """A model of larger random weights, whose answers differ; it says letters and spaces without an end."""
     folder = tmp_path_factory.mktemp("served") / NAME
     shutil.copytree(saved, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    known = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    never = [number for token, number in known.items() if token not in (*"abcdefghijkl", "Ġ")]
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": never}))
+    loaded = load(str(saved), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if weight.dim() > 1 and ("projector" in name or ("language_model" in name and "embed" not in name)):
+                weight.mul_(3)
+    tokenizer = loaded.processor.tokenizer
+    said = {tokenizer.convert_tokens_to_ids(token) for token in (*"abcdefghijkl", "Ġ")}
+    loaded.model.generation_config.suppress_tokens = [n for n in range(len(tokenizer)) if n not in said]
+    loaded.model.save_pretrained(folder)
     return folder
 
 
@@ -169,10 +173,11 @@ def test_an_answer_is_that_of_generate_streamed_or_not(server, library, name):
 
 def test_an_answer_does_not_depend_on_the_requests_before(server, library):
     """A skipping model with the cache of the first turn would not see what a new pass over both sees."""
-    first = CONVERSATIONS["turns"][:1]
-    answer = server.ask(first, max_tokens=12).choices[0].message.content
-    messages = [*first, {"role": "assistant", "content": answer}, user("And now?")]
-    assert server.ask(messages, max_tokens=12).choices[0].message.content == library(messages, 12)[0]
+    for size in ((40, 20), (40, 21), (20, 30)):
+        first = [user(image_part(*size), "x")]
+        answer = server.ask(first, max_tokens=12).choices[0].message.content
+        messages = [*first, {"role": "assistant", "content": answer}, user("And now?")]
+        assert server.ask(messages, max_tokens=12).choices[0].message.content == library(messages, 12)[0]
 
 
 def test_stops_and_samples(server):
@@ -323,7 +328,7 @@ def test_twenty_at_once_have_their_own_answers(server, library):
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
     assert answers == [library(question, 4)[0] for question in questions]
-    assert len(set(answers)) > 1
+    assert len(set(answers)) > 5
 
 
 def test_an_address_in_use_is_told_before_the_weights_load(saved, monkeypatch):
