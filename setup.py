@@ -34,7 +34,7 @@ REQUIRED = [
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
 GGUF = ["gguf>=0.17,<1"]
-SERVE = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "openai>=1.98,<3"]  # what `transformers serve` needs
+SERVE = ["fastapi>=0.115,<1", "openai>=1.98,<3", "starlette>=0.40,<2", "uvicorn>=0.30,<1"]  # of `transformers serve`
 PROGRAMS = ("train", "eval", "serve", "playground")
 DEV = ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.11"]
 

@@ -62,7 +62,7 @@ def serve(
 
         app, answers = build_app(loaded, name, limits)
         is_local = ip_address(listener.getsockname()[0]).is_loopback
-        door = Door(app, limits, (*_LOCAL_NAMES, host) if is_local else None, answers.end)
+        door = Door(app, limits, (*_LOCAL_NAMES, host.lower()) if is_local else None, answers.end)
         tell(name, str(place), listener, is_local)
         run(door, listener, limits)
 

@@ -13,6 +13,8 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from serve.conversation import Picture
 from serve.loading import Loaded
 
 ADVICE = "send fewer turns, or fewer or smaller images"
-_CLOSING_SECONDS = 30.0
+_CLOSING_SECONDS = 10.0
 _FAILED = "the server failed; its log says why"
 
 _log = logging.getLogger(__name__)
@@ -162,7 +164,8 @@ class Answers(GenerateManager):
         """End all answers, and wait until the thread does nothing."""
         for request_id in list(self._jobs):
             self.end(request_id)
-        self.submit(lambda: None).result(_CLOSING_SECONDS)
+        with suppress(FutureTimeoutError):  # a long step goes on; the thread ends with the process
+            self.submit(lambda: None).result(_CLOSING_SECONDS)
 
     def _answer(self, job: Job, request_id: str) -> tuple[str, Sequence[int], Cost] | None:
         """In the thread: the answer, or None if nobody waits for it any more."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from PIL import Image
 from llava_skip_base.errors import UserError
 from serve.loading import load
 from serve.server import bound, serve, tell
-from tests.support.conversations import random_image
+from tests.support.openai_messages import data_uri, image_part, user
 
 openai = pytest.importorskip("openai", reason="needs the extra [serve]")
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
@@ -30,20 +31,6 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 ROOT = Path(__file__).parents[2]
 LONGEST = 800
 NAME = "talkative"
-
-
-def data_uri(image: Image.Image) -> str:
-    image.save(file := io.BytesIO(), "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def image_part(*size: int) -> dict:
-    return {"type": "image_url", "image_url": {"url": data_uri(random_image(*size, seed=sum(size)))}}
-
-
-def user(*parts: str | dict) -> dict:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return {"role": "user", "content": content if len(parts) > 1 else parts[0]}
 
 
 ANSWERED = {"role": "assistant", "content": "Two dogs."}
@@ -93,12 +80,11 @@ class Server:
 
     @property
     def threads(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+        return psutil.Process(self.process.pid).num_threads()
 
     @property
     def megabytes(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
     def _answers(self) -> bool:
         try:

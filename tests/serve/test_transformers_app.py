@@ -9,7 +9,7 @@ import torch
 
 from serve.chat_request import Limits, RequestError, read_request
 from serve.loading import load
-from tests.serve.test_server import image_part, user
+from tests.support.openai_messages import image_part, user
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 pytest.importorskip("openai", reason="needs the extra [serve]")
