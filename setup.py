@@ -34,6 +34,7 @@ REQUIRED = [
 ]
 TRAIN = ["deepspeed>=0.18,<0.20", "ninja>=1.11", "tensorboard>=2.18,<3", "wandb>=0.20,<1"]
 GGUF = ["gguf>=0.17,<1"]
+SERVE = ["fastapi>=0.115,<1", "openai>=1.98,<3", "starlette>=0.40,<2", "uvicorn>=0.30,<1"]  # of `transformers serve`
 PROGRAMS = ("train", "eval", "serve", "playground")
 DEV = ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.11"]
 
@@ -62,9 +63,10 @@ setup(
         "liger": ["liger-kernel>=0.8,<0.9"],  # needs triton, which torch has for CUDA and ROCm
         "qlora": ["bitsandbytes>=0.46.1,<1"],
         "gguf": GGUF,
+        "serve": SERVE,
         "trl": ["trl>=1.16,<2"],
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
-        "all": [*TRAIN, *GGUF, *DEV],
+        "all": [*TRAIN, *GGUF, *SERVE, *DEV],
     },
 )

@@ -67,4 +67,20 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "uses it, and torch.compiler has no name for it",
         parameters=("t",),
     ),
+    *(
+        PrivateName(
+            f"transformers.cli.serving.chat_completion.ChatCompletionHandler.{name}",
+            used_in="serve.transformers_app",
+            reason="writes the response of `transformers serve`; the one public method also reads the request, loads a "
+            "model and makes the prompt",
+            parameters=("request_id", "model", "processor", "model_id", "inputs", "gen_config", "gen_manager"),
+        )
+        for name in ("_streaming", "_non_streaming")
+    ),
+    PrivateName(
+        "transformers.cli.serving.utils._StreamError",
+        used_in="serve.transformers_app",
+        reason="what the stream of `transformers serve` takes for an answer that failed after it had begun",
+        parameters=("msg",),
+    ),
 )

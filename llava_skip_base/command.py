@@ -37,6 +37,7 @@ PROGRAMS: dict[str, Program] = {
     "convert": Program("llava_skip.convert", "Convert a checkpoint of LLaVA, llava-hf or the paper's code."),
     "extend": Program("llava_skip.extend", "Extend a chain-of-sight resampler to more scales."),
     "chat": Program("serve.chat", "Ask a model about images in the terminal."),
+    "serve": Program("serve.server", "Answer chat completions of OpenAI's interface with a model (extra [serve])."),
     "eval": Program("eval.run", "Evaluate saved models on benchmarks."),
     "score": Program("eval.score", "Score saved predictions of any program."),
     "compare": Program("eval.compare", "Compare two results, or two models on all benchmarks, with intervals."),

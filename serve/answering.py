@@ -7,7 +7,7 @@ the new prompt begins with: a chat template may write an answer in other tokens 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import is_
@@ -23,7 +23,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.ends import Ends
 from llava_skip.foreign_templates import calling_template
 from llava_skip_base.errors import UserError
-from serve.conversation import Conversation, Picture
+from serve.conversation import HasMessages, Picture
 from serve.loading import Loaded
 
 _ONE_ANSWER: dict[str, Any] = {
@@ -49,6 +49,7 @@ class Cost:
         seen: tokens of the conversation that went through the model.
         reused: of these, the ones that were in the cache before the question.
         stopped: whether the user stopped the answer.
+        complete: whether the answer came to its end, and was not cut by the limit of its length or by the user.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class Cost:
     seen: int
     reused: int
     stopped: bool
+    complete: bool
 
     def __str__(self) -> str:
         """One line for people."""
@@ -70,8 +72,31 @@ class Cost:
         return ", ".join(parts) + ", stopped" * self.stopped
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How one answer is made.
+
+    Attributes:
+        max_new_tokens: limit of its length.
+        temperature: 0 takes the most likely token, larger numbers choose more freely.
+        top_p: of the sampling, with a temperature; None is the model's own setting.
+        stops: texts that end the answer, besides the ends that the template has.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    stops: tuple[str, ...] = ()
+
+
 class VisibleText:
-    """The part of a growing answer that can be shown: what may turn out to be its end waits."""
+    """The part of a growing answer that can be shown: what may turn out to be its end waits.
+
+    Attributes:
+        is_over: whether the text has an end.
+    """
+
+    is_over = False
 
     def __init__(self, ends: Ends, show: Callable[[str], None]) -> None:
         self._ends, self._show = ends, show
@@ -81,6 +106,7 @@ class VisibleText:
         """Show what is certain after some more text; with `last`, all."""
         self._text = (self._text + text).lstrip()
         answer = self._ends.cut(self._text)
+        self.is_over = len(answer) < len(self._text)
         certain = len(answer) if last or len(answer) < len(self._text) else len(answer) - self._waiting(answer)
         if certain > self._shown:
             self._show(answer[self._shown : certain])
@@ -129,11 +155,27 @@ class Answerer:
         loaded: the model.
         max_new_tokens: limit of an answer's length.
         temperature: 0 takes the most likely token, larger numbers choose more freely.
+        exact: go on with a cache only where the answer is that of a new pass over all turns: not after one that has
+            forgotten tokens, which a new pass would see.
+        advice: what to do about a conversation that is too long, for messages.
+
+    Attributes:
+        prompt: the token ids of the last conversation that was answered, or is.
     """
 
-    def __init__(self, loaded: Loaded, max_new_tokens: int, temperature: float = 0.0) -> None:
-        self._loaded = loaded
-        self._limit, self._temperature = max_new_tokens, temperature
+    prompt: Sequence[int] = ()
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        exact: bool = False,
+        advice: str = "/clear begins again",
+    ) -> None:
+        self._loaded, self._exact, self._advice = loaded, exact, advice
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._cache: Cache | None = None
         self._seen: list[int] = []
         self._pictures: list[Picture] = []
@@ -143,9 +185,18 @@ class Answerer:
         """Forget the turns before."""
         self._cache, self._seen, self._pictures = None, [], []
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a cache that a next question may use."""
+        return self._cache is not None
+
     @torch.inference_mode()
     def answer(
-        self, conversation: Conversation, show: Callable[[str], None], is_stopped: Callable[[], bool] = lambda: False
+        self,
+        conversation: HasMessages,
+        show: Callable[[str], None],
+        is_stopped: Callable[[], bool] = lambda: False,
+        options: AnswerOptions | None = None,
     ) -> tuple[str, Cost]:
         """Answer the last question.
 
@@ -153,6 +204,7 @@ class Answerer:
             conversation: ends with it.
             show: called with each new piece of the answer.
             is_stopped: asked after each token, whether the answer should end with it.
+            options: of this answer; without, those of all.
 
         Returns:
             The answer without its end, and its cost.
@@ -160,9 +212,12 @@ class Answerer:
         Raises:
             UserError: the template fails, or the conversation is too long for the model or the device.
         """
-        stream = _Stream(self._loaded.processor.tokenizer, VisibleText(self._loaded.ends, show))
+        options = options or AnswerOptions(self.max_new_tokens, self.temperature)
+        ends = self._loaded.ends.with_strings(options.stops)
+        text = VisibleText(ends, show)
+        stream = _Stream(self._loaded.processor.tokenizer, text)
         ids, images = self._prompt(conversation)
-        options = self._options(len(ids))
+        self.prompt, settings = ids, self._settings(options, len(ids))
         reused = self._reuse(ids, conversation.pictures)
         cache, self._cache = self._cache, None  # whatever happens now, it is no longer that of the turns before
         device = self._loaded.model.device
@@ -171,21 +226,26 @@ class Answerer:
                 input_ids=torch.tensor([ids], device=device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
                 **self._pixels(images, ids[:reused]),
-                **options,
+                **settings,
                 past_key_values=cache,
                 tokenizer=self._loaded.processor.tokenizer,
                 streamer=stream,
-                stopping_criteria=StoppingCriteriaList([_StopAsked(is_stopped)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopAsked(lambda: is_stopped() or (text.is_over and bool(options.stops)))]
+                ),
             )
         except torch.OutOfMemoryError as error:
-            raise UserError("the conversation does not fit into the device's memory: /clear begins again.") from error
+            raise UserError(f"the conversation does not fit into the device's memory: {self._advice}.") from error
         sequence = output.sequences[0].tolist()
         self._cache, self._pictures = output.past_key_values, conversation.pictures
         self._seen = sequence[:-1]  # the last token was not put in
-        cost = self._cost(sequence[len(ids) :], stream.times, reused, is_stopped())
-        return self._text(sequence[len(ids) :]), cost
+        answer, complete = self._text(sequence[len(ids) :], ends)
+        cost = self._cost(sequence[len(ids) :], stream.times, reused, is_stopped(), complete)
+        if self._exact and type(self._cache) is not DynamicCache:
+            self.clear()
+        return answer, cost
 
-    def _prompt(self, conversation: Conversation) -> tuple[list[int], list[BatchFeature]]:
+    def _prompt(self, conversation: HasMessages) -> tuple[list[int], list[BatchFeature]]:
         """The token ids of the whole conversation, and what the image processor makes of each of its images.
 
         An image is processed once, in its first turn.
@@ -216,18 +276,24 @@ class Answerer:
         inputs = {name: torch.cat([image[name] for image in images]).to(model.device) for name in names}
         return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    def _options(self, length: int) -> dict[str, Any]:
-        """Options of `generate` for a prompt of this many tokens."""
+    def _settings(self, options: AnswerOptions, length: int) -> dict[str, Any]:
+        """Arguments of `generate` for a prompt of this many tokens."""
         model = self._loaded.model
         most = getattr(model.config.text_config, "max_position_embeddings", None)
-        room = self._limit if most is None else most - length
+        room = options.max_new_tokens if most is None else most - length
         if room < 1:
-            raise UserError(
-                f"the conversation has {length:,} tokens, and the model takes {most:,}: /clear begins again."
-            )
-        sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
+            raise UserError(f"the conversation has {length:,} tokens, and the model takes {most:,}: {self._advice}.")
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature:
+            sampling = {"do_sample": True, "temperature": options.temperature}
+            sampling |= {} if options.top_p is None else {"top_p": options.top_p}
         never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]  # stands for no text
-        return {"max_new_tokens": min(self._limit, room), "suppress_tokens": never, **sampling, **_ONE_ANSWER}
+        return {
+            "max_new_tokens": min(options.max_new_tokens, room),
+            "suppress_tokens": never,
+            **sampling,
+            **_ONE_ANSWER,
+        }
 
     def _reuse(self, ids: list[int], pictures: list[Picture]) -> int:
         """Cut the cache back to what a prompt begins with; the number of its tokens that stay."""
@@ -243,18 +309,20 @@ class Answerer:
         self._cache.crop(-removed)
         return common
 
-    def _cost(self, new: list[int], times: list[float], reused: int, stopped: bool) -> Cost:
+    def _cost(self, new: list[int], times: list[float], reused: int, stopped: bool, complete: bool) -> Cost:
         assert self._cache is not None
         stored = [layer.keys.shape[-2] for layer in self._cache.layers if layer.keys is not None]
         first, last = times[0], times[-1]
         rate = (len(new) - 1) / max(last - first, 1e-9) if len(new) > 1 else 1 / max(first, 1e-9)
-        return Cost(len(new), first, rate, sum(stored) / len(stored), len(self._seen), reused, stopped)
+        return Cost(len(new), first, rate, sum(stored) / len(stored), len(self._seen), reused, stopped, complete)
 
-    def _text(self, new: list[int]) -> str:
+    def _text(self, new: list[int], ends: Ends) -> tuple[str, bool]:
+        """The answer of new tokens, and whether it came to an end."""
         stops = set(self._loaded.model.generation_config.eos_token_id or ())
         shown = list(takewhile(lambda token: token not in stops, new))
         text = self._loaded.processor.tokenizer.decode(shown, skip_special_tokens=True)
-        return self._loaded.ends.cut(text).strip()
+        answer = ends.cut(text)
+        return answer.strip(), len(shown) < len(new) or len(answer) < len(text)
 
 
 def _can_go_on(cache: Cache, removed: int) -> bool:

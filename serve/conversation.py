@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -39,12 +40,37 @@ class Picture:
                 f"{shortened(path, 300)} cannot be read ({error.strerror}): give the path of an image."
             ) from error
         try:
-            with open_image(content) as opened:
-                processor.check_image_size(*opened.size)
-                return cls(path.name, content, to_rgb(opened))
+            return cls.of(path.name, content, processor.check_image_size)
         except ImageError as error:
             name = shortened(path, 300)
             raise UserError(f"{name} is no image that can be read ({error}): give another one.") from error
+
+    @classmethod
+    def of(cls, name: str, content: bytes, check: Callable[[int, int], None]) -> Picture:
+        """The image of a file's bytes.
+
+        Args:
+            name: of the file.
+            content: its bytes.
+            check: called with width and height before the pixels are read; may raise an error.
+
+        Raises:
+            ImageError: it is no image that can be read.
+        """
+        with open_image(content) as opened:
+            check(*opened.size)
+            return cls(name, content, to_rgb(opened))
+
+
+class HasMessages(Protocol):
+    """What can be answered: messages as transformers' chat templates take them, and their images in their order."""
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images."""
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages."""
 
 
 @dataclass

@@ -16,9 +16,8 @@ from llava_skip.checkpoints.schema import read_config
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import Ends, ends_of
 from llava_skip.modeling import LlavaSkipForConditionalGeneration
+from llava_skip.number_formats import dtype_name
 from llava_skip_base.errors import UserError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,8 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The number format of a name; bfloat16 on a GPU and float32 elsewhere, without one.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if name is not None and name not in DTYPES:
-        raise UserError(f"--dtype is {name!r}; choose one of {', '.join(DTYPES)}.")
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+    """The number format of a name, or that of the device without one; errors as `dtype_name`."""
+    return getattr(torch, dtype_name(name, device.type))
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ from llava_skip.checkpoints.schema import read_config
 from llava_skip.checkpoints.tokenizer import load_tokenizer
 from llava_skip.configuration import LlavaSkipConfig
 from llava_skip.ends import Ends, ends_of
+from llava_skip.number_formats import dtype_name
 from llava_skip.vision.values import AS_BYTES, PixelValues
 from llava_skip_base.console import hide_bars_in_files
 from llava_skip_base.errors import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
 Turns = list[dict[str, Any]]
 """A conversation, each turn with `role` and `content`; images are in the content, opened or not."""
 Inputs = dict[str, Any]
@@ -51,7 +51,7 @@ class Numerics:
 
     Attributes:
         device: "cuda" or "cpu".
-        dtype: number format of weights and activations, one of ``DTYPES``.
+        dtype: number format of weights and activations, one of `llava_skip.number_formats.DTYPES`.
         attn: attention implementation of transformers; None takes the model's default.
     """
 
@@ -70,13 +70,12 @@ def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
     Raises:
         UserError: one of them is unknown.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype_name(dtype, device)
     known = ("eager", *AttentionInterface().valid_keys())
     if attn is not None and attn not in known and "/" not in attn:  # owner/name is a kernel of the hub
         raise UserError(f"--attn is '{attn}'; choose one of {', '.join(known)}.")
-    cuda = torch.cuda.is_available()
-    return Numerics("cuda" if cuda else "cpu", dtype or ("bfloat16" if cuda else "float32"), attn)
+    return Numerics(device, dtype, attn)
 
 
 class Generator:

@@ -12,7 +12,7 @@ from llava_skip.cache import ForgettingCache
 from llava_skip.ends import Ends
 from llava_skip.reduction import ReductionConfig
 from llava_skip_base.errors import UserError
-from serve.answering import Answerer, VisibleText, _can_go_on
+from serve.answering import Answerer, AnswerOptions, VisibleText, _can_go_on
 from serve.chat import Chat
 from serve.conversation import Conversation, Picture
 from serve.loading import Loaded
@@ -121,6 +121,34 @@ def test_a_turn_without_images_processes_none_and_renders_once(tmp_path, monkeyp
 def _noting(self, original, called, name, *args, **kwargs):
     called.append(name)
     return original(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["llava", "sv-llava"])
+def test_an_exact_answer_is_that_of_a_new_pass(tmp_path, architecture):
+    """The cache of a model that keeps every token is gone on with; one that has forgotten some is not kept."""
+    model = loaded(tmp_path, architecture)
+    kept, fresh = talk(model, keeps=True, exact=True), talk(model, keeps=False)
+    assert [answer for answer, _ in kept] == [answer for answer, _ in fresh]
+    assert [cost.reused > 0 for _, cost in kept] == [False, *[architecture == "llava"] * 3]
+    answerer, conversation = Answerer(model, 2, exact=True), Conversation()
+    conversation.ask("What?")
+    answerer.answer(conversation, lambda piece: None)
+    assert answerer.goes_on is (architecture == "llava")
+
+
+def test_options_of_one_answer(tmp_path):
+    """Its length, and a text that ends it; an answer that is cut is not complete."""
+    model = loaded(tmp_path, "llava")
+    conversation, answerer = Conversation(), Answerer(model, 30)
+    conversation.ask("Tell me")
+    text, cost = answerer.answer(conversation, lambda piece: None)
+    assert cost.tokens == 30 and not cost.complete
+    stop = text[3:5]
+    shown: list[str] = []
+    short, cost = answerer.answer(conversation, shown.append, options=AnswerOptions(30, stops=(stop,)))
+    assert short == text.partition(stop)[0].strip() and "".join(shown).strip() == short
+    assert cost.complete and not cost.stopped
+    assert answerer.answer(conversation, lambda piece: None, options=AnswerOptions(3))[1].tokens == 3
 
 
 def test_only_a_cache_that_can_be_cut_is_cut():
