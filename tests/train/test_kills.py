@@ -1,5 +1,9 @@
-"""Random kills of one of two processes under ZeRO: the run ends as if nothing had happened, bit for bit."""
+"""Random kills of one of two processes under ZeRO: the run ends as if nothing had happened, bit for bit.
 
+`KILL_ROUNDS` is the number of runs under each stage, and so that of their kills.
+"""
+
+import os
 import random
 import signal
 from functools import cache
@@ -16,7 +20,8 @@ BETWEEN = ("training_step", "compute_loss", "get_batch_samples", "encode_convers
 SAVING = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "progress", "flush", "seal", "on_save")
 """Functions that run while a checkpoint is written, in this order; `seal` on rank 0 alone."""
 KINDS = (BETWEEN, BETWEEN, BETWEEN, SAVING, SAVING)
-"""Five kills for each test, twenty in all."""
+"""Five kills for each run."""
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def places(seed):
         yield rank, function, 1 if kind is SAVING else chance.randint(1, 5)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", range(1, ROUNDS + 1))
 @pytest.mark.parametrize("stage", [2, 3])
 def test_random_kills_change_no_bit(attempt, command, whole, tmp_path, stage, seed):
     given, between = [*command(stage), str(tmp_path / "run")], 0
