@@ -63,6 +63,7 @@ setup(
         "qlora": ["bitsandbytes>=0.46.1,<1"],
         "gguf": GGUF,
         "trl": ["trl>=1.16,<2"],
+        "demo": ["gradio>=6.31,<7"],  # not in "all": it asks for an older Pillow than constraints.txt has
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
         "all": [*TRAIN, *GGUF, *DEV],

@@ -125,7 +125,7 @@ class _StopAsked(StoppingCriteria):
 class Answerer:
     """Answers the last question of a conversation that grows.
 
-    Args:
+    Args and attributes (another answer may have other numbers):
         loaded: the model.
         max_new_tokens: limit of an answer's length.
         temperature: 0 takes the most likely token, larger numbers choose more freely.
@@ -133,7 +133,7 @@ class Answerer:
 
     def __init__(self, loaded: Loaded, max_new_tokens: int, temperature: float = 0.0) -> None:
         self._loaded = loaded
-        self._limit, self._temperature = max_new_tokens, temperature
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._cache: Cache | None = None
         self._seen: list[int] = []
         self._pictures: list[Picture] = []
@@ -178,7 +178,9 @@ class Answerer:
                 stopping_criteria=StoppingCriteriaList([_StopAsked(is_stopped)]),
             )
         except torch.OutOfMemoryError as error:
-            raise UserError("the conversation does not fit into the device's memory: /clear begins again.") from error
+            raise UserError(
+                "the conversation does not fit into the device's memory: clear it (/clear) to begin again."
+            ) from error
         sequence = output.sequences[0].tolist()
         self._cache, self._pictures = output.past_key_values, conversation.pictures
         self._seen = sequence[:-1]  # the last token was not put in
@@ -196,14 +198,17 @@ class Answerer:
             text = processor.apply_chat_template(conversation.messages(), add_generation_prompt=True, tokenize=False)
         if (shown := text.count(processor.image_token)) != len(pictures):
             raise UserError(f"the chat template shows {shown} of {len(pictures)} images; {advice}")
-        for picture in pictures:
-            if picture not in self._processed:
-                self._processed[picture] = processor.image_processor(picture.pixels, return_tensors="pt")
-        images = [self._processed[picture] for picture in pictures]
+        images = [self.processed(picture) for picture in pictures]
         special = processor.adds_special_tokens(text)
         tokens = [processor.replace_image_token(image, 0) for image in images]
         whole = processor.get_text_with_replacements([text], tokens)[0][0]
         return processor.tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"], images
+
+    def processed(self, picture: Picture) -> BatchFeature:
+        """What the image processor makes of an image of the conversation."""
+        if picture not in self._processed:
+            self._processed[picture] = self._loaded.processor.image_processor(picture.pixels, return_tensors="pt")
+        return self._processed[picture]
 
     def _pixels(self, images: list[BatchFeature], known: list[int]) -> dict[str, Tensor]:
         """The inputs of the images whose tokens are not in the cache, on the model's device."""
@@ -220,14 +225,15 @@ class Answerer:
         """Options of `generate` for a prompt of this many tokens."""
         model = self._loaded.model
         most = getattr(model.config.text_config, "max_position_embeddings", None)
-        room = self._limit if most is None else most - length
+        room = self.max_new_tokens if most is None else most - length
         if room < 1:
             raise UserError(
-                f"the conversation has {length:,} tokens, and the model takes {most:,}: /clear begins again."
+                f"the conversation has {length:,} tokens, and the model takes {most:,}: clear it "
+                "(/clear) to begin again."
             )
-        sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]  # stands for no text
-        return {"max_new_tokens": min(self._limit, room), "suppress_tokens": never, **sampling, **_ONE_ANSWER}
+        return {"max_new_tokens": min(self.max_new_tokens, room), "suppress_tokens": never, **sampling, **_ONE_ANSWER}
 
     def _reuse(self, ids: list[int], pictures: list[Picture]) -> int:
         """Cut the cache back to what a prompt begins with; the number of its tokens that stay."""

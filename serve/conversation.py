@@ -24,11 +24,11 @@ class Picture:
     pixels: Image.Image = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path, processor: Any) -> Picture:
-        """The image of a file.
+    def read(cls, path: Path, *processors: Any) -> Picture:
+        """The image of a file, for one or more processors.
 
         Raises:
-            UserError: it cannot be read, is no image, or would become too large for the processor.
+            UserError: it cannot be read, is no image, or would become too large for a processor.
         """
         try:
             if path.exists() and not path.is_file():  # a device would be read without an end
@@ -40,7 +40,8 @@ class Picture:
             ) from error
         try:
             with open_image(content) as opened:
-                processor.check_image_size(*opened.size)
+                for processor in processors:
+                    processor.check_image_size(*opened.size)
                 return cls(path.name, content, to_rgb(opened))
         except ImageError as error:
             name = shortened(path, 300)
@@ -75,7 +76,7 @@ class Conversation:
             UserError: the question has the placeholder of an image.
         """
         if IMAGE_TOKEN in question:
-            raise UserError(f"{IMAGE_TOKEN} stands for an image: name the image's path, or attach it with /image.")
+            raise UserError(f"{IMAGE_TOKEN} stands for an image: leave it out, and attach the image.")
         turn = Turn(question, self.waiting)
         self.turns.append(turn)
         self.waiting = []

@@ -198,7 +198,7 @@ def test_a_conversation_that_is_too_long_says_so(tmp_path):
     model = loaded(tmp_path, "llava", max_position_embeddings=256)
     answered = talk(model, True, [("x", [])], max_new_tokens=1000)
     assert answered[0][1].seen == 255  # the last token of 256 is not put in
-    with pytest.raises(UserError, match="the model takes 256: /clear"):
+    with pytest.raises(UserError, match="the model takes 256: clear"):
         talk(model, True, [("long " * 60, [])])
 
 
