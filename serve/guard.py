@@ -32,6 +32,7 @@ _GET = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)|/(assets|static)/[^?]+|"
     rf"{_API}(info|startup-events|app_id|upload_progress|queue/data|heartbeat/\w+|file=/[^?]+)"
 )
+_FILE = f"{_API}file="
 _UPLOAD = re.compile(rf"{_API}upload")
 _JSON = re.compile(rf"{_API}(queue/join|run/\w+|cancel|reset)/?")
 _HEADERS = {
@@ -91,6 +92,8 @@ class Guard:
         if method in ("GET", "HEAD"):
             if not _GET.fullmatch(path):
                 raise Refused(404, "there is no such page.")
+            if path.startswith(_FILE) and not self._is_uploaded(path.removeprefix(_FILE)):
+                raise Refused(403, "the file was not uploaded here.")
             return receive
         if method != "POST":
             raise Refused(405, "only GET and POST are answered.")

@@ -31,7 +31,7 @@ MOST_TOKENS = 4096
 
 CSS = """
 .chat [aria-label="Share"] { display: none; }
-.chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
+.chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 .cost { font-size: .85rem; opacity: .8; min-height: 1.3rem; }
 .fault { border-left: 3px solid #c33; padding-left: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .seen { overflow-x: auto; margin-bottom: 1.2rem; }
@@ -59,110 +59,120 @@ def build(sessions: Sessions, uploads: Path, max_new_tokens: int) -> gr.Blocks:
         uploads: the folder of Gradio's files, for small copies of the images.
         max_new_tokens: limit of an answer's length, to begin with.
     """
-    with gr.Blocks(title="llava-skip", analytics_enabled=False, delete_cache=(600, 24 * 3600)) as page:
+    with gr.Blocks(title="llava-skip", analytics_enabled=False, delete_cache=(600, 24 * 3600)) as blocks:
+        page = _Page(sessions, uploads, max_new_tokens)
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        message = [page.box, page.length, page.temperature]
+        page.box.submit(page.ask, message, page.all, concurrency_limit=1, **private)
+        page.stop.click(page.end_answer, queue=False, **private)
+        clears = [page.clear.click, *(chat.clear for chat in page.chats)]  # each chat has a button of its own
+        gr.on(clears, page.forget, None, page.all, queue=False, **private)
+        blocks.unload(page.close)
+    blocks.queue(max_size=MOST_WAITING, api_open=False, default_concurrency_limit=1)
+    return blocks
+
+
+class _Page:
+    """The parts of the page, and what happens on it; to be made inside of its `Blocks`. Arguments as those of `build`.
+
+    What happens gives new values of parts, or changes of them.
+    """
+
+    def __init__(self, sessions: Sessions, uploads: Path, max_new_tokens: int) -> None:
+        self._sessions, self._uploads = sessions, uploads
+        self.chats: list[gr.Chatbot] = []
+        self._lines: list[gr.HTML] = []
         with gr.Row(equal_height=True):
-            sides = [_side(number, model.name) for number, model in enumerate(sessions.models)]
-        notice = gr.HTML(elem_id="notice", padding=False)
-        box = gr.MultimodalTextbox(
+            for model in sessions.models:
+                self._add_chat(model.name)
+        self._notice = gr.HTML(elem_id="notice", padding=False)
+        self.box = gr.MultimodalTextbox(
             elem_id="question", file_types=["image"], file_count="multiple", sources=["upload"], show_label=False,
             placeholder="Ask a question; drop images here", max_plain_text_length=100_000, autofocus=True,
         )  # fmt: skip
         with gr.Row():
-            stop, clear = gr.Button("Stop", elem_id="stop", interactive=False), gr.Button("Clear", elem_id="clear")
-            length = gr.Slider(1, MOST_TOKENS, min(max_new_tokens, MOST_TOKENS), step=1, label="Longest answer, tokens")
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the most likely tokens)")
+            self.stop = gr.Button("Stop", elem_id="stop", interactive=False)
+            self.clear = gr.Button("Clear", elem_id="clear")
+            most, first = MOST_TOKENS, min(max_new_tokens, MOST_TOKENS)
+            self.length = gr.Slider(1, most, first, step=1, label="Longest answer, tokens")
+            self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the most likely tokens)")
+        self._drawn: list[gr.HTML] = []
         with gr.Row():
-            drawn = [_drawn(number) for number in range(len(sides))]
-        shown = _Shown(sides, notice, box, stop, clear, drawn, uploads)
+            for number in range(len(sessions.models)):
+                with gr.Column(min_width=320):
+                    self._drawn.append(gr.HTML(elem_id=f"overlay-{number}"))
+        self.all = [*self.chats, *self._lines, self._notice, self.box, self.stop, self.clear, *self._drawn]
 
-        def ask(message: Any, tokens: Any, heat: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
-            session = sessions.get(str(request.session_hash))
-            try:
-                settings = Settings(*_numbers(tokens, heat))
-                question, pictures = _read(message or {}, session)
-                for number, _ in enumerate(session.ask(question, pictures, settings)):
-                    yield shown.asked(session) if number == 0 else shown.chats(session)
-            except UserError as error:
-                yield {notice: _fault(str(error)), **shown.idle(session)}
-                return
-            yield shown.chats(session)
-            yield {**shown.overlays(session, bool(pictures)), **shown.idle(session)}
+    def _add_chat(self, name: str) -> None:
+        """The column of a model: its chat, and the line about its last answer."""
+        number = len(self.chats)
+        with gr.Column(min_width=320):
+            chat = gr.Chatbot(
+                label=plain(name), height=360, render_markdown=False, sanitize_html=True, buttons=[],
+                group_consecutive_messages=False, elem_id=f"chat-{number}", elem_classes="chat",
+            )  # fmt: skip
+            self.chats.append(chat)
+            self._lines.append(gr.HTML(elem_id=f"cost-{number}", elem_classes="cost", padding=False))
 
-        def forget(request: gr.Request) -> dict[Any, Any]:
-            session = sessions.get(str(request.session_hash))
-            try:
-                session.clear()
-            except UserError as error:
-                return {notice: _fault(str(error))}
-            return {notice: "", box: None, **shown.chats(session), **shown.overlays(session)}
+    # --- what happens
 
-        def end(request: gr.Request) -> None:
-            sessions.remove(str(request.session_hash))
+    def ask(self, message: Any, tokens: Any, temperature: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        """A question is sent."""
+        session = self._session(request)
+        try:
+            settings = Settings(*_numbers(tokens, temperature))
+            question, pictures = _read(message or {}, session)
+            for number, _ in enumerate(session.ask(question, pictures, settings)):
+                yield self._asked(session) if number == 0 else self._said(session)
+        except UserError as error:
+            yield {self._notice: _fault(str(error)), **self._idle()}
+            return
+        except Exception:  # a fault of the program, which goes on for others
+            yield {self._notice: _fault("the demo has failed: its terminal says why."), **self._idle()}
+            raise
+        yield self._said(session)
+        yield {**self._overlays(session, bool(pictures)), **self._idle()}
 
-        def stop_answer(request: gr.Request) -> None:
-            sessions.get(str(request.session_hash)).stop()
+    def forget(self, request: gr.Request) -> dict[Any, Any]:
+        """A new conversation is asked for."""
+        session = self._session(request)
+        try:
+            session.clear()
+        except UserError as error:
+            return {self._notice: _fault(str(error))}
+        return {self._notice: "", self.box: None, **self._said(session), **self._overlays(session)}
 
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        box.submit(ask, [box, length, temperature], shown.all, concurrency_limit=1, **private)
-        stop.click(stop_answer, queue=False, **private)
-        asked_to_forget = [clear.click, *(chat.clear for chat, _ in sides)]  # each chat has a button of its own
-        gr.on(asked_to_forget, forget, None, shown.all, queue=False, **private)
-        page.unload(end)
-    page.queue(max_size=MOST_WAITING, api_open=False, default_concurrency_limit=1)
-    return page
+    def end_answer(self, request: gr.Request) -> None:
+        """The answer is to end."""
+        self._session(request).stop()
 
+    def close(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self._sessions.remove(str(request.session_hash))
 
-def _side(number: int, name: str) -> tuple[gr.Chatbot, gr.HTML]:
-    """The column of a model: its chat, and the line about its last answer."""
-    with gr.Column(min_width=320):
-        chat = gr.Chatbot(
-            label=plain(name), height=360, render_markdown=False, sanitize_html=True, buttons=[],
-            group_consecutive_messages=False, elem_id=f"chat-{number}", elem_classes="chat",
-        )  # fmt: skip
-        return chat, gr.HTML(elem_id=f"cost-{number}", elem_classes="cost", padding=False)
+    def _session(self, request: gr.Request) -> Session:
+        return self._sessions.get(str(request.session_hash))
 
+    # --- what is shown
 
-def _drawn(number: int) -> gr.HTML:
-    """Below the column of a model: what it did with the images."""
-    with gr.Column(min_width=320):
-        return gr.HTML(elem_id=f"overlay-{number}")
+    def _asked(self, session: Session) -> dict[Any, Any]:
+        """A question was taken, and is being answered."""
+        buttons = {self.stop: gr.Button(interactive=True), self.clear: gr.Button(interactive=False)}
+        return {self._notice: "", self.box: None, **buttons, **self._said(session)}
 
+    def _idle(self) -> dict[Any, Any]:
+        """No question is being answered."""
+        return {self.stop: gr.Button(interactive=False), self.clear: gr.Button(interactive=True)}
 
-class _Shown:
-    """What of a session is shown where."""
-
-    def __init__(
-        self,
-        sides: list[tuple[gr.Chatbot, gr.HTML]],
-        notice: gr.HTML,
-        box: gr.MultimodalTextbox,
-        stop: gr.Button,
-        clear: gr.Button,
-        drawn: list[gr.HTML],
-        uploads: Path,
-    ) -> None:
-        self._sides, self._notice, self._box, self._stop, self._clear = sides, notice, box, stop, clear
-        self._drawn, self._uploads = drawn, uploads
-        self.all = [*(part for side in sides for part in side), notice, box, stop, clear, *drawn]
-
-    def chats(self, session: Session) -> dict[Any, Any]:
+    def _said(self, session: Session) -> dict[Any, Any]:
         """The conversations, and the lines below them."""
         found: dict[Any, Any] = {}
-        for (chat, line), side in zip(self._sides, session.sides, strict=True):
+        for chat, line, side in zip(self.chats, self._lines, session.sides, strict=True):
             found[chat] = self._messages(side)
             found[line] = _fault(side.fault) if side.fault else _text(str(side.cost or ""))
         return found
 
-    def asked(self, session: Session) -> dict[Any, Any]:
-        """A question was taken, and is being answered."""
-        buttons = {self._stop: gr.Button(interactive=True), self._clear: gr.Button(interactive=False)}
-        return {self._notice: "", self._box: None, **buttons, **self.chats(session)}
-
-    def idle(self, session: Session) -> dict[Any, Any]:
-        """No question is being answered."""
-        return {self._stop: gr.Button(interactive=False), self._clear: gr.Button(interactive=True)}
-
-    def overlays(self, session: Session, are_new: bool = True) -> dict[Any, Any]:
+    def _overlays(self, session: Session, are_new: bool = True) -> dict[Any, Any]:
         """What the models did with the images of the last question that had some; those that are drawn stay."""
         pairs = zip(self._drawn, session.sides, strict=True)
         return {place: overlay(side) for place, side in pairs if are_new or not side.conversation.pictures}

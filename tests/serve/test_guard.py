@@ -74,6 +74,7 @@ def test_the_page_is_let_in_and_told_to_load_nothing_from_elsewhere(ask, path):
         ("GET", "/gradio_api/proxy=http://example.com/", 404),
         ("GET", "/gradio_api/file=https://example.com/x.png", 404),
         ("GET", "/gradio_api/file=setup.py", 404),
+        ("GET", "/gradio_api/file=/etc/passwd", 403),
         ("GET", "/gradio_api/stream/a/1/2/playlist.m3u8", 404),
         ("GET", "/gradio_api/openapi.json", 404),
         ("GET", "/docs", 404),
