@@ -231,7 +231,7 @@ def test_mistakes_are_one_message_and_the_chat_goes_on(chat, image, tmp_path, ca
         "an <image> in words": "stands for an image",
         "half \udcff of one": "no text (UTF-8)",
         "/" + "nothing" * 1000: "no command",
-        f"'{image}' {'long ' * 600}": "/clear begins again",
+        f"'{image}' {'long ' * 600}": "clear it (/clear) to begin again",
     }
     for line, message in expected.items():
         assert chat.take(line)
