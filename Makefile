@@ -3,7 +3,7 @@ JOBS ?= 2# tests run in so many processes, whole files in each
 PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ENV := set -euo pipefail; . scripts/env.sh;
 
-.PHONY: help setup test test-slow fuzz check format bench tradeoff conformance
+.PHONY: help setup test test-slow fuzz check format demo bench tradeoff conformance
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ check: ## lint, format and types
 
 format: ## fix what lint and format can fix
 	@$(ENV) $$PYTHON -m ruff check --fix . && $$PYTHON -m ruff format .
+
+demo: ## a page to chat with MODEL= (default: the newest), beside COMPARE=; needs pip install '.[demo]'
+	@$(ENV) $$PYTHON -m serve.demo $(if $(MODEL),"$(MODEL)") $(if $(COMPARE),--compare "$(COMPARE)") $(ARGS)
 
 eval-%: ## evaluate MODEL= on a benchmark (eval-mmbench, ..., eval-all) with DATA= (default: newest model, embedded set)
 	@$(ENV) $$PYTHON -m playground.data.build && $$PYTHON -m eval.run --benchmarks $* \

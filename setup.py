@@ -65,6 +65,7 @@ setup(
         "gguf": GGUF,
         "serve": SERVE,
         "trl": ["trl>=1.16,<2"],
+        "demo": ["gradio>=6.31,<7"],  # not in "all": it asks for an older Pillow than constraints.txt has
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
         "dev": DEV,
         "all": [*TRAIN, *GGUF, *SERVE, *DEV],

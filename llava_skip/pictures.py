@@ -118,6 +118,48 @@ def _summary_weights(model: LlavaSkipModel, tokens: Tensor) -> list[list[float]]
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A drawing of what becomes of an image's parts.
+
+    Attributes:
+        kind: `image` (dense), `kept` (a rival method), `retained`, `merged`, or `summary1`, `summary2`, ...
+        caption: a line for people.
+        picture: the drawing, over the image as the tower sees it.
+    """
+
+    kind: str
+    caption: str
+    picture: Image.Image
+
+
+def draw_panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[Panel]:
+    """Everything that is drawn of an image.
+
+    Args:
+        crops: [crops, 3, side, side] of the image.
+        parts: what becomes of its parts.
+        image_processor: whose mean and scale the crops have.
+    """
+    image, scale = crops_image(crops, image_processor)
+    place = image, scale, crops.shape[-1], parts
+    total, tokens = len(parts.places), max(parts.tokens) + 1
+    if parts.retained == total:
+        return [Panel("image", f"dense: all {total} visual tokens take every FFN", image)]
+    if -1 in parts.tokens:
+        caption = f"framed: {parts.retained} of {total} visual tokens stay as they are"
+        return [Panel("kept", caption, draw_retained(*place))]
+    panels = [Panel("retained", f"retained, framed: {parts.retained} of {total} visual tokens", draw_retained(*place))]
+    if tokens < total:
+        caption = f"merged: the others become {tokens - parts.retained}, one colour each; white frame: kept"
+        panels.append(Panel("merged", caption, draw_merges(*place)))
+    for number, weights in enumerate(parts.summaries):
+        about = f"of {sum(map(bool, weights))} tokens, the more it weighs the redder; the largest share is"
+        caption = f"summary {number + 1}, {about} {max(weights):.1%}"
+        panels.append(Panel(f"summary{number + 1}", caption, draw_heat(*place, number)))
+    return panels
+
+
 def crops_image(crops: Tensor, image_processor: Any) -> tuple[Image.Image, int]:
     """The crops [crops, 3, side, side] of an image side by side as the tower sees them; pixels for each of theirs."""
     mean, std = (
@@ -140,7 +182,7 @@ def draw_retained(image: Image.Image, scale: int, side: int, parts: ImageParts) 
         parts: what becomes of the parts.
     """
     dimmed = Image.blend(image, Image.new("RGB", image.size), 0.65)
-    boxes = [_box(place, scale, side) for place in parts.places[: parts.retained]]
+    boxes = [place_box(place, scale, side) for place in parts.places[: parts.retained]]
     for box in boxes:
         dimmed.paste(image.crop(box), box[:2])
     pen = ImageDraw.Draw(dimmed)
@@ -156,7 +198,7 @@ def draw_merges(image: Image.Image, scale: int, side: int, parts: ImageParts) ->
     """
     colours = [_colour(token) for token in range(max(parts.tokens) + 1)]
     shown = range(parts.retained, len(parts.places))
-    boxes = [_box(parts.places[part], scale, side) for part in shown]
+    boxes = [place_box(parts.places[part], scale, side) for part in shown]
     drawn = _tinted(image, boxes, [colours[parts.tokens[part]] for part in shown], [0.6] * len(boxes))
     pen = ImageDraw.Draw(drawn)
     for part, (x, y, right, bottom) in zip(shown, boxes, strict=True):
@@ -174,13 +216,13 @@ def draw_heat(image: Image.Image, scale: int, side: int, parts: ImageParts, summ
     heat = parts.heat(summary)
     most = max(heat) or 1.0
     chosen = [part for part, share in enumerate(heat) if share > 0]
-    boxes = [_box(parts.places[part], scale, side) for part in chosen]
+    boxes = [place_box(parts.places[part], scale, side) for part in chosen]
     gray = image.convert("L").convert("RGB")
     return _tinted(gray, boxes, [_HEAT] * len(boxes), [0.85 * heat[part] / most for part in chosen])
 
 
-def _box(place: Place, scale: int, side: int) -> tuple[int, int, int, int]:
-    """A place as a box of the image with all crops side by side."""
+def place_box(place: Place, scale: int, side: int) -> tuple[int, int, int, int]:
+    """A place as a box of the image of `crops_image`; arguments as those of `draw_retained`."""
     left, top, right, bottom = (value * scale for value in place.box)
     offset = place.crop * side * scale
     return left + offset, top, right + offset, bottom

@@ -38,6 +38,7 @@ PROGRAMS: dict[str, Program] = {
     "extend": Program("llava_skip.extend", "Extend a chain-of-sight resampler to more scales."),
     "chat": Program("serve.chat", "Ask a model about images in the terminal."),
     "serve": Program("serve.server", "Answer chat completions of OpenAI's interface with a model (extra [serve])."),
+    "demo": Program("serve.demo", "Open a page: chat with images, models side by side, what becomes of an image."),
     "eval": Program("eval.run", "Evaluate saved models on benchmarks."),
     "score": Program("eval.score", "Score saved predictions of any program."),
     "compare": Program("eval.compare", "Compare two results, or two models on all benchmarks, with intervals."),

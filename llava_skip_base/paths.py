@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llava_skip_base.errors import UserError
+
 HOME_VARIABLE = "LLAVA_SKIP_HOME"
 """Environment variable that names another folder for all of the paths below."""
 
@@ -55,3 +57,23 @@ def shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def newest_model() -> Path:
+    """The model folder saved last among the project's checkpoints; those saved during training do not count.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = checkpoints()
+    found = [
+        path
+        for path in folder.glob("**/config.json")
+        if not any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise UserError(
+            f"no model given, and {shown(folder)}/ holds none; train one with 'bash scripts/finetune_skip.sh', or "
+            "give a saved model."
+        )
+    return Path(shown(max(found, key=lambda path: path.stat().st_mtime).parent))

@@ -1,1 +1,1 @@
-"""Ways to use a saved model: a chat in the terminal."""
+"""Ways to use a saved model: a chat in the terminal, a page."""

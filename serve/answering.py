@@ -151,7 +151,7 @@ class _StopAsked(StoppingCriteria):
 class Answerer:
     """Answers the last question of a conversation that grows.
 
-    Args:
+    Args and attributes (another answer may have other numbers):
         loaded: the model.
         max_new_tokens: limit of an answer's length.
         temperature: 0 takes the most likely token, larger numbers choose more freely.
@@ -256,14 +256,17 @@ class Answerer:
             text = processor.apply_chat_template(conversation.messages(), add_generation_prompt=True, tokenize=False)
         if (shown := text.count(processor.image_token)) != len(pictures):
             raise UserError(f"the chat template shows {shown} of {len(pictures)} images; {advice}")
-        for picture in pictures:
-            if picture not in self._processed:
-                self._processed[picture] = processor.image_processor(picture.pixels, return_tensors="pt")
-        images = [self._processed[picture] for picture in pictures]
+        images = [self.processed(picture) for picture in pictures]
         special = processor.adds_special_tokens(text)
         tokens = [processor.replace_image_token(image, 0) for image in images]
         whole = processor.get_text_with_replacements([text], tokens)[0][0]
         return processor.tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"], images
+
+    def processed(self, picture: Picture) -> BatchFeature:
+        """What the image processor makes of an image of the conversation."""
+        if picture not in self._processed:
+            self._processed[picture] = self._loaded.processor.image_processor(picture.pixels, return_tensors="pt")
+        return self._processed[picture]
 
     def _pixels(self, images: list[BatchFeature], known: list[int]) -> dict[str, Tensor]:
         """The inputs of the images whose tokens are not in the cache, on the model's device."""

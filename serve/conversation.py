@@ -25,11 +25,11 @@ class Picture:
     pixels: Image.Image = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path, processor: Any) -> Picture:
-        """The image of a file.
+    def read(cls, path: Path, *processors: Any) -> Picture:
+        """The image of a file, for one or more processors.
 
         Raises:
-            UserError: it cannot be read, is no image, or would become too large for the processor.
+            UserError: it cannot be read, is no image, or would become too large for a processor.
         """
         try:
             if path.exists() and not path.is_file():  # a device would be read without an end
@@ -39,8 +39,13 @@ class Picture:
             raise UserError(
                 f"{shortened(path, 300)} cannot be read ({error.strerror}): give the path of an image."
             ) from error
+
+        def check(width: int, height: int) -> None:
+            for processor in processors:
+                processor.check_image_size(width, height)
+
         try:
-            return cls.of(path.name, content, processor.check_image_size)
+            return cls.of(path.name, content, check)
         except ImageError as error:
             name = shortened(path, 300)
             raise UserError(f"{name} is no image that can be read ({error}): give another one.") from error
@@ -101,7 +106,7 @@ class Conversation:
             UserError: the question has the placeholder of an image.
         """
         if IMAGE_TOKEN in question:
-            raise UserError(f"{IMAGE_TOKEN} stands for an image: name the image's path, or attach it with /image.")
+            raise UserError(f"{IMAGE_TOKEN} stands for an image: leave it out, and attach the image.")
         turn = Turn(question, self.waiting)
         self.turns.append(turn)
         self.waiting = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +11,12 @@ import typer
 from transformers.utils.import_utils import is_serve_available
 
 from llava_skip_base.console import hide_bars_in_files, print_aside, print_text, program
-from llava_skip_base.errors import MissingPackageError, UserError
+from llava_skip_base.errors import MissingPackageError
 from serve.chat_request import Limits
 from serve.door import Door
+from serve.listening import bound, names_of_host, url_of
 from serve.loading import choose_device, choose_dtype, find
 
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _IDLE_CONNECTIONS = 128
 """Connections beside those of the requests that are taken."""
 _CLOSING_SECONDS = 3
@@ -61,39 +60,15 @@ def serve(
         from serve.transformers_app import build_app  # needs the extra
 
         app, answers = build_app(loaded, name, limits)
-        is_local = ip_address(listener.getsockname()[0]).is_loopback
-        door = Door(app, limits, (*_LOCAL_NAMES, host.lower()) if is_local else None, answers.end)
-        tell(name, str(place), listener, is_local)
+        names = names_of_host(listener, host)
+        door = Door(app, limits, names, answers.end)
+        tell(name, str(place), listener, is_local=names is not None)
         run(door, listener, limits)
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that has an address and does not listen yet.
-
-    Raises:
-        UserError: the address is not one of this machine, or is in use.
-    """
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        if listener is not None:
-            listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port} cannot be used ({reason}): give others.") from error
-    return listener
 
 
 def tell(name: str, place: str, listener: socket.socket, is_local: bool) -> None:
     """Say what is served, where, and to whom."""
-    address, port = listener.getsockname()[:2]
-    address = f"[{address}]" if ":" in address else address
-    print_text(f"{name} on {place} at http://{address}:{port}/v1")
+    print_text(f"{name} on {place} at {url_of(listener)}/v1")
     if not is_local:
         print_text(
             "warning: whoever reaches this address can use the model, without a password and without encryption: "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.reading.tables import sha256
-from llava_skip_base import paths
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import read_json, refuse_pointer
 
@@ -125,26 +124,6 @@ class SavedModel:
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from error
         return changed
-
-
-def newest_model() -> Path:
-    """The model folder saved last among the project's checkpoints; those saved during training do not count.
-
-    Raises:
-        UserError: there is none.
-    """
-    checkpoints = paths.checkpoints()
-    found = [
-        path
-        for path in checkpoints.glob("**/config.json")
-        if not any(part.startswith("checkpoint-") for part in path.relative_to(checkpoints).parts)
-    ]
-    if not found:
-        raise UserError(
-            f"no model given, and {paths.shown(checkpoints)}/ holds none; train one with "
-            "'bash scripts/finetune_skip.sh', or give a saved model with --model."
-        )
-    return Path(paths.shown(max(found, key=lambda path: path.stat().st_mtime).parent))
 
 
 def with_seeds(folder: Path) -> list[Path]:

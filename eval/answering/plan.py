@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.answering.answers import AnswerLog
 from eval.answering.costs import CostLog
-from eval.answering.models import SavedModel, check_model, newest_model, with_seeds
+from eval.answering.models import SavedModel, check_model, with_seeds
 from eval.answering.workers import Job
 from eval.benchmark import Benchmark
 from eval.benchmarks import BENCHMARKS, get_benchmark
@@ -18,7 +18,7 @@ from eval.reading.tables import Stamps, sha256, stamps
 from eval.sample import Sample, Score
 from eval.versions import versions
 from llava_skip_base.errors import UserError, first_few
-from llava_skip_base.paths import embedded_benchmarks, shown
+from llava_skip_base.paths import embedded_benchmarks, newest_model, shown
 from llava_skip_base.texts import shortened
 
 if TYPE_CHECKING:

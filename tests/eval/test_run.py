@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import eval.answering.generate
-from eval.answering.models import check_model, newest_model
+from eval.answering.models import check_model
 from eval.run import app
+from llava_skip_base.paths import newest_model
 from tests.support.answering import AtOnce
 
 ROOT = Path(__file__).parents[2]
@@ -317,6 +318,7 @@ SLOW_RUN = textwrap.dedent("""
     import sys, time
     import eval.answering.generate
     from eval.run import app
+from llava_skip_base.paths import newest_model
     from tests.support.answering import AtOnce
 
     class Slow(AtOnce):

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from llava_skip_base.errors import UserError
+from serve.listening import bound
 from serve.loading import load
-from serve.server import bound, serve, tell
+from serve.server import serve, tell
 from tests.support.openai_messages import data_uri, image_part, user
 
 openai = pytest.importorskip("openai", reason="needs the extra [serve]")

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from eval.answering.generate import Generator
 from eval.study.analysis.loading import Analysed
 from eval.study.analysis.questions import Encoded, Question
-from llava_skip.pictures import ImageParts, crops_image, draw_heat, draw_merges, draw_retained, image_parts
+from llava_skip.pictures import ImageParts, draw_panels, image_parts
 from llava_skip_base.files import write_bytes
 
 ANSWER_TOKENS = 32
@@ -94,30 +93,10 @@ def draw_seen(seen: Seen, image_processor: Any, folder: Path, name: str) -> list
     """
     files = []
     for number, (crops, parts) in enumerate(seen.images):
-        for kind, caption, picture in _panels(crops, parts, image_processor):
-            file = f"{PICTURES}/{name}-{number}-{kind}.png"
+        for panel in draw_panels(crops, parts, image_processor):
+            file = f"{PICTURES}/{name}-{number}-{panel.kind}.png"
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            panel.picture.save(buffer, "PNG")
             write_bytes(folder / file, buffer.getvalue())
-            files.append({"file": file, "caption": caption})
+            files.append({"file": file, "caption": panel.caption})
     return files
-
-
-def _panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[tuple[str, str, Image.Image]]:
-    """Name, caption and picture of everything that is drawn of an image."""
-    image, scale = crops_image(crops, image_processor)
-    place = image, scale, crops.shape[-1], parts
-    total, tokens = len(parts.places), max(parts.tokens) + 1
-    if parts.retained == total:
-        return [("image", f"dense: all {total} visual tokens take every FFN", image)]
-    if -1 in parts.tokens:
-        return [("kept", f"framed: {parts.retained} of {total} visual tokens stay as they are", draw_retained(*place))]
-    panels = [("retained", f"retained, framed: {parts.retained} of {total} visual tokens", draw_retained(*place))]
-    if tokens < total:
-        caption = f"merged: the others become {tokens - parts.retained}, one colour each; white frame: kept"
-        panels.append(("merged", caption, draw_merges(*place)))
-    for number, weights in enumerate(parts.summaries):
-        about = f"of {sum(map(bool, weights))} tokens, the more it weighs the redder; the largest share is"
-        caption = f"summary {number + 1}, {about} {max(weights):.1%}"
-        panels.append((f"summary{number + 1}", caption, draw_heat(*place, number)))
-    return panels
