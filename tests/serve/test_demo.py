@@ -287,7 +287,7 @@ def test_a_demo_needs_gradio(saved, monkeypatch):
     [
         (["/nowhere"], "/nowhere"),
         (["SAVED", "--compare", "/nowhere"], "/nowhere"),
-        (["SAVED", "--port", "IN USE"], "port \\d+ \\(Address already in use\\): give others"),
+        (["SAVED", "--port", "IN USE"], "port \\d+ cannot be used \\(Address already in use\\): give others"),
         (["SAVED", "--host", "no such host"], "--host no such host --port"),
         (["SAVED", "--device", "abacus"], "--device abacus"),
         (["SAVED", "--dtype", "float8"], "--dtype is 'float8'"),
