@@ -13,7 +13,8 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 OPTIONAL = {
     "eval.lmms_plugin": "lmms_eval",
-    **{f"serve.vllm.{name}": "vllm" for name in ("config", "model", "processing", "prompts")},
+    "eval.answering.vllm": "vllm",
+    **{f"serve.vllm.{name}": "vllm" for name in ("config", "measure", "model", "processing", "prompts")},
 }
 """Modules that need a package which is not installed with the project."""
 

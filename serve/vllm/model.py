@@ -124,6 +124,8 @@ class SkippingModelForVllm(ImageBlocks, nn.Module, SupportsMultiModal, SupportsM
             positions, marks = positions[0], positions[1]
             if (starts := _sequence_starts()) is not None:
                 self._check_whole(marks, starts)
+            elif inputs_embeds is not None and len(inputs_embeds) == self._most_rows:
+                self._try_most_rows(inputs_embeds)
         if images is None or inputs_embeds is None:
             return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds)
         is_image = nn.functional.pad(images[0], (0, len(inputs_embeds) - len(images[0])))  # a graph's batch is padded
@@ -145,6 +147,15 @@ class SkippingModelForVllm(ImageBlocks, nn.Module, SupportsMultiModal, SupportsM
             context.skip_compiled = True  # a compiled model does not see that a forward has images
             stack.enter_context(self.hooks.running(forward))
             return self.language_model.model(None, positions, None, embeds)
+
+    def _try_most_rows(self, embeds: Tensor) -> None:
+        """In vLLM's trial run, which measures memory: a forward of T rows that are all of images, with skipped ones."""
+        assert self.forgotten is not None
+        self._most_rows = 0  # once: trial runs of other sizes are for graphs
+        most = -(-len(embeds) * self.forgotten.length // len(self.forgotten.kept))
+        order = torch.arange(most, device=embeds.device)
+        made = rows.Expanded(order, order[: len(embeds)], torch.zeros_like(order), [])
+        self._run(Forward(made.kept, made), made.positions, embeds.new_zeros(most, embeds.shape[1]))
 
     def _check_whole(self, marks: Tensor, starts: Tensor) -> None:
         """Raise RuntimeError if a prompt with images is not whole: its text would not see skipped rows, in silence."""
