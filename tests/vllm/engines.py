@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,10 +106,14 @@ def answers(folder: Path, conversations: Sequence[list[Any]], new: int = NEW, **
 
 
 @contextmanager
-def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """vLLM's engine in this process; its memory is free again afterwards."""
+def engine(folder: Path, own_process: bool = False, **options: Any) -> Iterator[Any]:
+    """vLLM's engine in this process; its memory is free again afterwards.
+
+    With guessed tokens it needs a process of its own: after numba's import, vLLM makes no further engine in a process.
+    """
     from vllm import LLM
 
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
     logging.getLogger("vllm").setLevel(logging.ERROR)
     settings = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "seed": 0, "disable_log_stats": False}
     llm = LLM(str(folder), **settings | {"num_gpu_blocks_override": 64, "max_num_seqs": 32} | options)

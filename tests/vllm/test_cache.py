@@ -1,5 +1,8 @@
 """The gain where it counts: entries of vLLM's cache that an image takes, and requests at once in the same memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import CLIPVisionConfig
 
@@ -29,14 +32,23 @@ def save_wide(folder, preset: str):
     return folder
 
 
-def written(llm) -> int:
-    """Rows of the first layer's cache that hold keys."""
+@contextmanager
+def written(llm) -> Iterator[list[int]]:
+    """The slots of the first layer's cache that keys and values are written to."""
+    slots: list[int] = []
 
-    def count(model) -> int:
-        cache = model.language_model.model.layers[0].self_attn.attn.kv_cache  # [blocks, heads, rows, 2 * width]
-        return int(cache[:, 0].flatten(0, 1).ne(0).any(dim=-1).sum())
+    def watch(model) -> None:
+        impl = model.language_model.model.layers[0].self_attn.attn.impl
+        stock = impl.do_kv_cache_update
 
-    return llm.apply_model(count)[0]
+        def update(layer, key, value, cache, slot_mapping):
+            slots.extend(slot_mapping.tolist())
+            return stock(layer, key, value, cache, slot_mapping)
+
+        impl.do_kv_cache_update = update
+
+    llm.apply_model(watch)
+    yield slots
 
 
 def test_entries_of_an_image_and_requests_at_once(tmp_path):
@@ -46,7 +58,6 @@ def test_entries_of_an_image_and_requests_at_once(tmp_path):
     for name, rows in (("llava", 576), ("sv-llava-100", 102)):
         settings = {"num_gpu_blocks_override": BLOCKS, "max_num_seqs": 64, "enable_prefix_caching": False}
         with engine(save_wide(tmp_path / name, name), **settings) as llm:
-            assert written(llm) == 0
             text, image = {"prompt": "What?"}, torch.zeros(3, 64, 64, dtype=torch.uint8).permute(1, 2, 0).numpy()
             pictured = {"prompt": "<image>What?", "multi_modal_data": {"image": [image]}}
             lengths = [len(llm.generate([prompt], use_tqdm=False)[0].prompt_token_ids) for prompt in (text, pictured)]
@@ -54,18 +65,15 @@ def test_entries_of_an_image_and_requests_at_once(tmp_path):
             found[name] = measured = measure(llm, 40, 4)
             assert measured.image_rows == rows
     dense, skipping = found.values()
-    assert (dense.image_blocks, skipping.image_blocks) == (20, 5)  # of 32 rows, with the question
+    assert (dense.image_blocks, skipping.image_blocks) == (19, 5)  # of 32 rows, with the question
     assert (dense.most, skipping.most) == (4, 16)
 
 
 def test_an_image_writes_its_kept_rows_alone(tmp_path):
     from vllm import SamplingParams
 
-    one = SamplingParams(temperature=0, max_tokens=1)
-    with engine(save_wide(tmp_path / "one", "sv-llava-100"), num_gpu_blocks_override=20) as llm:
-        llm.generate([{"prompt": "What?"}], one, use_tqdm=False)
-        before = written(llm)
-        llm.reset_prefix_cache()
-        image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
-        llm.generate([{"prompt": "<image>", "multi_modal_data": {"image": [image]}}], one, use_tqdm=False)
-        assert written(llm) - before in (102, 103)  # and <s>, unless it lies where the first request's was
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    with engine(save_wide(tmp_path / "one", "sv-llava-100"), num_gpu_blocks_override=40) as llm, written(llm) as slots:
+        prompt = {"prompt": "<image>", "multi_modal_data": {"image": [image]}}
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    assert len(slots) == len(set(slots)) == 1 + 102  # <s>, and the image's

@@ -32,6 +32,7 @@ def data(tmp_path):
 
 def test_answers_files_and_resuming(tmp_path, data, monkeypatch):
     monkeypatch.setenv("LLAVA_SKIP_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     model, results = save(tmp_path / "model", SKIP), {}
     words = ["--benchmarks", "mmstar", "--data", str(data), "--model", str(model), "--max-new-tokens", "8"]
 

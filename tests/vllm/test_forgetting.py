@@ -138,7 +138,7 @@ def test_the_trial_run_has_as_many_rows_as_images_can_have(llm, folder):
 def test_guessed_tokens(folder):
     guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     asked = questions(6)
-    with engine(folder, speculative_config=guess) as llm:
+    with engine(folder, own_process=True, speculative_config=guess) as llm:
         assert tokens(llm.generate(prompts(folder, asked), greedy(40), use_tqdm=False)) == answers(folder, asked, 40)
         counts = {
             metric.name: metric.value

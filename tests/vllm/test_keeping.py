@@ -10,7 +10,8 @@ def test_chunks_through_images_prefixes_and_guessed_tokens(tmp_path):
     folder = save(tmp_path / "keeps", SkipConfig(5, 7, forget_cache=False))
     guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     asked, settings = questions(6), {"enable_prefix_caching": True, "enable_chunked_prefill": True}
-    with engine(folder, max_num_batched_tokens=33, speculative_config=guess, max_num_seqs=4, **settings) as llm:
+    settings |= {"max_num_batched_tokens": 33, "max_num_seqs": 4}
+    with engine(folder, own_process=True, speculative_config=guess, **settings) as llm:
         expected = answers(folder, asked)
         for _ in range(2):
             outputs = llm.generate(prompts(folder, asked), greedy(), use_tqdm=False)

@@ -35,7 +35,7 @@ def address(folder, tmp_path_factory):
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--served-model-name", "served"]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(log, "w") as file:
         server = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
