@@ -116,12 +116,17 @@ def _refusals_of_forgetting(vllm_config: VllmConfig, config: LlavaSkipConfig) ->
     if backend is not None and backend.name.startswith("FLASHINFER"):
         yield f"attention backend {backend.name} does not say where sequences begin: use FLASH_ATTN or TRITON_ATTN."
     rope, table = _rope_type(config), config.text_config.max_position_embeddings
-    most = table // Block.of(config.skip_config).growth
+    most = table // _block(config).growth
     if rope not in EXACT_TABLES and vllm_config.model_config.max_model_len > most:
         yield (
             f"text_config has rotary embeddings of the type {rope!r} for {table} positions, and the positions of "
             f"{vllm_config.model_config.max_model_len} kept rows can be beyond them: set max_model_len to {most}."
         )
+
+
+def _block(config: LlavaSkipConfig) -> Block:
+    assert (skip := config.skip_config) is not None  # only of a skipping model
+    return Block.of(skip)
 
 
 def _rope_type(config: LlavaSkipConfig) -> str:
@@ -137,7 +142,7 @@ def _choose_graphs(vllm_config: VllmConfig, config: LlavaSkipConfig) -> None:
     """
     speculative, compilation = vllm_config.speculative_config, vllm_config.compilation_config
     rows = 1 + (0 if speculative is None else speculative.num_speculative_tokens or 0)
-    if config.forgets and rows < len(Block.of(config.skip_config).kept):
+    if config.forgets and rows < len(_block(config).kept):
         return
     if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
         _set(compilation, "cudagraph_mode", CUDAGraphMode.PIECEWISE)
@@ -158,7 +163,7 @@ def _set_for_forgetting(vllm_config: VllmConfig, config: LlavaSkipConfig) -> Non
     _set(scheduler, "encoder_cache_size", 3 * scheduler.max_num_batched_tokens)
     scheduler.verify_max_model_len(length)
     if _rope_type(config) in EXACT_TABLES:  # vLLM reads beyond the table of a shorter one without an error
-        table = length * Block.of(config.skip_config).growth
+        table = length * _block(config).growth
         if config.text_config.max_position_embeddings < table:
             _set(config.text_config, "max_position_embeddings", table)
 

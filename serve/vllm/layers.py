@@ -91,9 +91,9 @@ class Hooks:
         attended = stock(query[own], key[own], value[own], *args, **kwargs)
         out = attended.new_zeros(len(query), attended.shape[-1]).index_copy(0, own, attended)
         for start, end, mask in rows.sequences:
-            heads = [_heads(part[start:end], attention.head_size) for part in (query, key, value)]
+            q, k, v = (_heads(part[start:end], attention.head_size) for part in (query, key, value))
             seen = nn.functional.scaled_dot_product_attention(
-                *heads, attn_mask=mask, is_causal=mask is None, scale=attention.impl.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.impl.scale, enable_gqa=True
             )
             out[start:end] = seen[0].transpose(0, 1).flatten(1)
         return out

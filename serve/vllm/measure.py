@@ -61,7 +61,8 @@ def measure(llm: Any, requests: int, new: int) -> Measured:
     rows, blocks = zip(*(_held(engine, scheduler, prompt) for prompt in (_prompt(0), _prompt(None))), strict=True)
     for number in range(requests):
         engine.add_request(str(number), _prompt(number), params)
-    start, most, first = time.perf_counter(), 0, {}
+    first: dict[str, float] = {}
+    start, most = time.perf_counter(), 0
     while engine.has_unfinished_requests():
         outputs = engine.step()
         most = max(most, len(scheduler.running))

@@ -46,9 +46,9 @@ class SkippingModelForVllm(ImageBlocks, nn.Module, SupportsMultiModal, SupportsM
         super().__init__()
         self.config: LlavaSkipConfig = vllm_config.model_config.hf_config
         text, skip = self.config.text_config, self.config.skip_config
-        with self._mark_tower_model(vllm_config, "image"):
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.build_image_modules(self.config)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text,

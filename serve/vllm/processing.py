@@ -45,9 +45,9 @@ class SkipInfo(BaseProcessingInfo):
 
     def rows(self, size: tuple[int, int] | None) -> int:
         """Rows of an image of this width and height in pixels, or the most that one has."""
-        config = self.get_hf_config()
-        if config.forgets:
-            return config.skip_config.num_kept
+        config, skip = self.get_hf_config(), self.get_hf_config().skip_config
+        if skip is not None and skip.forget_cache:
+            return skip.num_kept
         return config.image_seq_length if size is None else self.get_hf_processor().image_length(*size)
 
 
