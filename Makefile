@@ -3,7 +3,7 @@ JOBS ?= 2# tests run in so many processes, whole files in each
 PYTEST := $$PYTHON -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ENV := set -euo pipefail; . scripts/env.sh;
 
-.PHONY: help setup test test-slow fuzz check format demo bench tradeoff conformance
+.PHONY: help setup test test-slow test-vllm fuzz check format demo bench tradeoff conformance
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -16,6 +16,9 @@ test: ## the tests, under 8 minutes on 2 cores
 
 test-slow: ## the tests that take minutes
 	@$(ENV) $(PYTEST) -m slow $(ARGS)
+
+test-vllm: ## the tests of serving with vLLM, in its own environment (bash scripts/vllm_env.sh makes it)
+	@OMP_NUM_THREADS=1 "$(or $(VLLM_ENV),.venv-vllm)/bin/python" -m pytest -q tests/vllm $(ARGS)
 
 fuzz: ## damaged input of every kind for every reader, ROUNDS= times as long as in the tests
 	@$(ENV) FUZZ_ROUNDS=$(or $(ROUNDS),20) $$PYTHON -m pytest -q tests/fuzz $(ARGS)

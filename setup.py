@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 REQUIRED = [
     "torch>=2.8",
-    "transformers>=5.23,<5.24",
+    "transformers>=5.19,<5.24",  # tested with 5.23, and serving with vLLM, which asks for less, with 5.19
     "safetensors>=0.5",
     "pillow>=11",
     "numpy>=1.26",
@@ -55,6 +55,7 @@ setup(
     entry_points={
         "console_scripts": ["llava-skip = llava_skip_base.command:main"],
         "lmms_eval.models": ["llava_skip = eval.lmms_plugin:manifest"],
+        "vllm.general_plugins": ["llava_skip = serve.vllm:register"],
     },
     install_requires=REQUIRED,
     extras_require={
@@ -67,6 +68,7 @@ setup(
         "trl": ["trl>=1.16,<2"],
         "demo": ["gradio>=6.31,<7"],  # not in "all": it asks for an older Pillow than constraints.txt has
         "lmms": ["lmms-eval>=0.7,<0.8"],  # never by default: it asks for other versions of wandb and torch's companions
+        "vllm": ["vllm>=0.32,<0.33"],  # in an environment of its own: it asks for other versions, transformers' too
         "dev": DEV,
         "all": [*TRAIN, *GGUF, *SERVE, *DEV],
     },

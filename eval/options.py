@@ -22,6 +22,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer; the prot
 Limit = Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")]
 Dtype = Annotated[str | None, typer.Option(help="Number format; bfloat16 on GPUs, else float32.")]
 Attention = Annotated[str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")]
+Engine = Annotated[str, typer.Option(help="What answers: transformers, or vllm in its own environment.")]
 
 JudgeUrl = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL; OPENAI_BASE_URL by default.")]
 JudgeModel = Annotated[str, typer.Option(help="Model that grades.")]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from eval import options
 from eval.answering.answers import AnswerLog
 from eval.answering.costs import CostLog
+from eval.answering.engines import check_engine, engine_numerics
 from eval.answering.plan import ALL, Run, checked_models, chosen_benchmarks, plan_runs
 from eval.answering.workers import answer_jobs
 from eval.benchmarks import BENCHMARKS
@@ -173,6 +174,7 @@ def run(
     limit: options.Limit = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
+    engine: options.Engine = "transformers",
     reduction: Annotated[
         list[str] | None, typer.Option(help="Rival METHOD:TOKENS[,NAME=VALUE...]; results go to MODEL@METHOD-TOKENS.")
     ] = None,
@@ -197,6 +199,7 @@ def run(
     limits |= {"budget": judge_budget, "dry_run": judge_dry_run}
     names = chosen_benchmarks(benchmarks, data or [])
     sizes = (output := output or Path(shown(results()))), batch_size, max_new_tokens, limit
+    processes = check_engine(engine, attn, processes)
     models = partial(checked_models, model or [], reduction or [], needed=not dry_run)
     runs = plan_runs(names, models, data or [], images or [], *sizes, blind, rule or [], protocol or [])
     if dry_run:
@@ -208,9 +211,7 @@ def run(
         options.make_judge(*common, run.folder, run.name, prompt=texts.get(run.benchmark.name), **limits)
         for run in runs
     ]
-    from eval.answering.generate import numerics  # slow to import, so only after all checks
-
-    outcomes = evaluate(runs, judges, processes, numerics(dtype, attn), console)
+    outcomes = evaluate(runs, judges, processes, engine_numerics(engine, dtype, attn), console)
     code = conclude(runs, outcomes)
     show_all(runs, outcomes, output / FOLDER, console)
     raise typer.Exit(code)

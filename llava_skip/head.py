@@ -12,6 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # before transformers 5.23, which vLLM asks for
+
+    def slice_logits_to_keep(states: Tensor, kept: int | Tensor) -> Tensor:
+        """States [B, T, D] -> those of the last `kept` tokens, 0 for all, or of the tokens that a tensor names."""
+        return states[:, slice(-kept, None) if isinstance(kept, int) else kept, :]
+
+
 LOGITS_AT_ONCE = 512 * 2**20
 """Bytes of the float32 logits that exist at one time; for 128,256 tokens of a vocabulary, 1,046 supervised tokens."""
 

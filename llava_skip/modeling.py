@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
@@ -27,12 +26,13 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils.generic import can_return_tuple
 
 from llava_skip.arguments import read_arguments
+from llava_skip.blocks import ImageBlocks
 from llava_skip.cache import is_decode_step, num_seen
 from llava_skip.configuration import IGNORE_INDEX, LlavaSkipConfig
 from llava_skip.counts import TokenCounts, check_images, next_labels, num_supervised, supervised_tokens, with_counts
 from llava_skip.decoder import build_language_model
 from llava_skip.generation import SkippingGenerationMixin
-from llava_skip.head import Head, summed_loss
+from llava_skip.head import Head, slice_logits_to_keep, summed_loss
 from llava_skip.head_rows import HeadRows, rows_for_head
 from llava_skip.masking import find_real, forward_mask, latest_tokens, one_sequence
 from llava_skip.per_sample import arguments_of_row
@@ -40,9 +40,6 @@ from llava_skip.reduction.config import ReductionConfig
 from llava_skip.reduction.running import check_forward, make_runner, new_cache, restored
 from llava_skip.reduction.stages import Stages
 from llava_skip.routing import ImageTokens, Route, make_route, place_images, take_tokens, true_indices
-from llava_skip.tokens import SummaryLayer, merge_tokens
-from llava_skip.vision import get_front_end
-from llava_skip.vision.clip import ClipTower
 from llava_skip.vision.stored import Pixels, TowerFeatures
 from llava_skip_base.errors import UserError
 
@@ -73,16 +70,13 @@ class LlavaSkipPreTrainedModel(LlavaPreTrainedModel):
                 init.trunc_normal_(parameter, std=0.02)
 
 
-class LlavaSkipModel(LlavaSkipPreTrainedModel):
+class LlavaSkipModel(ImageBlocks, LlavaSkipPreTrainedModel):
     """Vision tower, projector, summary layer and language model, without the language modelling head."""
 
     def __init__(self, config: LlavaSkipConfig) -> None:
         super().__init__(config)
-        self.vision_tower = ClipTower(config.vision_config)
-        self.front_end = get_front_end(config.front_end)
-        self.multi_modal_projector = self.front_end.build_projector(config)
+        self.build_image_modules(config)
         self._no_split_modules = [*self._no_split_modules, type(self.multi_modal_projector).__name__]
-        self.summary = _build_summary(config)
         self.language_model = build_language_model(config.text_config, config.skip_config)
         self.post_init()
 
@@ -102,56 +96,6 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         outputs = self.vision_tower.outputs(pixel_values, **kwargs)
         outputs.pooler_output = blocks
         return outputs
-
-    def encode_images(
-        self,
-        pixel_values: Pixels,
-        crop_counts: Tensor | Sequence[int] | None = None,
-        config: LlavaSkipConfig | None = None,
-    ) -> Tensor | list[Tensor]:
-        """Images -> the blocks [N, L, D] that replace their image tokens.
-
-        It is a list of N tensors [L, D] where images have different lengths. Arguments as those of
-        `FrontEnd.encode`; `crop_counts` that is a tensor is read.
-
-        Raises:
-            UserError: pixels that are bytes still.
-        """
-        crop_counts = crop_counts.tolist() if isinstance(crop_counts, Tensor) else crop_counts
-        tower, projector = self.vision_tower, self.multi_modal_projector
-        if isinstance(pixel_values, TowerFeatures):
-            tower, pixel_values = pixel_values.in_place_of(tower)
-        elif pixel_values.dtype == torch.uint8:
-            raise UserError(
-                "pixel_values are bytes: give values that are rescaled and normalised, as the processor gives them. "
-                "llava_skip.vision.values.PixelValues.of(processor) makes them of bytes on the device."
-            )
-        groups = self.front_end.encode(tower, projector, pixel_values, crop_counts, config or self.config)
-        blocks = [self.block(group.tokens) for group in groups]
-        if len(groups) == 1:
-            return blocks[0]
-        rows = {
-            p: r for group, block in zip(groups, blocks, strict=True) for p, r in zip(group.indices, block, strict=True)
-        }
-        return [rows[place] for place in sorted(rows)]
-
-    def block(self, tokens: Tensor) -> Tensor:
-        """Visual tokens [N, P, D], the retained first -> tokens of the language model [N, L, D]."""
-        skip = self.config.skip_config
-        if skip is None:
-            return tokens
-        retained, others = tokens.tensor_split([skip.retained], dim=1)
-        return self.assemble(torch.cat([retained, merge_tokens(others, skip.skipped)], dim=1))
-
-    def assemble(self, tokens: Tensor) -> Tensor:
-        """Tokens of an image, retained then skipped, [N, R + S, D] -> its block with the summaries [N, L, D]."""
-        assert self.config.skip_config is not None  # a dense model has no block
-        pieces, start = [], 0
-        for group, (first, end) in enumerate(self.config.skip_config.spans):
-            assert self.summary is not None  # built if there are spans
-            pieces += [tokens[:, start:end], self.summary(tokens[:, first:end], group)]
-            start = end
-        return torch.cat([*pieces, tokens[:, start:]], dim=1)
 
     @can_return_tuple
     def forward(
@@ -302,13 +246,6 @@ class LlavaSkipModel(LlavaSkipPreTrainedModel):
         pixel_values, crop_counts = self.front_end.blank(self.config)
         pixel_values = pixel_values.to(self.device, self.dtype)
         return 0.0 * torch.as_tensor(self.encode_images(pixel_values, crop_counts)).mean()
-
-
-def _build_summary(config: LlavaSkipConfig) -> SummaryLayer | None:
-    skip = config.skip_config
-    if skip is None or not skip.spans:
-        return None
-    return SummaryLayer(config.text_config.hidden_size, skip.summary_start, len(skip.spans))
 
 
 def _without_last(outputs: LlavaModelOutputWithPast) -> dict[str, Any]:

@@ -83,4 +83,20 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         reason="what the stream of `transformers serve` takes for an answer that failed after it had begun",
         parameters=("msg",),
     ),
+    *(
+        PrivateName(f"vllm.{name}", used_in, "vLLM's guide to models from outside names it as part of the interface")
+        for name, used_in in (
+            ("model_executor.models.interfaces.SupportsMultiModal._mark_tower_model", "serve.vllm.model"),
+            ("model_executor.models.interfaces.SupportsMultiModal._mark_language_model", "serve.vllm.model"),
+            ("multimodal.processing.BaseMultiModalProcessor._get_hf_mm_text", "serve.vllm.processing"),
+            ("multimodal.processing.BaseMultiModalProcessor._get_mm_fields_config", "serve.vllm.processing"),
+            ("multimodal.processing.BaseMultiModalProcessor._get_prompt_updates", "serve.vllm.processing"),
+        )
+    ),
+    PrivateName(
+        "vllm.renderers.base.BaseRenderer._tokenize_prompt",
+        used_in="serve.vllm.prompts",
+        reason="the one place between a chat's text and its tokens; what is public has the text or the tokens alone",
+        parameters=("prompt", "params"),
+    ),
 )

@@ -250,12 +250,20 @@ class LlavaSkipProcessor(ProcessorMixin):
         """
         text, spans = self.render_conversation(messages)
         special = self.adds_special_tokens(text)
-        places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
-        replaced = [{"span": place, "new_span": place} for place in places]
-        text = self._begin_texts(text, replaced)
+        text, replaced = self._begin_texts_behind_images(text)
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"])
         return ids, supervised_tokens(encoded["offset_mapping"], spans, replaced) & (ids != self.image_token_id)
+
+    def text_to_tokenize(self, text: str) -> str:
+        """A text with one `<image>` an image as it is given to the tokenizer where image tokens are written later."""
+        return self._begin_texts_behind_images(text)[0]
+
+    def _begin_texts_behind_images(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """`_begin_texts` of a text in which each `<image>` stays one token; and where these are."""
+        places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
+        replaced = [{"span": place, "new_span": place} for place in places]
+        return self._begin_texts(text, replaced), replaced
 
     def adds_special_tokens(self, text: str) -> bool:
         """As in `apply_chat_template`: a template that writes the first token itself gets no second one."""

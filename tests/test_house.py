@@ -11,7 +11,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava_skip_base", "llava_skip", "train", "eval", "serve", "playground")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
-OPTIONAL = {"eval.lmms_plugin": "lmms_eval", "serve.page": "gradio", "serve.transformers_app": "fastapi"}
+OPTIONAL = {
+    "eval.lmms_plugin": "lmms_eval",
+    "serve.page": "gradio",
+    "serve.transformers_app": "fastapi",
+    "eval.answering.vllm": "vllm",
+    **{f"serve.vllm.{name}": "vllm" for name in ("config", "measure", "model", "processing", "prompts")},
+}
 """Modules that need a package which is not installed with the project."""
 
 # A package may import the ones behind it, and those that they may import.

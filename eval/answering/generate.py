@@ -19,6 +19,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     LogitsProcessorList,
 )
 
@@ -58,6 +59,10 @@ class Numerics:
     device: str
     dtype: str
     attn: str | None = None
+
+    def load(self, model: SavedModel, rank: int) -> "Generator":
+        """A model that answers; arguments and errors as those of `Generator`."""
+        return Generator(model, self, rank)
 
 
 def numerics(dtype: str | None = None, attn: str | None = None) -> Numerics:
@@ -103,8 +108,17 @@ class Generator:
             options["attn_implementation"] = numerics.attn
         if read_config(model.folder).get("model_type") == LlavaSkipConfig.model_type:
             options["config"] = check_native(model.folder, model.reduction)
-        self.takes_images = _takes_images(model)
+        ends = self._read_processor(model)
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
+        with _readable(model.folder):
+            loaded: Any = auto.from_pretrained(model.folder, **options)
+        device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
+        self._take(model.folder, loaded.to(device), ends)
+        self.answer_as(model)
+
+    def _read_processor(self, model: SavedModel) -> Ends:
+        """Read processor and tokenizer of a folder, and find how its answers end."""
+        self.takes_images = _takes_images(model)
         self.tokenizer = load_tokenizer(model.folder)  # the processor's too, for the message if it is broken
         self.processor: Any = self.tokenizer
         hide_bars_in_files()
@@ -116,12 +130,7 @@ class Generator:
                 "(llava-skip convert SOURCE OUTPUT --template NAME does)."
             )
         check_template(model.folder, self.processor, self.takes_images)
-        ends = ends_of(self.processor)
-        with _readable(model.folder):
-            loaded: Any = auto.from_pretrained(model.folder, **options)
-        device = f"cuda:{rank % torch.cuda.device_count()}" if numerics.device == "cuda" else numerics.device
-        self._take(model.folder, loaded.to(device), ends)
-        self.answer_as(model)
+        return ends_of(self.processor)
 
     @classmethod
     def of_loaded(cls, folder: Path, model: Any, processor: Any) -> "Generator":
@@ -138,12 +147,16 @@ class Generator:
         return made
 
     def _take(self, folder: Path, model: Any, ends: Ends) -> None:
-        self.folder, self.model = folder, model.eval()
+        self.model = model.eval()
         self._values = PixelValues.of(self.processor) if self.takes_images else None
+        self._begin(folder, ends, self.model.generation_config)
+
+    def _begin(self, folder: Path, ends: Ends, config: GenerationConfig) -> None:
+        self.folder = folder
         self._helper = ThreadPoolExecutor(1, "prepare")
-        config = self.model.generation_config
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
+        self._stops = set(config.eos_token_id or ())
 
     def answer_as(self, model: SavedModel) -> None:
         """From now on answer as the same folder with another reduction, or with none."""
@@ -233,12 +246,19 @@ class Generator:
                 f"a batch of {num_questions} does not fit into the GPU's memory; give a smaller --batch-size."
             ) from error
         seconds, memory = clock.stop(), clock.peak_memory()
-        stops = set(self.model.generation_config.eos_token_id or ())
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        new = [list(takewhile(lambda token: token not in stops, row)) for row in rows]
+        new = [self._new_tokens(row) for row in rows]
         num_new = sum(min(len(own) + 1, len(row)) for own, row in zip(new, rows, strict=True))
         device, is_warm = device_name(self.model.device), self.cost is not None
         self.cost = BatchCost(len(rows), *seconds, num_new, *memory, device, is_warm)
+        return self._texts(new)
+
+    def _new_tokens(self, row: Sequence[int]) -> list[int]:
+        """The tokens of an answer before the one that ends it."""
+        return list(takewhile(lambda token: token not in self._stops, row))
+
+    def _texts(self, new: list[list[int]]) -> list[str]:
+        """The texts of answers, cut at their ends."""
         return [self.ends.cut(text).strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _to_device(self, value: Any) -> Any:

@@ -72,12 +72,10 @@ class Answerer:
             job: what is answered.
             following: the job after it: if the same model answers it, its images and texts are prepared meanwhile.
         """
-        import eval.answering.generate as generate  # torch and transformers: slow to import, and only needed here
-
         ahead, self._ahead = self._ahead, None
         if self._model is None or job.model.folder != self._model.folder:
             self._generator = None  # frees the memory before the next one takes it
-            self._generator = generate.Generator(job.model, self.numerics, self.rank)
+            self._generator = self.numerics.load(job.model, self.rank)
         elif job.model.reduction != self._model.reduction:
             self._generator.answer_as(job.model)
         self._model = job.model

@@ -360,3 +360,22 @@ def test_real_kill_loses_and_doubles_nothing(
     calm, killed = Path("calm/mmstar/tiny/results.json"), Path("killed/mmstar/tiny/results.json")
     assert killed.read_bytes() == calm.read_bytes()
     assert load(killed.with_name("run_info.json"))["resumed"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--engine", "tgi"], "choose one of transformers, vllm"),
+        (["--engine", "vllm", "--attn", "sdpa"], "--attn"),
+        (["--engine", "vllm", "--processes", "2"], "--processes"),
+        (["--engine", "vllm"], "scripts/vllm_env.sh"),
+    ],
+)
+def test_an_engine_that_is_unknown_or_missing(
+    evaluate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, options: list[str], named: str
+) -> None:
+    monkeypatch.setattr("eval.answering.engines.find_spec", lambda name: None)
+    done = evaluate("mmstar", *options)
+    assert done.exit_code == 2
+    assert named in done.output
+    assert Echo.loaded == []
