@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# LLaVA-HD and chain of sight, dense against skipping, on the embedded data: twelve runs of 700 steps, three seeds each.
+# LLaVA-HD and chain of sight, dense against skipping, on the embedded data: twelve runs of 1400 steps, three seeds each.
 # As in the paper the tower and the language model are trained before (here those of the dense `llava`); projector,
 # resampler and summaries are new. Training digits are turned and moved twice as far as by default.
 #
-#   bash scripts/compare_twins.sh                 about an hour and a half on 2 cores; what is finished is not repeated
-#   PRESETS="cos sv-cos" SEEDS="42" STEPS=1400 bash scripts/compare_twins.sh
+#   bash scripts/compare_twins.sh                 two to three hours on 2 cores; what is finished is not repeated
+#   PRESETS="cos sv-cos" SEEDS="42" STEPS=700 bash scripts/compare_twins.sh
 #
 # Variables: PRESETS (pairs, the dense one first), SEEDS, STEPS, BENCHMARKS, START (a trained dense llava; trained if it
 # is not there), WORK (folder of it all), NPROC.
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 PRESETS=${PRESETS:-llava-hd sv-llava-hd cos sv-cos}
 SEEDS=${SEEDS:-42 43 44}
-STEPS=${STEPS:-700}
+STEPS=${STEPS:-1400}
 BENCHMARKS=${BENCHMARKS:-mmstar,mmbench,gqa,pope,textvqa}
 WORK=${WORK:-checkpoints/twins}
 START=${START:-$WORK/llava}
