@@ -45,7 +45,7 @@ def home(tmp_path_factory):
         "--recipe",
         "embedded",
         "--max_steps",
-        "150",
+        "40",
         "--output_dir",
         f"{folder}/checkpoints/sv-llava-256",
     )
@@ -86,10 +86,10 @@ def test_joined_with_a_tower_it_answers_text_as_before(home):
 
 @pytest.mark.slow
 def test_it_is_aligned_tuned_and_stops_where_its_template_ends(home):
-    program(home, "train", "--recipe", "embedded-smollm2-align", "--max_steps", "12", "--logging_steps", "1")
+    program(home, "train", "--recipe", "embedded-smollm2-align", "--max_steps", "8", "--logging_steps", "1")
     aligned = read_json(home / "checkpoints/embedded-smollm2-align/train_result.json")["history"]
     assert aligned[-1]["loss"] < aligned[0]["loss"] / 2
-    program(home, "train", "--recipe", "embedded-smollm2", "--max_steps", "8", "--logging_steps", "1")
+    program(home, "train", "--recipe", "embedded-smollm2", "--max_steps", "6", "--logging_steps", "1")
     tuned = read_json(home / "checkpoints/embedded-smollm2/train_result.json")["history"]
     assert tuned[-1]["loss"] < tuned[0]["loss"] / 2
     merged = home / "checkpoints/merged"
