@@ -3,7 +3,7 @@
 # As in the paper the tower and the language model are trained before (here those of the dense `llava`); projector,
 # resampler and summaries are new. Training digits are turned and moved twice as far as by default.
 #
-#   bash scripts/compare_twins.sh                 two to three hours on 2 cores; what is finished is not repeated
+#   bash scripts/compare_twins.sh                 about three hours on 2 cores; what is finished is not repeated
 #   PRESETS="cos sv-cos" SEEDS="42" STEPS=700 bash scripts/compare_twins.sh
 #
 # Variables: PRESETS (pairs, the dense one first), SEEDS, STEPS, BENCHMARKS, START (a trained dense llava; trained if it

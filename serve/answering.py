@@ -288,7 +288,8 @@ class Answerer:
             raise UserError(f"the conversation has {length:,} tokens, and the model takes {most:,}: {self._advice}.")
         sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature:
-            sampling = {"do_sample": True, "temperature": options.temperature}
+            top_k = model.generation_config.top_k or 0  # without one, `generate` would take 50
+            sampling = {"do_sample": True, "temperature": options.temperature, "top_k": top_k}
             sampling |= {} if options.top_p is None else {"top_p": options.top_p}
         never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]  # stands for no text
         return {

@@ -10,7 +10,7 @@ from typing import Any
 from llava_skip.processing import IMAGE_TOKEN
 from llava_skip_base.errors import UserError
 from llava_skip_base.images import ImageError, data_uri_bytes, is_data_uri
-from llava_skip_base.texts import shortened
+from llava_skip_base.texts import plain, shortened
 from serve.answering import AnswerOptions
 from serve.conversation import Picture, without_placeholder
 
@@ -75,7 +75,8 @@ class RequestError(UserError):
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error in the form of OpenAI's interface."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    where = None if param is None else plain(param)  # they may quote halves of characters, which no text can have
+    return {"error": {"message": plain(message), "type": kind, "param": where, "code": code}}
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _check_fields(given: Mapping[str, Any]) -> None:
             continue
         if name not in _NEUTRAL:
             raise RequestError(f"there is no field {shortened(name)!r} here: leave it out", shortened(name))
-        if not any(value == neutral for neutral in _NEUTRAL[name]):
+        if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in _NEUTRAL[name]):
             neutral = " or ".join(map(repr, _NEUTRAL[name]))
             raise RequestError(f"{name} is not supported: leave it out, or give {neutral}", name)
 
@@ -244,6 +245,8 @@ def _stream(given: Mapping[str, Any]) -> bool:
     options = _typed(given, "stream_options", dict, {})
     if unknown := options.keys() - {"include_usage", "include_obfuscation"}:
         raise RequestError(f"stream_options has no field {shortened(min(unknown))!r} here", "stream_options")
+    for name in options:
+        _typed(options, name, bool, False)
     return _typed(given, "stream", bool, False)
 
 
@@ -252,21 +255,28 @@ def _read_messages(messages: Any, limits: Limits) -> list[tuple[str, str | list[
         raise RequestError("messages must be a list of messages, and not empty", "messages")
     if len(messages) > MOST_MESSAGES:
         raise RequestError(f"there are {len(messages):,} messages; at most {MOST_MESSAGES:,} are taken", "messages")
+    _check_amount(messages, limits)
     turns = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    parts = [part for _, content in turns for part in ([content] if isinstance(content, str) else content)]
-    images = sum(isinstance(part, _Image) for part in parts)
+    images = sum(isinstance(part, _Image) for _, content in turns if isinstance(content, list) for part in content)
     if images > limits.images:
         raise RequestError(f"there are {images:,} images; at most {limits.images:,} are taken", "messages")
-    characters = sum(len(part) for part in parts if isinstance(part, str))
+    if turns[-1][0] != "user":
+        raise RequestError("the last message must be the user's: it is what is answered", "messages")
+    return turns
+
+
+def _check_amount(messages: list[Any], limits: Limits) -> None:
+    """Raise RequestError if there is more than may be read; nothing else looks at the texts before."""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    characters = sum(len(text) for text in texts if isinstance(text, str))
     if len(parts) > MOST_MESSAGES + limits.images or characters > MOST_CHARACTERS:
         raise RequestError(
             f"the messages have {len(parts):,} parts with {characters:,} characters; at most {MOST_MESSAGES:,} and "
             f"{MOST_CHARACTERS:,} are taken",
             "messages",
         )
-    if turns[-1][0] != "user":
-        raise RequestError("the last message must be the user's: it is what is answered", "messages")
-    return turns
 
 
 def _read_message(message: Any, where: str) -> tuple[str, str | list[Any]]:

@@ -133,7 +133,15 @@ class Conversation:
 
 
 def without_placeholder(answer: str) -> str:
-    """An answer without the placeholder of an image, which the model may have written, also around another one."""
-    while IMAGE_TOKEN in answer:
-        answer = answer.replace(IMAGE_TOKEN, "")
-    return answer
+    """An answer without the placeholder of an image, which the model may have written, also around another one.
+
+    In one pass: a text of nested placeholders would be searched again for each of them.
+    """
+    if IMAGE_TOKEN not in answer:
+        return answer
+    kept: list[str] = []
+    for character in answer:
+        kept.append(character)
+        if character == IMAGE_TOKEN[-1] and "".join(kept[-len(IMAGE_TOKEN) :]) == IMAGE_TOKEN:
+            del kept[-len(IMAGE_TOKEN) :]
+    return "".join(kept)

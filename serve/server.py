@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from transformers.utils.import_utils import is_serve_available
 
 from llava_skip_base.console import hide_bars_in_files, print_aside, print_text, program
-from llava_skip_base.errors import MissingPackageError
+from llava_skip_base.errors import MissingPackageError, UserError
 from serve.chat_request import Limits
 from serve.door import Door
 from serve.listening import bound, names_of_host, url_of
@@ -47,6 +48,10 @@ def serve(
     """Answer chat completions of OpenAI's interface with a model; one request at a time, on this machine alone."""
     if not is_serve_available():
         raise MissingPackageError("serve needs fastapi, uvicorn and openai: pip install '.[serve]' in a checkout.")
+    sizes = {"megapixels": max_megapixels, "request-mib": max_request_mib, "seconds": max_seconds}
+    for option, size in sizes.items():
+        if not math.isfinite(size):
+            raise UserError(f"--max-{option} is {size}; it must be a number above 0.")
     limits = Limits(
         max_new_tokens, max_images, int(max_megapixels * 1e6), int(max_request_mib * 2**20), max_seconds, max_requests
     )

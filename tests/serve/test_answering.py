@@ -251,3 +251,15 @@ def test_what_may_begin_an_end_waits():
     assert seen == ["A ", "A ", "A #1 is", "A #1 is ", "A #1 is ", "A #1 is ", "A #1 is "]
     text.add("", last=True)
     assert "".join(shown) == "A #1 is "
+
+
+@pytest.mark.parametrize(("saved", "used"), [(None, 0), (7, 7)])
+def test_sampling_is_from_all_tokens_unless_the_model_says_less(tmp_path, monkeypatch, saved, used):
+    model, given = loaded(tmp_path, "llava"), []
+    model.model.generation_config.top_k = saved
+    generate = model.model.generate
+    monkeypatch.setattr(
+        model.model, "generate", lambda **options: given.append(options["top_k"]) or generate(**options)
+    )
+    talk(model, True, [("x", [])], temperature=1.0)
+    assert given == [used]

@@ -1,10 +1,12 @@
 """The body of a chat completion, damaged at every place: it is read, or refused with a message."""
 
 import copy
+import json
 
 import pytest
 
-from serve.chat_request import ChatRequest, Limits, RequestError, read_request
+from serve.chat_request import ChatRequest, Limits, RequestError, error_body, read_request
+from serve.conversation import without_placeholder
 
 BODY = {
     "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5, "temperature": 0.5,
@@ -57,7 +59,35 @@ def test_a_damaged_body_is_read_or_refused():
             except RequestError as error:
                 found[False] += 1
                 assert error.status in (400, 404) and 0 < len(str(error)) < 400
+                json.dumps(error_body(str(error), 400, error.param), ensure_ascii=False).encode()
     assert found[True] > 50 and found[False] > 300
+
+
+@pytest.mark.parametrize("body", [{"\ud800": 1}, {"stop": ["\ud800" * 201]}, {"stream_options": {"\ud800": True}}])
+def test_halves_of_characters_can_be_sent_back(body):
+    with pytest.raises(RequestError) as caught:
+        read(BODY | body)
+    json.dumps(error_body(str(caught.value), 400, caught.value.param), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("given", [{"n": True}, {"presence_penalty": False}, {"stream_options": {"include_usage": 1}}])
+def test_a_value_of_another_type_is_not_the_same(given):
+    assert read(BODY | {"n": 1.0, "presence_penalty": 0.0})
+    with pytest.raises(RequestError, match="not supported|must be of the type bool"):
+        read(BODY | given)
+
+
+def test_texts_are_counted_before_they_are_read(monkeypatch):
+    monkeypatch.setattr("serve.chat_request.without_placeholder", None)
+    messages = [{"role": "assistant", "content": "<image>" * 200_000}, {"role": "user", "content": "x"}]
+    with pytest.raises(RequestError, match="1,400,001 characters; at most"):
+        read({"model": "m", "messages": messages})
+
+
+def test_nested_placeholders_are_taken_out_in_one_pass():
+    deep = 50_000  # again and again from the start, it would take hours
+    assert without_placeholder("a<im" + "<image" * deep + ">" * deep + "age>b") == "ab"
+    assert without_placeholder("<image<image>>>") == ">" and without_placeholder("x > y") == "x > y"
 
 
 def test_a_long_name_of_a_field_is_shortened():

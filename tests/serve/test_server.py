@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -325,6 +326,13 @@ def test_an_address_in_use_is_told_before_the_weights_load(saved, monkeypatch):
             serve(str(saved), port=taken.getsockname()[1])
     with pytest.raises(UserError, match="--host no.such.host.invalid"):
         serve(str(saved), host="no.such.host.invalid")
+
+
+@pytest.mark.parametrize("option", ["max_megapixels", "max_request_mib", "max_seconds"])
+def test_a_limit_is_a_number(saved, option):
+    for value in (math.inf, math.nan):
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
+            serve(str(saved), **{option: value})
 
 
 def test_a_missing_extra_is_named(saved, monkeypatch):
