@@ -18,7 +18,7 @@ test-slow: ## the tests that take minutes
 	@$(ENV) $(PYTEST) -m slow $(ARGS)
 
 test-vllm: ## the tests of serving with vLLM, in its own environment (bash scripts/vllm_env.sh makes it)
-	@OMP_NUM_THREADS=1 "$(or $(VLLM_ENV),.venv-vllm)/bin/python" -m pytest -q tests/vllm $(ARGS)
+	@OMP_NUM_THREADS=1 "$(or $(VLLM_ENV),.venv-vllm)/bin/python" -m pytest -q -m "slow or not slow" tests/vllm $(ARGS)
 
 fuzz: ## damaged input of every kind for every reader, ROUNDS= times as long as in the tests
 	@$(ENV) FUZZ_ROUNDS=$(or $(ROUNDS),20) $$PYTHON -m pytest -q tests/fuzz $(ARGS)

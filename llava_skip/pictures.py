@@ -145,7 +145,7 @@ def draw_panels(crops: Tensor, parts: ImageParts, image_processor: Any) -> list[
     place = image, scale, crops.shape[-1], parts
     total, tokens = len(parts.places), max(parts.tokens) + 1
     if parts.retained == total:
-        return [Panel("image", f"dense: all {total} visual tokens take every FFN", image)]
+        return [Panel("image", f"all {total} visual tokens enter the language model", image)]
     if -1 in parts.tokens:
         caption = f"framed: {parts.retained} of {total} visual tokens stay as they are"
         return [Panel("kept", caption, draw_retained(*place))]

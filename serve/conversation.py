@@ -25,20 +25,19 @@ class Picture:
     pixels: Image.Image = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path, *processors: Any) -> Picture:
-        """The image of a file, for one or more processors.
+    def read(cls, path: Path, *processors: Any, shown: str | None = None) -> Picture:
+        """The image of a file, for one or more processors; messages call it `shown`, by default its path.
 
         Raises:
             UserError: it cannot be read, is no image, or would become too large for a processor.
         """
+        name = shortened(path if shown is None else shown, 300)
         try:
             if path.exists() and not path.is_file():  # a device would be read without an end
-                raise UserError(f"{shortened(path, 300)} is no file: give the path of an image.")
+                raise UserError(f"{name} is no file: give the path of an image.")
             content = path.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"{shortened(path, 300)} cannot be read ({error.strerror}): give the path of an image."
-            ) from error
+            raise UserError(f"{name} cannot be read ({error.strerror}): give the path of an image.") from error
 
         def check(width: int, height: int) -> None:
             for processor in processors:
@@ -47,7 +46,6 @@ class Picture:
         try:
             return cls.of(path.name, content, check)
         except ImageError as error:
-            name = shortened(path, 300)
             raise UserError(f"{name} is no image that can be read ({error}): give another one.") from error
 
     @classmethod
@@ -105,8 +103,7 @@ class Conversation:
         Raises:
             UserError: the question has the placeholder of an image.
         """
-        if IMAGE_TOKEN in question:
-            raise UserError(f"{IMAGE_TOKEN} stands for an image: leave it out, and attach the image.")
+        check_question(question)
         turn = Turn(question, self.waiting)
         self.turns.append(turn)
         self.waiting = []
@@ -130,6 +127,16 @@ class Conversation:
             if turn.answer is not None:  # a placeholder in it would stand for an image
                 found.append({"role": "assistant", "content": without_placeholder(turn.answer)})
         return found
+
+
+def check_question(question: str) -> None:
+    """Raise UserError if a question has the placeholder of an image, or characters that are no text."""
+    if IMAGE_TOKEN in question:
+        raise UserError(f"{IMAGE_TOKEN} stands for an image: leave it out, and attach the image.")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # halves of characters
+        raise UserError("the question has characters that are no text: type it again.") from error
 
 
 def without_placeholder(answer: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,8 @@ MOST_UPLOAD = 8 * MOST_FILE
 """Bytes of one request with files."""
 MOST_STORED = 2 * 2**30
 """Bytes of all uploaded files; more are taken only after old ones are deleted."""
+BROKEN_OFF = 600
+"""Seconds after which a part of an upload, which Gradio names tmp..., is no longer being written."""
 MOST_JSON = 2**20
 """Bytes of any other request."""
 
@@ -94,13 +98,24 @@ class Guard:
         if method != "POST":
             raise Refused(405, "only GET and POST are answered.")
         if _UPLOAD.fullmatch(path):
-            stored = sum(file.stat().st_size for file in self._uploads.rglob("*") if file.is_file())
-            if stored > MOST_STORED:
+            if self._stored() > MOST_STORED:
                 raise Refused(507, "there are too many uploaded files; restart the demo, or wait a day.")
             return _bounded(headers, receive, MOST_UPLOAD)
         if not _JSON.fullmatch(path):
             raise Refused(404, "there is no such page.")
         return await self._json(scope, headers, receive)
+
+    def _stored(self) -> int:
+        """Bytes of all uploaded files; what is left of uploads that broke off is deleted."""
+        stored, now = 0, time.time()
+        for file in self._uploads.rglob("*"):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                known = file.stat()
+                if file.parent == self._uploads and file.name.startswith("tmp") and now - known.st_mtime > BROKEN_OFF:
+                    file.unlink()
+                elif file.is_file():
+                    stored += known.st_size
+        return stored
 
     def _check_origin(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")

@@ -38,9 +38,10 @@ _TEMPLATE = """\
 </table>
 <div class="panels">
 {% for panel in image.panels %}
-<figure data-panel="{{ panel.kind }}"><div class="drawn"><img src="{{ panel.source }}" alt="{{ panel.caption }}">
+<figure data-panel="{{ panel.kind }}" style="flex-basis: {{ 15 * panel.wide }}rem">\
+<div class="drawn"><img src="{{ panel.source }}" alt="{{ panel.caption }}">
 <svg viewBox="0 0 {{ panel.width }} {{ panel.height }}">
-{% for group in image.groups %}
+{% for group in (image.groups | reverse if panel.kind in ("retained", "summary1") else image.groups) %}
 <g><title>{{ group.about }}</title>{% for x, y, width, height in group.boxes %}\
 <rect x="{{ x }}" y="{{ y }}" width="{{ width }}" height="{{ height }}"/>{% endfor %}</g>
 {% endfor %}
@@ -90,7 +91,7 @@ def _seen(side: Side, picture: Picture, number: int) -> dict[str, object]:
         "model": plain(side.model.name),
         "number": number,
         "name": plain(picture.name),
-        "told": told(parts),
+        "told": told(parts, getattr(loaded.model.config.reduction_config, "method", None)),
         "counts": [(name, kind, f"{getattr(counts, kind):,.10g}") for name, kind in _COUNTED.items()],
         "groups": _groups(parts, panels[0].picture.height // crops.shape[-1], crops.shape[-1]),
         "panels": [
@@ -100,15 +101,18 @@ def _seen(side: Side, picture: Picture, number: int) -> dict[str, object]:
                 "source": data_uri(p.picture),
                 "width": p.picture.width,
                 "height": p.picture.height,
+                "wide": max(1, round(p.picture.width / p.picture.height / 2, 1)),
             }
             for p in panels
         ],
     }
 
 
-def told(parts: ImageParts) -> str:
-    """What becomes of an image's parts, in words."""
+def told(parts: ImageParts, method: str | None = None) -> str:
+    """What becomes of an image's parts, in words; `method` is the reduction of the model."""
     total, tokens = len(parts.places), max(parts.tokens) + 1
+    if parts.retained == total and method is not None:
+        return f"{total:,} visual tokens enter the language model; {method} drops some between its layers."
     if parts.retained == total:
         return f"{total:,} visual tokens, all of them retained."
     if -1 in parts.tokens:

@@ -16,7 +16,7 @@ import gradio as gr
 from llava_skip_base.errors import UserError
 from llava_skip_base.files import write_bytes
 from llava_skip_base.texts import plain
-from serve.conversation import Picture
+from serve.conversation import Picture, check_question
 from serve.overlay import overlay, thumbnail
 from serve.sessions import Session, Sessions, Settings, Side
 
@@ -131,7 +131,8 @@ class _Page:
             yield {self._notice: _fault("the demo has failed: its terminal says why."), **self._idle()}
             raise
         yield self._said(session)
-        yield {**self._overlays(session, bool(pictures)), **self._idle()}
+        failed = all(side.fault for side in session.sides)  # nobody has the question: it goes back into its field
+        yield {**self._overlays(session, bool(pictures)), **self._idle(), **({self.box: message} if failed else {})}
 
     def forget(self, request: gr.Request) -> dict[Any, Any]:
         """A new conversation is asked for."""
@@ -214,10 +215,11 @@ def _read(message: dict[str, Any], session: Session) -> tuple[str, list[Picture]
     question, files = str(message.get("text") or "").strip(), message.get("files") or []
     if not question:
         raise UserError("type a question." if not files else "type a question about the image.")
+    check_question(question)
     if len(files) > MOST_IMAGES:
         raise UserError(f"{len(files)} images: one question takes at most {MOST_IMAGES}.")
     processors = [_Bounded(), *(side.model.loaded.processor for side in session.sides)]
-    return question, [Picture.read(Path(file), *processors) for file in files]
+    return question, [Picture.read(Path(file), *processors, shown=Path(file).name) for file in files]
 
 
 class _Bounded:

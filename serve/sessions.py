@@ -22,6 +22,8 @@ from serve.loading import Loaded
 
 KEPT_CACHES = 4
 """Sessions that keep the caches of their turns."""
+MOST_PICTURES = 64
+"""Images of one conversation."""
 KEPT_SESSIONS = 32
 """Sessions that keep their conversations."""
 
@@ -69,14 +71,13 @@ class Side:
     ) -> Generator[None]:
         """Answer a question; yields whenever `text` has grown.
 
-        A question that fails is taken back: its images wait for the next one, and `fault` says why.
+        A question that fails is taken back, with its images, and `fault` says why.
         """
-        self.conversation.waiting += pictures
-        self.cost, self.fault = None, ""
+        self.conversation.waiting = list(pictures)
         try:
             turn = self.conversation.ask(question)
         except UserError as error:
-            self.fault = str(error)
+            self.conversation.waiting, self.fault = [], str(error)
             return
 
         def answer(show: Callable[[str], None]) -> tuple[str, Cost]:
@@ -100,6 +101,7 @@ class Side:
             self.text = None
             if turn.answer is None:
                 self.conversation.take_back()
+                self.conversation.waiting = []
 
     def clear(self) -> None:
         """Begin again."""
@@ -124,12 +126,16 @@ class Session:
         """Let one model after the other answer a question; yields whenever something has changed.
 
         Raises:
-            UserError: an earlier question of this session is still being answered.
+            UserError: an earlier question of this session is still being answered, or there are too many images.
         """
         if not self._busy.acquire(blocking=False):
             raise UserError("the question before is still being answered: wait for it, or stop it.")
         try:
             self._stop.clear()
+            if max(len(side.conversation.pictures) for side in self.sides) + len(pictures) > MOST_PICTURES:
+                raise UserError(f"a conversation takes at most {MOST_PICTURES} images: clear it to begin again.")
+            for side in self.sides:
+                side.cost, side.fault = None, ""
             for side in self.sides:
                 if self._stop.is_set():
                     break

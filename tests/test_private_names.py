@@ -36,7 +36,8 @@ def problem(entry: PrivateName) -> str | None:
 
 
 def is_installed(entry: PrivateName) -> bool:
-    return importlib.util.find_spec(entry.name.split(".")[0]) is not None
+    found = importlib.util.find_spec(entry.name.split(".")[0])
+    return found is not None and found.origin is not None  # a folder of this name is no package
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)

@@ -33,7 +33,8 @@ def check_engine(name: str, attn: str | None, processes: int | None) -> int | No
         raise UserError("--attn is an attention implementation of transformers; leave it out with --engine vllm.")
     if processes is not None and processes > 1:
         raise UserError("--engine vllm answers many questions at once in one process; leave --processes out.")
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of this name is no package
         raise UserError(
             "--engine vllm: vLLM is not installed here. It has an environment of its own: 'bash scripts/vllm_env.sh' "
             "makes one for CPUs, with a GPU install 'llava-skip[vllm]' into a new one; then run this there."

@@ -60,6 +60,7 @@ class VllmGenerator(Generator):
         ends, self._numerics = self._read_processor(model), numerics
         config = GenerationConfig.from_pretrained(model.folder)
         self._begin(model.folder, ends, config)
+        self._penalty = config.repetition_penalty or 1.0
         self.answer_as(model)
 
     def answer_as(self, model: SavedModel) -> None:
@@ -87,12 +88,20 @@ class VllmGenerator(Generator):
         """Answer a batch that is prepared.
 
         Raises:
-            UserError: a question is too long for the model.
+            UserError: a question, with its answer, is too long for the model.
         """
         stops = {"stop_token_ids": sorted(self._stops), "stop": list(self.ends.strings), "ignore_eos": not self._stops}
+        stops["repetition_penalty"] = self._penalty
         params = vllm.SamplingParams(temperature=0, max_tokens=max_new_tokens, **stops)
         try:
             outputs = self.engine.generate(inputs["prompts"], params, use_tqdm=False)
         except VLLMValidationError as error:
             raise UserError(f"{self.folder}: vLLM does not take a question: {error}") from error
+        for output in outputs:
+            answer = output.outputs[0]
+            if answer.finish_reason == "length" and len(answer.token_ids) < max_new_tokens:
+                raise UserError(
+                    f"{self.folder}: vLLM cuts an answer after {len(answer.token_ids)} of {max_new_tokens} tokens, where "
+                    "the model's positions end, and generate does not: answer with --engine transformers."
+                )
         return self._texts([self._new_tokens(output.outputs[0].token_ids) for output in outputs])

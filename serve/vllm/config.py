@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from llava_skip.configuration import LlavaSkipConfig
+from llava_skip.masking import attends_in_window
 from llava_skip.reduction.method import Selection
 from llava_skip_base.errors import UserError
 from serve.vllm import MODE
@@ -44,9 +45,16 @@ class SkipSettings(VerifyAndUpdateConfig):
             UserError: the plug-in does not serve such a model.
         """
         config = model_config.hf_config
+        config.check()  # also what hf_overrides made of it
         check_model(config)
-        if model_config.tokenizer_mode in ("auto", "hf"):
-            model_config.tokenizer_mode = MODE
+        if model_config.skip_tokenizer_init:
+            raise UserError("skip_tokenizer_init must be false: prompts are tokenised as the model's processor does.")
+        if model_config.tokenizer_mode not in ("auto", "hf", MODE):
+            raise UserError(
+                f"tokenizer_mode is {model_config.tokenizer_mode!r}; leave it out: prompts are tokenised as the "
+                "model's processor does."
+            )
+        model_config.tokenizer_mode = MODE
         if config.forgets:
             # This entry alone makes vLLM ask the model for positions; the language model's own are as they are.
             config.mrope_section = [1, 1, 1]
@@ -62,7 +70,7 @@ class SkipSettings(VerifyAndUpdateConfig):
         for message in refusals(vllm_config, config):
             raise UserError(message)
         if config.skip is not None:
-            _choose_graphs(vllm_config, config)
+            _choose_graphs(vllm_config)
         if config.forgets:
             _set_for_forgetting(vllm_config, config)
 
@@ -72,6 +80,11 @@ def check_model(config: LlavaSkipConfig) -> None:
     if (kind := config.text_config.model_type) not in LANGUAGE_MODELS:
         raise UserError(
             f"text_config.model_type is {kind!r}; in vLLM the language model is one of {', '.join(LANGUAGE_MODELS)}."
+        )
+    if config.forgets and attends_in_window(config.text_config):
+        raise UserError(
+            "the language model attends in a sliding window, which would count kept tokens alone: set sliding_window "
+            "to null in text_config, which changes nothing for sequences that fit it, or skip.forget_cache to false."
         )
     reduction = config.reduction_config
     if reduction is not None and not isinstance(reduction.rule, Selection):
@@ -105,8 +118,11 @@ def refusals(vllm_config: VllmConfig, config: LlavaSkipConfig) -> Iterator[str]:
 
 def _refusals_of_forgetting(vllm_config: VllmConfig, config: LlavaSkipConfig) -> Iterator[str]:
     parallel, why = vllm_config.parallel_config, "a model that forgets (skip.forget_cache) needs whole prompts"
-    if vllm_config.kv_transfer_config is not None:
-        yield f"kv_transfer_config: {why}, and keys that come from elsewhere lack the skipped rows; leave it out."
+    elsewhere = {"kv_transfer_config": vllm_config.kv_transfer_config}
+    elsewhere["kv_offloading_size"] = vllm_config.cache_config.kv_offloading_size  # vLLM makes the other one of it
+    for name, value in elsewhere.items():
+        if value is not None:
+            yield f"{name}: {why}, and keys that come from elsewhere lack the skipped rows; leave it out."
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"{name} must be 1: {why} on each device; use tensor_parallel_size."
@@ -134,16 +150,12 @@ def _rope_type(config: LlavaSkipConfig) -> str:
     return parameters.get("rope_type") or "default"
 
 
-def _choose_graphs(vllm_config: VllmConfig, config: LlavaSkipConfig) -> None:
-    """Leave out graphs of whole decode steps where a step with an image's row could be taken for one.
+def _choose_graphs(vllm_config: VllmConfig) -> None:
+    """Leave out graphs of whole steps: what a step has of an image is read from it, which no graph can do.
 
-    Such a step is known by its number of rows alone: 1 for each sequence, and the guessed ones. A chunk of a prompt can
-    have as few rows; a whole prompt with an image has at least those of the image.
+    A chunk of a prompt can also have as few rows as a decode step, for which a graph of one would be taken.
     """
-    speculative, compilation = vllm_config.speculative_config, vllm_config.compilation_config
-    rows = 1 + (0 if speculative is None else speculative.num_speculative_tokens or 0)
-    if config.forgets and rows < len(_block(config).kept):
-        return
+    compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
         _set(compilation, "cudagraph_mode", CUDAGraphMode.PIECEWISE)
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import time
 
 import pytest
 
@@ -151,3 +153,14 @@ def test_pages_of_others_are_refused(ask):
 def test_sockets_get_no_answer(taken, tmp_path):
     asyncio.run(Guard(taken, tmp_path, None)({"type": "websocket"}, None, None))
     assert taken.bodies == []
+
+
+def test_what_is_left_of_broken_uploads_is_deleted(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_STORED", 100)
+    for name, age in (("tmpold", 2 * guard.BROKEN_OFF), ("tmpnew", 0)):
+        (tmp_path / name).write_bytes(b"x" * 60)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert ask("POST", "/gradio_api/upload")[0] == 200
+    assert [file.name for file in tmp_path.iterdir()] == ["tmpnew"]
+    (tmp_path / "whole.png").write_bytes(b"x" * 60)
+    assert ask("POST", "/gradio_api/upload")[0] == 507

@@ -40,7 +40,8 @@ def seen(side: Side, *sizes: tuple[int, int]) -> str:
 
 
 def drawings(html: str) -> dict[str, Image.Image]:
-    found = re.findall(r'<figure data-panel="(\w+)"><div class="drawn"><img src="data:image/webp;base64,([^"]+)"', html)
+    figure = r'<figure data-panel="(\w+)"[^>]*>\s*<div class="drawn"><img src="data:image/webp;base64,([^"]+)"'
+    found = re.findall(figure, html)
     return {kind: Image.open(io.BytesIO(base64.b64decode(data))) for kind, data in found}
 
 
@@ -69,6 +70,11 @@ def test_a_rival_is_drawn_without_groups_of_its_own(tmp_path):
     html = seen(side_of(tmp_path, "llava", "grid:4"), (40, 20))
     assert list(drawings(html)) == ["kept"] and "4 enter the language model as they are" in html
     assert html.count(">retained<") == 4 and "not kept as it is" in html
+
+
+def test_a_method_inside_the_decoder_is_not_called_dense(tmp_path):
+    page = seen(side_of(tmp_path, "llava", "fastv:9,first_layer=1"), (40, 20))
+    assert "fastv drops some between its layers" in page and "dense" not in page and "all of them retained" not in page
 
 
 def test_images_of_the_last_question_that_had_some_are_shown(tmp_path):

@@ -77,13 +77,23 @@ def test_a_stop_keeps_what_there_is_and_asks_no_other_model(pages, wordy):
 
 def test_a_question_that_fails_is_taken_back_and_told(pages):
     first, second = (session := pages.get("one")).sides
-    finish(session.ask("a <image> in words", [], SETTINGS))
+    finish(session.ask("a <image> in words", [picture()], SETTINGS))
     assert "stands for an image" in first.fault and first.conversation.turns == second.conversation.turns == []
     finish(session.ask("x" * 100_000, [picture()], SETTINGS))
-    assert "begin again" in first.fault and first.conversation.turns == [] and len(first.conversation.waiting) == 1
+    assert "begin again" in first.fault and first.conversation.turns == first.conversation.waiting == []
     session.clear()
     finish(session.ask("And?", [], SETTINGS))
     assert first.fault == "" and len(first.conversation.turns) == 1
+
+
+def test_a_conversation_takes_so_many_images(pages, monkeypatch):
+    monkeypatch.setattr("serve.sessions.MOST_PICTURES", 2)
+    session = pages.get("one")
+    finish(session.ask("x", [picture()], SETTINGS))
+    with pytest.raises(UserError, match="at most 2 images: clear it"):
+        finish(session.ask("y", [picture(), picture()], SETTINGS))
+    finish(session.ask("y", [picture()], SETTINGS))
+    assert len(session.sides[0].conversation.pictures) == 2
 
 
 def test_a_page_that_is_closed_ends_its_answer(pages, wordy):

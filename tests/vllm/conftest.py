@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
+HAS_VLLM = (found := importlib.util.find_spec("vllm")) is not None and found.origin is not None
 if HAS_VLLM:  # one engine after another in this process, without threads of its own on chosen cores
     os.environ |= {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_skip import SkipConfig
 from llava_skip_base.errors import UserError
 from tests.support.small_models import SKIP
 from tests.vllm.engines import save
@@ -74,7 +73,7 @@ def test_settings_that_work_are_not_refused(folders):
 def test_another_language_model_and_a_method_that_guesses(folders):
     from serve.vllm.config import check_model, refusals
 
-    config = SimpleNamespace(text_config=SimpleNamespace(model_type="gpt_neox"), reduction_config=None)
+    config = SimpleNamespace(text_config=SimpleNamespace(model_type="gpt_neox"), reduction_config=None, forgets=False)
     with pytest.raises(UserError, match="gpt_neox.*llama, mistral"):
         check_model(config)
     settings = SimpleNamespace(
@@ -89,24 +88,16 @@ def test_another_language_model_and_a_method_that_guesses(folders):
 
 
 @pytest.mark.parametrize(
-    ("forgets", "drafts", "given", "expected"),
-    [
-        (False, 0, "FULL_AND_PIECEWISE", "PIECEWISE"),  # a chunk of one row looks like a decode step
-        (False, 0, None, "PIECEWISE"),
-        (False, 0, "NONE", "NONE"),
-        (True, 0, "FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"),  # an image has more rows than that
-        (True, 7, "FULL_DECODE_ONLY", "PIECEWISE"),
-    ],
+    ("given", "expected"),
+    [("FULL_AND_PIECEWISE", "PIECEWISE"), ("FULL_DECODE_ONLY", "PIECEWISE"), (None, "PIECEWISE"), ("NONE", "NONE")],
 )
-def test_graphs_of_decode_steps(forgets, drafts, given, expected):
+def test_graphs_of_whole_steps_are_left_out(given, expected):
     from vllm.config.compilation import CUDAGraphMode
 
     from serve.vllm.config import _choose_graphs
 
     compilation = SimpleNamespace(cudagraph_mode=None if given is None else CUDAGraphMode[given])
-    speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
-    settings = SimpleNamespace(speculative_config=speculative, compilation_config=compilation)
-    _choose_graphs(settings, SimpleNamespace(forgets=forgets, skip_config=SkipConfig(5, 7)))
+    _choose_graphs(SimpleNamespace(compilation_config=compilation))
     assert compilation.cudagraph_mode == CUDAGraphMode[expected]
 
 
