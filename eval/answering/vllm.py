@@ -101,7 +101,7 @@ class VllmGenerator(Generator):
             answer = output.outputs[0]
             if answer.finish_reason == "length" and len(answer.token_ids) < max_new_tokens:
                 raise UserError(
-                    f"{self.folder}: vLLM cuts an answer after {len(answer.token_ids)} of {max_new_tokens} tokens, where "
-                    "the model's positions end, and generate does not: answer with --engine transformers."
+                    f"{self.folder}: vLLM cuts an answer after {len(answer.token_ids)} of {max_new_tokens} tokens, "
+                    "where the model's positions end, and generate does not: answer with --engine transformers."
                 )
         return self._texts([self._new_tokens(output.outputs[0].token_ids) for output in outputs])
