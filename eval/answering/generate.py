@@ -156,7 +156,7 @@ class Generator:
         self._helper = ThreadPoolExecutor(1, "prepare")
         self.ends = ends.with_strings(config.stop_strings)  # an older folder names only the ids
         self.ends.save_in(config)
-        self._stops = set(config.eos_token_id or ())
+        self._config = config
 
     def answer_as(self, model: SavedModel) -> None:
         """From now on answer as the same folder with another reduction, or with none."""
@@ -253,9 +253,15 @@ class Generator:
         self.cost = BatchCost(len(rows), *seconds, num_new, *memory, device, is_warm)
         return self._texts(new)
 
+    @property
+    def _stops(self) -> set[int]:
+        """The tokens that end an answer."""
+        return set(self._config.eos_token_id or ())
+
     def _new_tokens(self, row: Sequence[int]) -> list[int]:
         """The tokens of an answer before the one that ends it."""
-        return list(takewhile(lambda token: token not in self._stops, row))
+        stops = self._stops
+        return list(takewhile(lambda token: token not in stops, row))
 
     def _texts(self, new: list[list[int]]) -> list[str]:
         """The texts of answers, cut at their ends."""

@@ -318,7 +318,6 @@ SLOW_RUN = textwrap.dedent("""
     import sys, time
     import eval.answering.generate
     from eval.run import app
-from llava_skip_base.paths import newest_model
     from tests.support.answering import AtOnce
 
     class Slow(AtOnce):

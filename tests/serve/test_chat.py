@@ -47,6 +47,12 @@ def chat(saved):
     return Chat(loaded, Answerer(loaded, 4))
 
 
+def _hear_the_terminal() -> None:
+    """Let Ctrl-C reach a process, also where tests run in the background, which ignores it and hands that on."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """A process in a pseudo-terminal."""
 
@@ -60,7 +66,7 @@ class Terminal:
             stderr=theirs,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C then reaches it
+            preexec_fn=_hear_the_terminal,
         )
         os.close(theirs)
         self.text = ""
@@ -83,7 +89,7 @@ class Terminal:
 
     def interrupt(self, pattern: str) -> None:
         """Press Ctrl-C until a pattern is shown: Python does not hear one just before it waits for a key."""
-        end = time.monotonic() + 600
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             self.type("\x03")
             if self.shows(pattern, 10):
